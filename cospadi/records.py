@@ -1,0 +1,146 @@
+"""Writing results: whole or not at all, with the settings, versions, hashes, seconds and memory behind them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cospadi.errors import UserError
+
+PACKAGES = ("cospadi", "torch", "transformers", "datasets", "lm_eval", "hydra-core", "snakemake", "numpy", "pandas")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def new_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` that becomes ``path`` when the block ends well, and vanishes when it does not.
+
+    Works for a file and for a folder. An existing ``path`` is replaced.
+
+    Raises:
+        UserError: when the disk is full; what stood at ``path`` before is untouched.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise UserError(
+                f"No room left on the disk while writing {path} ({os.strerror(error.errno)}). "
+                "Finished results are intact: free some space and start again."
+            ) from error
+        raise
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with new_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """``content`` as indented JSON; a non-finite number is written as a string (JSON has none)."""
+    write_text(path, json.dumps(_jsonable(content), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """``tensors`` (name -> torch tensor) as one safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with new_path(path) as partial:
+        try:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, dict(metadata or {}))
+        except SafetensorError as error:  # hides the error number of the failed write in its text
+            for number in _NO_SPACE:
+                if f"os error {number}" in str(error).lower():
+                    raise OSError(number, os.strerror(number)) from error
+            raise
+
+
+def _jsonable(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {str(key): _jsonable(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_jsonable(value) for value in content]
+    if isinstance(content, float) and content != content or content in (float("inf"), float("-inf")):
+        return str(content)
+    if isinstance(content, Path):
+        return str(content)
+    return content
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def text_hash(text: str) -> str:
+    """sha256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def peak_memory_mb() -> float:
+    """Largest resident size of this process so far, in MiB; plus that of the GPU when one was used."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        peak += torch.cuda.max_memory_allocated()
+    return peak / 2**20
+
+
+class Record:
+    """What a stage did: start it before the work, ``finish`` writes it."""
+
+    def __init__(self, room: str, settings: Any, inputs: Mapping[str, str] | None = None):
+        self.started = time.time()
+        self.content: dict[str, Any] = {"room": room, "settings": settings, "inputs": dict(inputs or {})}
+
+    def finish(self, path: Path, **results: Any) -> dict[str, Any]:
+        """Write settings, results, versions, seconds and peak memory to ``path`` and return them."""
+        self.content |= results
+        self.content |= {
+            "seconds": time.time() - self.started,
+            "peak_memory_mb": peak_memory_mb(),
+            "versions": versions(),
+            "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
+        }
+        write_json(path, self.content)
+        return self.content
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # a bare GPU box has torch and little else
+    return found
