@@ -1,0 +1,20 @@
+"""Records in, tables and figures out: Markdown, LaTeX, HTML, CSV, PNG and SVG.
+
+Every number comes from the records of the rooms before; nothing is measured here and nothing is typed in.
+"""
+
+from cospadi.tables.cells import Cell, projection_errors, read_summary, summary
+from cospadi.tables.figures import write_figures
+from cospadi.tables.render import PaperTable, notes, paper_table, write_tables
+
+__all__ = [
+    "Cell",
+    "PaperTable",
+    "notes",
+    "paper_table",
+    "projection_errors",
+    "read_summary",
+    "summary",
+    "write_figures",
+    "write_tables",
+]
