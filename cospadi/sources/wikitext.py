@@ -26,7 +26,7 @@ _DROPPED_TAGS = frozenset(
 )
 _DROPPED_SECTIONS = frozenset(
     "references|external links|see also|notes|further reading|bibliography|footnotes|citations|sources|"
-    "notes and references|references and notes|general references|works cited|publications|selected bibliography|"
+    "bibliographies|etymological bibliography|suggested reading|additional reading|resources|notes and references|references and notes|general references|works cited|publications|selected bibliography|"
     "discography|filmography|gallery|links|literature|primary sources|secondary sources|in-line references".split("|")
 )
 # Templates that stand for words of a sentence: which of their unnamed arguments to keep.
@@ -39,7 +39,7 @@ _WORDS: dict[str, slice] = {
 _HEADING = re.compile(r"(={1,6})\s*(.*?)\s*\1")
 _LIST_MARK = tuple("*#:;")
 _SENTENCE_ENDS = (".", "!", "?", '."', ".”", ".)", ".'")
-_LEFT_OVER = re.compile(rf"{_HOLE}|\[\[|\]\]|\{\{|\}\}|\{\||\|\}|\|\||^[|!]|\bthumb\|")
+_LEFT_OVER = re.compile(_HOLE + r"|\[\[|\]\]|\{\{|\}\}|\{\||\|\}|\|\||^[|!]|\bthumb\|")
 _REPAIRS = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
