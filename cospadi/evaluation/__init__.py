@@ -1,0 +1,103 @@
+"""Room 6: how good a model still is. Dense and compressed models go through the same function.
+
+Token perplexity, KL divergence from the dense model and top-1 agreement on held-out text (``perplexity``), stock tasks of
+lm-evaluation-harness and two embedded ones over the same text (``tasks``, ``heldout``). Every number comes with its
+standard error, or ``None`` where there is none, and with a line that says how it was measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cospadi.config import EvaluationConfig
+from cospadi.errors import UserError
+from cospadi.evaluation.perplexity import measure_tokens, token_windows
+from cospadi.evaluation.tasks import average_accuracy, check_tasks, prepared_tasks
+from cospadi.records import text_hash
+
+__all__ = ["check_tasks", "evaluate", "measure_tokens", "token_windows"]
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Callable[..., Any],
+    documents: Sequence[str],
+    config: EvaluationConfig,
+    reference: Path | None = None,
+    write_reference: Path | None = None,
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Measure a causal language model on held-out ``documents`` and on the configured tasks.
+
+    The model is moved to ``config.device`` and put into evaluation mode. The same inputs, batch size and threads give the
+    same numbers to the last bit.
+
+    Args:
+        reference: the dense model's final hidden states, for KL divergence and agreement.
+        write_reference: write this (dense) model's final hidden states there.
+
+    Returns:
+        The result: ``token_perplexity``, ``word_perplexity``, ``kl_to_dense`` (nats per token), ``top1_agreement``
+        (fraction) and ``average_accuracy`` (fraction), each with ``value``, ``stderr`` and ``protocol``; ``tasks``; ``tokens``
+        (predicted ones); ``text_hash``; ``limit``. And per task the rows of its documents, JSON-able.
+
+    Raises:
+        UserError: for an unknown task, missing data, a too short text, or a reference of something else.
+    """
+    check_tasks(config)
+    windows = token_windows(tokenizer, documents, config.window, config.n_windows)
+    with (
+        _threads(config, _move(model, config.device)),
+        prepared_tasks(model, tokenizer, documents, config) as run_tasks,
+    ):
+        result = measure_tokens(model, windows, reference, write_reference)
+        entries, samples = run_tasks()
+    result |= {
+        "word_perplexity": _word_perplexity(entries),
+        "average_accuracy": average_accuracy(entries),
+        "tasks": entries,
+        "tokens": windows.shape[0] * (windows.shape[1] - 1),
+        "text_hash": text_hash("\n\n".join(documents)),
+        "limit": config.limit,
+    }
+    return result, samples
+
+
+def _word_perplexity(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    for name in ("wikitext", "heldout_perplexity"):
+        if name in entries:
+            measured = entries[name]["all_metrics"]["word_perplexity"]
+            return {"value": measured["value"], "stderr": measured["stderr"], "protocol": entries[name]["protocol"]}
+    return {
+        "value": None,
+        "stderr": None,
+        "protocol": "not measured: neither wikitext nor heldout_perplexity is configured",
+    }
+
+
+def _move(model: nn.Module, device: str) -> torch.device:
+    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
+        return model.device  # spread over several devices on purpose
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"evaluation.device={device}, but torch sees no GPU. Set evaluation.device=auto or cpu.")
+    model.to(device)
+    return torch.device(device)
+
+
+@contextlib.contextmanager
+def _threads(config: EvaluationConfig, device: torch.device) -> Iterator[None]:
+    """``config.threads`` while running on the CPU: the number changes the last digits."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(config.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,278 @@
+"""Token perplexity on held-out text, and how far a compressed model is from the dense one on the same tokens.
+
+The dense model runs once: its evaluation keeps the final hidden states (the inputs of ``lm_head``). Compression leaves
+``lm_head`` alone, so the dense logits of every later comparison are one matrix product away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from cospadi.errors import UserError
+from cospadi.progress import Progress
+from cospadi.records import write_tensors
+
+_LOGITS_AT_ONCE = 2**24
+"""Logits held at a time: 64 MiB in float32, whatever the vocabulary."""
+_HEAD_TOLERANCE = 1e-3
+"""Largest change of a window's dense negative log-likelihood (nats per token) when ``lm_head`` only changed its dtype."""
+
+
+def token_windows(
+    tokenizer: Callable[..., Any], documents: Sequence[str], window: int, n_windows: int | None = None
+) -> Int[Tensor, "windows window"]:
+    """Non-overlapping windows of ``window`` tokens over all documents.
+
+    The protocol of GPTQ (arXiv:2210.17323) and SVD-LLM (arXiv:2403.07378): the documents are joined by a blank line,
+    tokenized once with whatever special tokens the tokenizer adds by itself, and cut; a rest shorter than a window is
+    dropped. ``n_windows`` keeps the first ones only.
+
+    Raises:
+        UserError: when the text has fewer tokens than asked for.
+    """
+    ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
+    whole = len(ids) // window
+    if whole < (n_windows or 1):
+        wanted = f"{n_windows} windows of {window}" if n_windows else f"a single window of {window}"
+        raise UserError(
+            f"The evaluation text has {len(ids)} tokens, too few for {wanted} tokens. "
+            "Lower evaluation.n_windows or evaluation.window, or give a longer evaluation.text."
+        )
+    kept = n_windows or whole
+    return torch.tensor(ids[: kept * window], dtype=torch.int64).reshape(kept, window)
+
+
+def token_hash(windows: Int[Tensor, "windows window"]) -> str:
+    """sha256 over the shape and the token ids."""
+    content = repr(tuple(windows.shape)).encode() + windows.to(torch.int64).cpu().contiguous().numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def exponential(exponent: float) -> float:
+    """``e^exponent``, infinite where it does not fit a float.
+
+    >>> exponential(0.0), exponential(1e6), exponential(math.nan)
+    (1.0, inf, nan)
+    """
+    try:
+        return math.exp(exponent)
+    except OverflowError:
+        return math.inf
+
+
+def mean_stderr(values: Float[Tensor, " n"]) -> tuple[float, float | None]:
+    """Mean and its standard error ``sd / √n`` (``sd`` with n − 1); no error for a single or a non-finite value.
+
+    >>> mean_stderr(torch.tensor([1.0, 3.0], dtype=torch.float64))
+    (2.0, 1.0)
+    """
+    values = values.double()
+    mean = values.mean().item()
+    if len(values) < 2 or not math.isfinite(mean):
+        return mean, None
+    return mean, values.std().item() / math.sqrt(len(values))
+
+
+def ratio_stderr(totals: Sequence[float], sizes: Sequence[float]) -> tuple[float, float | None]:
+    """Ratio of sums ``r = Σ totals / Σ sizes`` and its standard error by the delta method.
+
+    ``se = √(n/(n−1) · Σ (totalᵢ − r·sizeᵢ)²) / Σ sizes`` with documents as independent units; equals the error of a mean
+    when all sizes are 1.
+
+    >>> ratio_stderr([1.0, 3.0], [1, 1])
+    (2.0, 1.0)
+    """
+    ratio, n = sum(totals) / sum(sizes), len(totals)
+    if n < 2 or not math.isfinite(ratio):
+        return ratio, None
+    squares = sum((total - ratio * size) ** 2 for total, size in zip(totals, sizes, strict=True))
+    return ratio, math.sqrt(n / (n - 1) * squares) / sum(sizes)
+
+
+def perplexity(mean_nll: float, stderr: float | None) -> tuple[float, float | None]:
+    """``exp(mean_nll)`` and, by the delta method, its standard error ``exp(mean_nll) · stderr``."""
+    value = exponential(mean_nll)
+    return value, value * stderr if stderr is not None and math.isfinite(value) else None
+
+
+def compare_tokens(
+    logits: Float[Tensor, "tokens vocab"],
+    targets: Int[Tensor, " tokens"],
+    dense_logits: Float[Tensor, "tokens vocab"] | None,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"] | None, Bool[Tensor, " tokens"] | None]:
+    """Per token: negative log-likelihood (nats), KL(dense ‖ model) (nats), whether both rank the same token first.
+
+    Log-softmax in float32, sums over the vocabulary in float64: ``KL = Σᵥ p(v)·(log p(v) − log q(v))`` with ``p`` the dense
+    model's distribution. A token whose logits hold a NaN agrees with nothing.
+    """
+    log_q = logits.float().log_softmax(-1)
+    nll = -log_q.gather(-1, targets[:, None])[:, 0].double()
+    if dense_logits is None:
+        return nll, None, None
+    log_p = dense_logits.float().log_softmax(-1)
+    p = log_p.exp()
+    divergence = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1, dtype=torch.float64)
+    agrees = (logits.argmax(-1) == dense_logits.argmax(-1)) & ~nll.isnan()
+    return nll, divergence, agrees
+
+
+def measure_tokens(
+    model: nn.Module,
+    windows: Int[Tensor, "windows window"],
+    reference: Path | None = None,
+    write_reference: Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Token perplexity ``exp(mean NLL)``, KL divergence from the dense model and top-1 agreement with it.
+
+    Every window predicts its tokens 2 … ``window`` from the ones before. Standard errors are ``sd/√n`` of the window means
+    (tokens within a window are correlated, windows are taken as independent), for perplexity by the delta method.
+
+    Args:
+        reference: written by the dense model's evaluation of the same windows; ``None``: no comparison.
+        write_reference: keep this model's final hidden states there, in the model's dtype.
+
+    Returns:
+        ``token_perplexity``, ``kl_to_dense`` (nats per token) and ``top1_agreement`` (fraction of tokens), each with
+        ``value``, ``stderr`` and ``protocol``. A broken model gives ``inf`` or ``nan``, not an exception.
+
+    Raises:
+        UserError: when the reference is of other tokens or another model, or ``lm_head`` is no longer the dense one.
+    """
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    device = model.device
+    n_windows, window = windows.shape
+    n_rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+    model.eval()
+    dense = _Reference(reference, windows, head) if reference is not None else None
+    kept: list[Tensor] = []
+    kept_nll: list[Tensor] = []
+    means: list[tuple[float, float, float]] = []
+    progress = Progress(n_windows, f"Token perplexity: {n_windows} windows of {window} tokens")
+    with torch.no_grad():
+        _check_head(model, decoder, head, windows[:1, :8].to(device))
+        for index, ids in enumerate(windows):
+            ids = ids.to(device)
+            hidden = decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
+            dense_hidden = dense.hidden_states(index).to(device) if dense else None
+            columns: list[list[Tensor]] = [[], [], [], []]  # NLL, KL, agreement, the dense model's NLL
+            for start in range(0, window - 1, n_rows):
+                rows = slice(start, start + n_rows)
+                targets = ids[1:][rows]
+                dense_logits = head(dense_hidden[rows].to(hidden)) if dense else None
+                for column, values in zip(
+                    columns, compare_tokens(head(hidden[rows]), targets, dense_logits), strict=False
+                ):
+                    if values is not None:
+                        column.append(values.double())
+                if dense:
+                    columns[3].append(compare_tokens(dense_logits, targets, None)[0])
+            nll, divergence, agrees, dense_nll = (torch.cat(c) if c else None for c in columns)
+            if dense:
+                dense.check_nll(index, dense_nll)
+            if write_reference is not None:
+                kept.append(hidden.cpu())
+                kept_nll.append(nll.float().cpu())
+            means.append(tuple(math.nan if c is None else c.mean().item() for c in (nll, divergence, agrees)))
+            so_far = exponential(sum(m[0] for m in means) / len(means))
+            progress.step(f"window {index + 1}", f"perplexity so far {so_far:.2f}")
+    if write_reference is not None:
+        tensors = {"hidden_states": torch.stack(kept), "token_nll": torch.stack(kept_nll)}
+        write_tensors(write_reference, tensors, _identity(windows, head))
+    return _summary(torch.tensor(means, dtype=torch.float64), window, dense is not None, write_reference is not None)
+
+
+def _summary(
+    means: Float[Tensor, "windows 3"], window: int, compared: bool, is_reference: bool
+) -> dict[str, dict[str, Any]]:
+    n = len(means)
+    tokens = f"{n} non-overlapping windows of {window} tokens, documents joined by a blank line"
+    errors = "stderr from window means" if n > 1 else "one window: no stderr"
+    value, stderr = perplexity(*mean_stderr(means[:, 0]))
+    result = {
+        "token_perplexity": {
+            "value": value,
+            "stderr": stderr,
+            "protocol": f"token perplexity exp(mean NLL), {tokens} (GPTQ, SVD-LLM); {errors}, delta method",
+        }
+    }
+    for column, name, what in (
+        (1, "kl_to_dense", "KL(dense || model), nats per token"),
+        (2, "top1_agreement", "same most likely token as the dense model"),
+    ):
+        if compared:
+            value, stderr = mean_stderr(means[:, column])
+            result[name] = {"value": value, "stderr": stderr, "protocol": f"{what}, {tokens}; {errors}"}
+        elif is_reference:
+            exact = 0.0 if name == "kl_to_dense" else 1.0
+            result[name] = {
+                "value": exact,
+                "stderr": 0.0,
+                "protocol": f"{what}: this is the dense model, exact by definition",
+            }
+        else:
+            result[name] = {"value": None, "stderr": None, "protocol": f"{what}: not measured, no reference was given"}
+    return result
+
+
+def _identity(windows: Int[Tensor, "windows window"], head: nn.Module) -> dict[str, str]:
+    """What has to be the same for two evaluations to be comparable token by token."""
+    vocabulary, width = head.weight.shape
+    shape = "x".join(map(str, windows.shape))
+    return {"tokens_sha256": token_hash(windows), "windows": shape, "vocabulary": str(vocabulary), "width": str(width)}
+
+
+def _check_head(model: nn.Module, decoder: nn.Module, head: nn.Module, ids: Int[Tensor, "1 tokens"]) -> None:
+    """Logits have to be ``lm_head`` of the final hidden states and nothing more (no soft-capping, no scaling)."""
+    ours = head(decoder(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(ours, model(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise UserError(
+            f"{type(model).__name__} changes its logits after lm_head, which the comparison with the dense model does not "
+            "support. Use a model of the Llama or Qwen family."
+        )
+
+
+class _Reference:
+    """The dense model's final hidden states, read one window at a time."""
+
+    def __init__(self, path: Path, windows: Int[Tensor, "windows window"], head: nn.Module):
+        self.path = path
+        try:
+            self.file = safe_open(str(path), framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"The dense reference {path} cannot be read ({error}). Evaluate the dense model again to write it."
+            ) from error
+        found, wanted = self.file.metadata() or {}, _identity(windows, head)
+        differing = [
+            f"{key} {found.get(key, 'missing')} instead of {wanted[key]}"
+            for key in wanted
+            if found.get(key) != wanted[key]
+        ]
+        if differing:
+            raise UserError(
+                f"The dense reference {path} belongs to another text, evaluation.window, evaluation.n_windows or model "
+                f"({'; '.join(differing)}). Evaluate the dense model again with these settings."
+            )
+
+    def hidden_states(self, index: int) -> Float[Tensor, "tokens width"]:
+        return self.file.get_slice("hidden_states")[index]
+
+    def check_nll(self, index: int, nll: Float[Tensor, " tokens"]) -> None:
+        """The dense likelihoods seen through this model's ``lm_head`` have to be the ones that were recorded."""
+        recorded = self.file.get_slice("token_nll")[index].double().mean().item()
+        found = nll.mean().item()
+        if math.isfinite(recorded) and not abs(found - recorded) <= _HEAD_TOLERANCE * max(1.0, abs(recorded)):
+            raise UserError(
+                f"The dense model's hidden states in {self.path} give a negative log-likelihood of {found:.4f} through this "
+                f"model's lm_head, but {recorded:.4f} through the dense one: lm_head was changed, or it is another model. "
+                "Leave lm_head out of the compression, or give the reference of the right dense model."
+            )
