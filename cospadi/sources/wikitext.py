@@ -127,6 +127,7 @@ def _without_structures(wikitext: str) -> str:
             tag.string = _HOLE
         elif tag.name.lower() == "sup" and re.match(r"[-−\d]", tag.contents):
             tag.string = f"^{tag.contents}"  # 10^3 is not 103
+    parsed = wikitextparser.parse(parsed.string)  # spans of what was replaced above are stale
     return parsed.plain_text(replace_templates=_template_words, replace_tables=lambda table: "")
 
 
