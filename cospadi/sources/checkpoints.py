@@ -119,7 +119,9 @@ def _snapshot(config: ModelConfig) -> Path:
             "`hf auth login`, or set model.source to a local directory."
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise UserError(f"{named} has no model.hub_revision={config.hub_revision}. Name a commit, tag or branch.") from error
+        raise UserError(
+            f"{named} has no model.hub_revision={config.hub_revision}. Name a commit, tag or branch."
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
             f"{named} was not found on the hub, or is private. Correct the id, run `hf auth login`, "
@@ -131,7 +133,9 @@ def _snapshot(config: ModelConfig) -> Path:
             "or download it elsewhere and set model.source to the local directory."
         ) from error
     except errors.HfHubHTTPError as error:
-        raise UserError(f"{named} could not be fetched: {brief(error)}. Try again, or use a local directory.") from error
+        raise UserError(
+            f"{named} could not be fetched: {brief(error)}. Try again, or use a local directory."
+        ) from error
 
 
 def _from_wheel(config: ModelConfig, folder: Path) -> dict[str, Any]:

@@ -57,7 +57,9 @@ def parse(source: str, tag: str, sha256: str, setting: str) -> WheelFile:
     if found is None:
         raise UserError(f"{setting}.source={source} is malformed. Write {WHEEL}<package>==<version>/<path inside>.")
     if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
-        raise UserError(f"{setting}.sha256={sha256!r} is not the 64-digit sha256 of a wheel. Copy it from the registry.")
+        raise UserError(
+            f"{setting}.sha256={sha256!r} is not the 64-digit sha256 of a wheel. Copy it from the registry."
+        )
     _check_member(found["member"], setting)
     pip_selection(tag, setting)
     return WheelFile(found["package"], found["version"], found["member"], tag, sha256.lower(), setting)
@@ -189,4 +191,6 @@ def _check_member(member: str, setting: str) -> None:
     """Refuse a path that could lead out of the archive, on any operating system."""
     parts = PurePosixPath(member.replace("\\", "/")).parts
     if not parts or parts[0] == "/" or ".." in parts or re.match(r"[A-Za-z]:", member):
-        raise UserError(f"{setting}.source: the path {member} would leave the wheel. Give a path inside it, without '..'.")
+        raise UserError(
+            f"{setting}.source: the path {member} would leave the wheel. Give a path inside it, without '..'."
+        )

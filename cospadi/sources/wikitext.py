@@ -21,20 +21,63 @@ _HOLE = "\ufffc"
 """Stands where a formula was: without it the sentence is broken, so its paragraph is dropped."""
 _FORMULA_TAGS = frozenset(("math", "chem", "ce", "score", "hiero"))
 _DROPPED_TAGS = frozenset(
-    "ref references gallery timeline imagemap syntaxhighlight source pre templatestyles section noinclude includeonly "
-    "graph mapframe maplink inputbox".split()
+    [
+        "ref",
+        "references",
+        "gallery",
+        "timeline",
+        "imagemap",
+        "syntaxhighlight",
+        "source",
+        "pre",
+        "templatestyles",
+        "section",
+        "noinclude",
+        "includeonly",
+        "graph",
+        "mapframe",
+        "maplink",
+        "inputbox",
+    ]
 )
 _DROPPED_SECTIONS = frozenset(
-    "references|external links|see also|notes|further reading|bibliography|footnotes|citations|sources|"
-    "bibliographies|etymological bibliography|suggested reading|additional reading|resources|notes and references|references and notes|general references|works cited|publications|selected bibliography|"
-    "discography|filmography|gallery|links|literature|primary sources|secondary sources|in-line references".split("|")
+    [
+        "references",
+        "external links",
+        "see also",
+        "notes",
+        "further reading",
+        "bibliography",
+        "footnotes",
+        "citations",
+        "sources",
+        "bibliographies",
+        "etymological bibliography",
+        "suggested reading",
+        "additional reading",
+        "resources",
+        "notes and references",
+        "references and notes",
+        "general references",
+        "works cited",
+        "publications",
+        "selected bibliography",
+        "discography",
+        "filmography",
+        "gallery",
+        "links",
+        "literature",
+        "primary sources",
+        "secondary sources",
+        "in-line references",
+    ]
 )
 # Templates that stand for words of a sentence: which of their unnamed arguments to keep.
 _WORDS: dict[str, slice] = {
     **dict.fromkeys(("convert", "cvt"), slice(0, 2)),
     **dict.fromkeys(("lang", "transl"), slice(1, None)),
     **dict.fromkeys(("nowrap", "small", "quote", "blockquote", "nobold", "abbr", "val", "smallcaps"), slice(0, 1)),
-    **dict.fromkeys(("ipa", "ipaslink", "ipablink", "angbr", "unicode", "grapheme"), slice(0, 1)),
+    **dict.fromkeys(("ipa", "ipaslink", "ipablink", "angbr", "unicode", "nihongo"), slice(0, 1)),
 }
 _HEADING = re.compile(r"(={1,6})\s*(.*?)\s*\1")
 _LIST_MARK = tuple("*#:;")
