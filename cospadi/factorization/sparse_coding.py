@@ -1,0 +1,136 @@
+"""Sparse coding: batched orthogonal matching pursuit (OMP) on the Gram of the dictionary."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from cospadi.errors import UserError
+
+CPU_BYTES = 64 * 2**20
+"""Working memory of one chunk of columns on a CPU: about a last-level cache, as the steps re-read all of it."""
+GPU_FRACTION = 0.25
+"""Share of the free memory of a GPU that one chunk of columns may fill."""
+
+
+@torch.no_grad()
+def sparse_code(
+    dictionary: Float[Tensor, "d_in atoms"],
+    target: Float[Tensor, "d_in d_out"],
+    sparsity: int,
+    chunk: int | None = None,
+) -> Float[Tensor, "atoms d_out"]:
+    """Greedy solution of ``min ‖y − D s‖₂  subject to  ‖s‖₀ ≤ sparsity``, for every column ``y`` of ``target``.
+
+    Orthogonal matching pursuit: take the atom with the largest ``|dᵀr|``, refit all values by least squares, repeat.
+    The step in arXiv:2509.22075 that alternates with the K-SVD sweep. Work is on ``DᵀD`` and ``DᵀY`` only
+    (Batch-OMP: Rubinstein, Zibulevsky, Elad, Technion CS-2008-08), for many columns at a time, with the support's
+    basis made orthonormal one atom per step: with ``q`` the newest basis vector, the correlations move by
+
+        ``Dᵀr ← Dᵀr − (Dᵀq)(qᵀr)``,    ``Dᵀq = (DᵀD)[:, support] · f``,    ``q = D[:, support] · f``
+
+    where ``f`` is the newest column of the inverse Cholesky factor of the support's Gram. In float32 and on a GPU a step
+    costs a column ``atoms · (support so far)`` multiplications.
+
+    A column gets exactly ``min(sparsity, atoms)`` non-zeros, or fewer if its residual vanishes or no atom outside its
+    support is linearly independent of it, up to rounding. Zero columns of ``target`` get zeros, zero atoms are never used.
+
+    Args:
+        dictionary: unit columns, float32 or float64 (the arithmetic is in this dtype; float64 is several times slower).
+        target: the columns to code; same dtype and device.
+        sparsity: non-zeros allowed in a column of the result.
+        chunk: columns coded at a time; by default what fits ``CPU_BYTES`` or ``GPU_FRACTION``. No effect on the result
+            but for rounding.
+
+    Raises:
+        UserError: ``sparsity`` or ``chunk`` is below 1, or an input is not finite.
+
+    >>> sparse_code(torch.eye(3), torch.tensor([[3.0], [-5.0], [4.0]]), sparsity=2).T
+    tensor([[ 0., -5.,  4.]])
+    """
+    if sparsity < 1:
+        raise UserError(f"sparsity={sparsity}: a column needs at least 1 non-zero. Lower the compression ratio.")
+    if chunk is not None and chunk < 1:
+        raise UserError(f"chunk={chunk}: at least 1 column must be coded at a time. Leave it out to fit memory.")
+    for name, tensor in (("dictionary", dictionary), ("target", target)):
+        require_finite(name, tensor)
+    atoms, d_out = dictionary.shape[1], target.shape[1]
+    sparsity = min(sparsity, atoms)
+    gram = dictionary.T @ dictionary
+    correlations = target.T @ dictionary
+    coefficients = torch.zeros_like(correlations)
+    if coefficients.numel() == 0:
+        return coefficients.T
+    step = chunk or _columns_that_fit(gram, sparsity)
+    for first in range(0, d_out, step):
+        support, values = _pursue(gram, correlations[first : first + step], sparsity)
+        coefficients[first : first + step].scatter_(1, support, values)
+    return coefficients.T.contiguous()
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raise a UserError that says how many entries of ``tensor`` are NaN or infinite, if any is."""
+    if not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise UserError(
+            f"{bad} of {tensor.numel()} entries of the {name} are NaN or infinite. "
+            "Check the weight and the calibration gram it was made from."
+        )
+
+
+def _columns_that_fit(gram: Tensor, sparsity: int) -> int:
+    """How many columns `_pursue` may take at a time."""
+    atoms = len(gram)
+    budget = GPU_FRACTION * torch.cuda.mem_get_info(gram.device)[0] if gram.is_cuda else CPU_BYTES
+    bytes_per_column = gram.element_size() * (sparsity * (atoms + sparsity + 4) + 4 * atoms)
+    return max(1, int(budget / bytes_per_column))
+
+
+def _pursue(
+    gram: Float[Tensor, "atoms atoms"], correlations: Float[Tensor, "columns atoms"], sparsity: int
+) -> tuple[Tensor, Float[Tensor, "columns sparsity"]]:
+    """OMP of one chunk: the ``(columns, sparsity)`` atoms taken, in order and without repeats, and their values.
+
+    Loop invariants for each column: ``inverse[:, i]`` holds ``f_i`` with ``q_i = D[:, support] f_i`` orthonormal,
+    ``basis[i] = Dᵀq_i`` and ``correlations = Dᵀr``. Nothing in the loop waits for a GPU, but for one look in 32 steps
+    whether any column is still open. A closed column goes on with zero steps.
+    """
+    columns, atoms = correlations.shape
+    rounding = 64 * torch.finfo(gram.dtype).eps
+    squared_norms = gram.diagonal()
+    every = torch.arange(columns, device=gram.device)
+    correlations = correlations.clone()
+    basis = gram.new_empty(sparsity, columns, atoms)
+    inverse = gram.new_zeros(columns, sparsity, sparsity)
+    steps = gram.new_zeros(columns, sparsity)
+    support = torch.zeros(columns, sparsity, dtype=torch.long, device=gram.device)
+    taken = torch.zeros(columns, atoms, dtype=torch.bool, device=gram.device)
+    vanished = rounding * correlations.abs().amax(1)
+    is_open = torch.ones(columns, dtype=torch.bool, device=gram.device)
+    for i in range(sparsity):
+        largest, atom = correlations.abs().masked_fill_(taken, -1).max(1)
+        onto_basis = basis[:i, every, atom]
+        left = squared_norms[atom] - onto_basis.square().sum(0)  # squared norm of the atom's part outside the span
+        is_open = is_open & (largest > vanished) & (left > rounding * squared_norms[atom])
+        if i % 32 == 0 and not is_open.any():
+            support, steps, inverse = support[:, :i], steps[:, :i], inverse[:, :i, :i]
+            break
+        scale = torch.where(is_open, left, torch.inf).rsqrt()
+        if i:
+            torch.bmm((-scale * onto_basis).T[:, None], inverse[:, :i, :i], out=inverse[:, i : i + 1, :i])
+        inverse[:, i, i] = scale
+        support[:, i] = atom
+        taken[every, atom] = True
+        basis[i] = _combine_rows(gram, support[:, : i + 1], inverse[:, i, : i + 1])
+        steps[:, i] = scale * correlations[every, atom]
+        correlations.addcmul_(basis[i], steps[:, i : i + 1], value=-1)
+    return support, torch.bmm(steps[:, None], inverse)[:, 0]
+
+
+def _combine_rows(
+    rows: Float[Tensor, "atoms width"], indices: Tensor, values: Float[Tensor, "columns terms"]
+) -> Float[Tensor, "columns width"]:
+    """``out[c] = Σ_t values[c, t] · rows[indices[c, t]]``: a sparse times a dense matrix, by the fastest kernel there is."""
+    if rows.dtype == torch.float64 and not rows.is_cuda:  # embedding_bag has no fast float64 kernel on a CPU
+        return rows.new_zeros(len(values), len(rows)).scatter_(1, indices, values) @ rows
+    return F.embedding_bag(indices, rows, per_sample_weights=values.contiguous(), mode="sum")
