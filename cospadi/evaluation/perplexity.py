@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -82,7 +82,7 @@ def mean_stderr(values: Float[Tensor, " n"]) -> tuple[float, float | None]:
     return mean, values.std().item() / math.sqrt(len(values))
 
 
-def ratio_stderr(totals: Sequence[float], sizes: Sequence[float]) -> tuple[float, float | None]:
+def ratio_stderr(totals: Sequence[float | int], sizes: Sequence[float | int]) -> tuple[float, float | None]:
     """Ratio of sums ``r = Σ totals / Σ sizes`` and its standard error by the delta method.
 
     ``se = √(n/(n−1) · Σ (totalᵢ − r·sizeᵢ)²) / Σ sizes`` with documents as independent units; equals the error of a mean
@@ -107,22 +107,23 @@ def perplexity(mean_nll: float, stderr: float | None) -> tuple[float, float | No
 def compare_tokens(
     logits: Float[Tensor, "tokens vocab"],
     targets: Int[Tensor, " tokens"],
-    dense_logits: Float[Tensor, "tokens vocab"] | None,
-) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"] | None, Bool[Tensor, " tokens"] | None]:
-    """Per token: negative log-likelihood (nats), KL(dense ‖ model) (nats), whether both rank the same token first.
+    dense_logits: Float[Tensor, "tokens vocab"] | None = None,
+) -> dict[str, Float[Tensor, " tokens"]]:
+    """Per token: ``nll`` (nats), and given the dense logits ``kl`` = KL(dense ‖ model) (nats), ``agrees`` and ``dense_nll``.
 
     Log-softmax in float32, sums over the vocabulary in float64: ``KL = Σᵥ p(v)·(log p(v) − log q(v))`` with ``p`` the dense
-    model's distribution. A token whose logits hold a NaN agrees with nothing.
+    model's distribution. ``agrees`` is 1 where both rank the same token first; NaN logits agree with nothing.
     """
     log_q = logits.float().log_softmax(-1)
     nll = -log_q.gather(-1, targets[:, None])[:, 0].double()
     if dense_logits is None:
-        return nll, None, None
+        return {"nll": nll}
     log_p = dense_logits.float().log_softmax(-1)
+    dense_nll = -log_p.gather(-1, targets[:, None])[:, 0].double()
     p = log_p.exp()
     divergence = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1, dtype=torch.float64)
     agrees = (logits.argmax(-1) == dense_logits.argmax(-1)) & ~nll.isnan()
-    return nll, divergence, agrees
+    return {"nll": nll, "kl": divergence, "agrees": agrees.double(), "dense_nll": dense_nll}
 
 
 def measure_tokens(
@@ -155,33 +156,28 @@ def measure_tokens(
     dense = _Reference(reference, windows, head) if reference is not None else None
     kept: list[Tensor] = []
     kept_nll: list[Tensor] = []
-    means: list[tuple[float, float, float]] = []
+    means: list[list[float]] = []
     progress = Progress(n_windows, f"Token perplexity: {n_windows} windows of {window} tokens")
     with torch.no_grad():
         _check_head(model, decoder, head, windows[:1, :8].to(device))
         for index, ids in enumerate(windows):
             ids = ids.to(device)
             hidden = decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
-            dense_hidden = dense.hidden_states(index).to(device) if dense else None
-            columns: list[list[Tensor]] = [[], [], [], []]  # NLL, KL, agreement, the dense model's NLL
+            dense_hidden = dense.hidden_states(index).to(hidden) if dense else None
+            parts = []
             for start in range(0, window - 1, n_rows):
                 rows = slice(start, start + n_rows)
-                targets = ids[1:][rows]
-                dense_logits = head(dense_hidden[rows].to(hidden)) if dense else None
-                for column, values in zip(
-                    columns, compare_tokens(head(hidden[rows]), targets, dense_logits), strict=False
-                ):
-                    if values is not None:
-                        column.append(values.double())
-                if dense:
-                    columns[3].append(compare_tokens(dense_logits, targets, None)[0])
-            nll, divergence, agrees, dense_nll = (torch.cat(c) if c else None for c in columns)
+                dense_logits = head(dense_hidden[rows]) if dense else None
+                parts.append(compare_tokens(head(hidden[rows]), ids[1:][rows], dense_logits))
+            tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             if dense:
-                dense.check_nll(index, dense_nll)
+                dense.check_nll(index, tokens["dense_nll"])
             if write_reference is not None:
                 kept.append(hidden.cpu())
-                kept_nll.append(nll.float().cpu())
-            means.append(tuple(math.nan if c is None else c.mean().item() for c in (nll, divergence, agrees)))
+                kept_nll.append(tokens["nll"].float().cpu())
+            means.append(
+                [tokens[name].mean().item() if name in tokens else math.nan for name in ("nll", "kl", "agrees")]
+            )
             so_far = exponential(sum(m[0] for m in means) / len(means))
             progress.step(f"window {index + 1}", f"perplexity so far {so_far:.2f}")
     if write_reference is not None:

@@ -38,6 +38,7 @@ _EMBEDDED_VERSION = 1
 _BOOTSTRAP_ITERATIONS = 1000
 _EXPECTED_WARNINGS = (
     "`pretrained` model kwarg is not of type `str`",
+    "Passed an already-initialized model through `pretrained`",
     "Custom kwargs can be passed",
     "is defined, but aggregation is not",
     "is defined, but higher_is_better is not",
@@ -482,16 +483,18 @@ def _quiet() -> Iterator[None]:
     """No moving bars, no notes about what is done on purpose; other warnings stay."""
     import datasets
     import lm_eval.api.task
+    import lm_eval.evaluator
     import lm_eval.models.huggingface
 
     loggers = [logging.getLogger(name) for name in ("lm_eval.api.task", "lm_eval.models.huggingface")]
     bars = datasets.are_progress_bars_disabled()
-    bar = lm_eval.api.task.tqdm
+    bar, environment = lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info
     pools = os.environ.get("DISABLE_MULTIPROC")
     for logger in loggers:
         logger.addFilter(_is_unexpected)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda iterable, **_: iterable
+    lm_eval.evaluator.add_env_info = lambda storage: None  # 2 s a task; versions are in our own record
     os.environ["DISABLE_MULTIPROC"] = "1"  # no fork of a process that holds a model and its threads
     try:
         yield
@@ -500,7 +503,7 @@ def _quiet() -> Iterator[None]:
             logger.removeFilter(_is_unexpected)
         if not bars:
             datasets.enable_progress_bars()
-        lm_eval.api.task.tqdm = bar
+        lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info = bar, environment
         if pools is None:
             del os.environ["DISABLE_MULTIPROC"]
         else:
