@@ -547,6 +547,16 @@ def test_a_hub_data_set_is_streamed_only_when_cut(monkeypatch, n, streamed):
     assert "trust_remote_code" not in asked
 
 
+def test_a_hub_that_falls_silent_half_way_is_one_sentence(monkeypatch):
+    def rows():
+        yield ROWS[0]
+        raise ConnectionError("the hub fell silent")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda **given: rows())
+    with pytest.raises(UserError, match=r"text\.source=owner/name could not be reached: the hub fell silent\. Connect"):
+        read_documents(dataset("owner/name"))
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
@@ -655,6 +665,13 @@ def test_preparing_again_replaces_the_folder_and_not_the_original(checkpoint, tm
     assert load(checkpoint).config.model_type == "llama"
 
 
+def test_a_checkpoint_is_not_prepared_onto_itself(checkpoint):
+    before = sorted(checkpoint.iterdir())
+    with pytest.raises(UserError, match=r"model\.source=.* is also where the prepared model goes"):
+        prepare_model(model(source=str(checkpoint)), checkpoint)
+    assert sorted(checkpoint.iterdir()) == before
+
+
 def without(checkpoint: Path, folder: Path, *names: str) -> Path:
     folder.mkdir()
     for file in checkpoint.iterdir():
@@ -723,12 +740,14 @@ def test_a_hub_model_without_network_names_the_ways_out(tmp_path):
     )
 
 
-@pytest.mark.parametrize("source", ["nothing", "a/b/c", "-a/b", "a /b", "", "https://x/y"])
+@pytest.mark.parametrize("source", ["nothing", "a/b/c", "-a/b", "a /b", "https://x/y"])
 def test_what_cannot_be_a_hub_id_is_refused(tmp_path, source, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if source == "":
-        pytest.skip("an empty path is the working directory")
     refused(model(source=source), tmp_path / "out", r"model\.source=.* is neither an existing path nor a hub id")
+
+
+def test_an_id_that_the_hub_does_not_allow_is_refused(tmp_path):
+    refused(model(source="owner/na--me"), tmp_path / "out", r"model\.source=owner/na--me is no valid hub id")
 
 
 def test_a_hub_snapshot_is_pinned_filtered_and_linked(checkpoint, tmp_path, monkeypatch):
@@ -786,7 +805,7 @@ def tiny_gguf(path: Path) -> None:
     import numpy as np
     from tokenizers import pre_tokenizers
 
-    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|end|>"]
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|end|>", "ab"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
     writer.add_context_length(64)
@@ -799,7 +818,7 @@ def tiny_gguf(path: Path) -> None:
     writer.add_vocab_size(len(symbols))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(symbols)
-    writer.add_token_types([1] * 256 + [3])
+    writer.add_token_types([1] * 256 + [3, 1])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(256)

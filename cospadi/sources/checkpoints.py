@@ -132,6 +132,8 @@ def _snapshot(config: ModelConfig) -> Path:
             f"{named} could not be fetched: the hub cannot be reached from here. Connect, set HF_ENDPOINT to a mirror, "
             "or download it elsewhere and set model.source to the local directory."
         ) from error
+    except errors.HFValidationError as error:
+        raise UserError(f"{named} is no valid hub id: {brief(error)}. Write <owner>/<name>.") from error
     except errors.HfHubHTTPError as error:
         raise UserError(
             f"{named} could not be fetched: {brief(error)}. Try again, or use a local directory."
@@ -177,7 +179,7 @@ def _from_seed(config: ModelConfig, folder: Path) -> dict[str, Any]:
         torch.manual_seed(config.seed)
         try:
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-        except (ValueError, RuntimeError, TypeError, ZeroDivisionError, AttributeError) as error:
+        except (ValueError, RuntimeError, TypeError, ZeroDivisionError, AttributeError, KeyError) as error:
             raise _bad_architecture(config, error) from error
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     _save(model.eval(), tokenizer, folder)

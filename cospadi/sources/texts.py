@@ -8,9 +8,10 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from xml.etree.ElementTree import ParseError
 
 from cospadi.config import TextConfig
@@ -89,7 +90,7 @@ _PARSERS: dict[str, Callable[[Path], Iterator[str]]] = {
 }
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> BufferedIOBase:
     """A file for reading, unpacked when its first bytes say that it is bz2 or gzip, whatever its name."""
     with open(path, "rb") as stream:
         start = stream.read(3)
@@ -143,17 +144,16 @@ def _rows(config: TextConfig) -> Iterator[str]:
 def _loaded(config: TextConfig, where: dict[str, Any]) -> Any:
     """The split as a ``datasets`` object."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     named = f"text.source={config.source}"
     try:
         return load_dataset(name=config.dataset_config, split=config.split, **where)
     except (ConnectionError, TimeoutError, OfflineModeIsEnabled) as error:
-        raise UserError(
-            f"{named} could not be reached: {brief(error)}. "
-            "Connect to the hub, or set text.source to a local folder laid out like the data set."
-        ) from error
+        raise _unreachable(config, error) from error
+    except DatasetGenerationError as error:
+        raise _damaged(config, error) from error
     except (DatasetNotFoundError, HfHubHTTPError) as error:
         raise UserError(
             f"{named} was not found, or needs a login: {brief(error)}. "
@@ -169,6 +169,7 @@ def _loaded(config: TextConfig, where: dict[str, Any]) -> Any:
 
 
 def _column(config: TextConfig, rows: Any) -> Iterator[str]:
+    import httpx
     import pyarrow
     from datasets.exceptions import DatasetGenerationError
 
@@ -189,6 +190,19 @@ def _column(config: TextConfig, rows: Any) -> Iterator[str]:
             if document.strip():
                 yield document
     except (pyarrow.ArrowInvalid, DatasetGenerationError) as error:
-        raise UserError(
-            f"text.source={config.source} has a file that is damaged or truncated: {brief(error)}. Fetch it again."
-        ) from error
+        raise _damaged(config, error) from error
+    except (ConnectionError, TimeoutError, httpx.HTTPError) as error:
+        raise _unreachable(config, error) from error
+
+
+def _damaged(config: TextConfig, error: Exception) -> UserError:
+    return UserError(
+        f"text.source={config.source} has a file that is damaged or truncated: {brief(error)}. Fetch it again."
+    )
+
+
+def _unreachable(config: TextConfig, error: Exception) -> UserError:
+    return UserError(
+        f"text.source={config.source} could not be reached: {brief(error)}. "
+        "Connect to the hub, or set text.source to a local folder laid out like the data set."
+    )

