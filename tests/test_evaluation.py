@@ -361,6 +361,15 @@ def test_a_text_too_short_for_a_task_names_the_setting(model, tokenizer, changes
         evaluation.evaluate(model, tokenizer, DOCUMENTS, settings(**changes))
 
 
+def test_lengths_that_do_not_fit_name_the_setting(model, tokenizer):
+    for setting in ("window", "max_length"):
+        with pytest.raises(UserError, match=rf"evaluation\.{setting}=5000 is more than the 4096 positions"):
+            evaluation.evaluate(model, tokenizer, DOCUMENTS, settings(**{setting: 5000}))
+    with pytest.raises(UserError, match=r"heldout_cloze has an answer of \d+ tokens.*evaluation\.max_length=2"):
+        config = settings(max_length=2, n_windows=1, embedded_tasks=["heldout_cloze"])
+        evaluation.evaluate(model, tokenizer, DOCUMENTS, config)
+
+
 @pytest.fixture(scope="module")
 def evaluated(model, tokenizer, reference):
     return evaluation.evaluate(perturbed(model), tokenizer, DOCUMENTS, settings(), reference)
@@ -440,6 +449,7 @@ def test_the_result_has_the_layout_that_tables_read(evaluated):
     protocol = result["tasks"]["heldout_cloze"]["protocol"]
     for part in ("lm-eval 0.", "version 1 (own task)", "0-shot", "acc", "max_length 64", "batch size 2", "float32"):
         assert part in protocol
+    assert "requests cut from the left" in protocol  # a byte is a token here
     json.dumps(result)
     json.dumps(samples)
 
@@ -532,6 +542,7 @@ def test_stock_tasks_run_on_stock_prompts(model, tokenizer, monkeypatch):
         mirror=str(MIRROR),
         limit=3,
         n_windows=1,
+        max_length=512,
     )
     result, samples = evaluation.evaluate(model, tokenizer, DOCUMENTS, config)
     assert Path.cwd() == folder
@@ -543,7 +554,7 @@ def test_stock_tasks_run_on_stock_prompts(model, tokenizer, monkeypatch):
     }
     for name in config.tasks:
         assert entries[name]["n_documents"] == len(samples[name]) == 3
-        assert entries[name]["protocol"].endswith("limit 3")
+        assert entries[name]["protocol"].endswith("max_length 512, batch size 2, float32, limit 3")
     assert result["average_accuracy"]["tasks"] == config.tasks
     assert not entries["heldout_cloze"]["in_average"]
     assert entries["lambada_openai"]["all_metrics"]["perplexity"]["stderr"] > 0

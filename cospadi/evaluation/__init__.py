@@ -47,9 +47,11 @@ def evaluate(
         (predicted ones); ``text_hash``; ``limit``. And per task the rows of its documents, JSON-able.
 
     Raises:
-        UserError: for an unknown task, missing data, a too short text, or a reference of something else.
+        UserError: for an unknown task, missing data, a too short text, a window longer than the model's positions, or a
+            reference of something else.
     """
     check_tasks(config)
+    _check_positions(model, config)
     windows = token_windows(tokenizer, documents, config.window, config.n_windows)
     with (
         _threads(config, _move(model, config.device)),
@@ -66,6 +68,17 @@ def evaluate(
         "limit": config.limit,
     }
     return result, samples
+
+
+def _check_positions(model: nn.Module, config: EvaluationConfig) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    for setting in ("window", "max_length"):
+        length = getattr(config, setting)
+        if positions is not None and length > positions:
+            raise UserError(
+                f"evaluation.{setting}={length} is more than the {positions} positions this model was made for. "
+                f"Set evaluation.{setting} to {positions} or less."
+            )
 
 
 def _word_perplexity(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:

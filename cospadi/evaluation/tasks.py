@@ -36,10 +36,12 @@ ACCURACIES = ("acc_norm", "acc")
 _MAIN_METRICS = (*ACCURACIES, "exact_match", "word_perplexity", "perplexity")
 _EMBEDDED_VERSION = 1
 _BOOTSTRAP_ITERATIONS = 1000
+_LOGGED_LETTERS = 200
 _EXPECTED_WARNINGS = (
     "`pretrained` model kwarg is not of type `str`",
     "Passed an already-initialized model through `pretrained`",
     "Custom kwargs can be passed",
+    "exceeds model's maximum length",  # counted, and told in the protocol
     "is defined, but aggregation is not",
     "is defined, but higher_is_better is not",
 )
@@ -244,16 +246,17 @@ def _language_model(model: nn.Module, tokenizer: Callable[..., Any], config: Eva
         progress: Progress | None = None
         title = ""
         rolling = False
+        cut = 0
 
         def start(self, n_requests: int, tokens: int) -> None:
             steps = max(1, min(10, n_requests // self.batch_size))
             self.share, self.seen = tokens / steps, 0
             self.progress = Progress(steps, f"{self.title}: {n_requests} requests, {tokens} tokens")
 
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
             return super().loglikelihood(requests, disable_tqdm=True)
 
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
             self.start(len(requests), sum(len(self.tok_encode(request.args[0])) for request in requests))
             self.rolling = True
             try:
@@ -261,8 +264,19 @@ def _language_model(model: nn.Module, tokenizer: Callable[..., Any], config: Eva
             finally:
                 self.rolling = False
 
-        def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None):
+        def _loglikelihood_tokens(
+            self, requests: Sequence[Any], disable_tqdm: bool = True, override_bs: int | None = None
+        ):
             if not self.rolling:  # requests that differ in their last token alone share one forward pass
+                longest = max(len(continuation) for _, _, continuation in requests)
+                if longest > self.max_length:
+                    raise UserError(
+                        f"Task {self.title} has an answer of {longest} tokens, longer than evaluation.max_length="
+                        f"{self.max_length}. Set evaluation.max_length to {longest} or more."
+                    )
+                self.cut = sum(
+                    len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests
+                )
                 distinct = {tuple(context + continuation[:-1]) for _, context, continuation in requests}
                 self.start(len(requests), sum(min(len(key), self.max_length) for key in distinct))
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
@@ -294,7 +308,7 @@ def _run(
 
     for leaf in _leaves(task):
         _guard_overflow(leaf)
-    language_model.title = name
+    language_model.title, language_model.cut = name, 0
     result = simple_evaluate(
         model=language_model,
         tasks=[task],
@@ -337,6 +351,7 @@ def _run(
         f"batch size {config.batch_size}",
         str(language_model.model.dtype).removeprefix("torch."),
         f"limit {limit}" if limit is not None else "all documents",
+        *([f"{language_model.cut} requests cut from the left"] if language_model.cut else []),
         *([f"{broken} documents with non-finite likelihoods"] if broken else []),
     ]
     entry = {
@@ -368,10 +383,10 @@ def _guard_overflow(task: Any) -> None:
     """
     from lm_eval.api.metrics import perplexity, weighted_perplexity
 
-    def mean_perplexity(items: Sequence[float]) -> float:
+    def mean_perplexity(items: Sequence[float | int]) -> float:
         return exponential(-sum(items) / len(items))
 
-    def ratio_perplexity(items: Sequence[tuple[float, float]]) -> float:
+    def ratio_perplexity(items: Sequence[tuple[float, float | int]]) -> float:
         return exponential(-sum(total for total, _ in items) / sum(size for _, size in items))
 
     guarded = {perplexity: mean_perplexity, weighted_perplexity: ratio_perplexity}
@@ -415,9 +430,12 @@ def _row(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """Python's own types; a text (a rolling task's target is a whole page) is cut."""
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, str):
+        return value if len(value) <= _LOGGED_LETTERS else f"{value[:_LOGGED_LETTERS]}…"
+    if value is None or isinstance(value, bool | int | float):
         return value
     return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
 
