@@ -82,7 +82,7 @@ def _columns_that_fit(gram: Tensor, sparsity: int) -> int:
     """How many columns `_pursue` may take at a time."""
     atoms = len(gram)
     budget = GPU_FRACTION * torch.cuda.mem_get_info(gram.device)[0] if gram.is_cuda else CPU_BYTES
-    bytes_per_column = gram.element_size() * (sparsity * (atoms + sparsity + 4) + 4 * atoms)
+    bytes_per_column = gram.element_size() * (2 * sparsity * (sparsity + 2) + 4 * atoms)
     return max(1, int(budget / bytes_per_column))
 
 
@@ -91,39 +91,40 @@ def _pursue(
 ) -> tuple[Tensor, Float[Tensor, "columns sparsity"]]:
     """OMP of one chunk: the ``(columns, sparsity)`` atoms taken, in order and without repeats, and their values.
 
-    Loop invariants for each column: ``inverse[:, i]`` holds ``f_i`` with ``q_i = D[:, support] f_i`` orthonormal,
-    ``basis[i] = Dᵀq_i`` and ``correlations = Dᵀr``. Nothing in the loop waits for a GPU, but for one look in 32 steps
-    whether any column is still open. A closed column goes on with zero steps.
+    Loop invariants for each column: ``inverse[:, i]`` holds ``f_i`` with ``q_i = D[:, support] f_i`` orthonormal
+    (``transposed`` holds the same, as products with a row vector on the left are the fast ones), and
+    ``correlations = Dᵀr``. Nothing in the loop waits for a GPU, but for one look in 32 steps whether any column is
+    still open. A closed column goes on with zero steps.
     """
-    columns, atoms = correlations.shape
+    columns = len(correlations)
     rounding = 64 * torch.finfo(gram.dtype).eps
     squared_norms = gram.diagonal()
-    every = torch.arange(columns, device=gram.device)
     correlations = correlations.clone()
-    basis = gram.new_empty(sparsity, columns, atoms)
     inverse = gram.new_zeros(columns, sparsity, sparsity)
+    transposed = torch.zeros_like(inverse)
     steps = gram.new_zeros(columns, sparsity)
     support = torch.zeros(columns, sparsity, dtype=torch.long, device=gram.device)
-    taken = torch.zeros(columns, atoms, dtype=torch.bool, device=gram.device)
+    penalty = torch.zeros_like(correlations)
     vanished = rounding * correlations.abs().amax(1)
     is_open = torch.ones(columns, dtype=torch.bool, device=gram.device)
     for i in range(sparsity):
-        largest, atom = correlations.abs().masked_fill_(taken, -1).max(1)
-        onto_basis = basis[:i, every, atom]
-        left = squared_norms[atom] - onto_basis.square().sum(0)  # squared norm of the atom's part outside the span
+        largest, atom = correlations.abs().add_(penalty).max(1)
+        shared = gram[atom[:, None], support[:, :i]]  # products of the atom with the support
+        onto_basis = torch.bmm(shared[:, None], transposed[:, :i, :i])
+        left = squared_norms[atom] - onto_basis.square().sum((1, 2))  # squared norm of the atom outside the span
         is_open = is_open & (largest > vanished) & (left > rounding * squared_norms[atom])
         if i % 32 == 0 and not is_open.any():
             support, steps, inverse = support[:, :i], steps[:, :i], inverse[:, :i, :i]
             break
         scale = torch.where(is_open, left, torch.inf).rsqrt()
-        if i:
-            torch.bmm((-scale * onto_basis).T[:, None], inverse[:, :i, :i], out=inverse[:, i : i + 1, :i])
-        inverse[:, i, i] = scale
+        newest = torch.cat([torch.bmm(onto_basis, inverse[:, :i, :i])[:, 0].neg_(), torch.ones_like(scale)[:, None]], 1)
+        newest *= scale[:, None]
+        inverse[:, i, : i + 1] = newest
+        transposed[:, : i + 1, i] = newest
         support[:, i] = atom
-        taken[every, atom] = True
-        basis[i] = _combine_rows(gram, support[:, : i + 1], inverse[:, i, : i + 1])
-        steps[:, i] = scale * correlations[every, atom]
-        correlations.addcmul_(basis[i], steps[:, i : i + 1], value=-1)
+        steps[:, i] = scale * correlations.gather(1, atom[:, None])[:, 0]
+        penalty.scatter_(1, atom[:, None], -torch.inf)
+        correlations.addcmul_(_combine_rows(gram, support[:, : i + 1], newest), steps[:, i : i + 1], value=-1)
     return support, torch.bmm(steps[:, None], inverse)[:, 0]
 
 
@@ -133,4 +134,4 @@ def _combine_rows(
     """``out[c] = Σ_t values[c, t] · rows[indices[c, t]]``: a sparse times a dense matrix, by the fastest kernel there is."""
     if rows.dtype == torch.float64 and not rows.is_cuda:  # embedding_bag has no fast float64 kernel on a CPU
         return rows.new_zeros(len(values), len(rows)).scatter_(1, indices, values) @ rows
-    return F.embedding_bag(indices, rows, per_sample_weights=values.contiguous(), mode="sum")
+    return F.embedding_bag(indices, rows, per_sample_weights=values, mode="sum")

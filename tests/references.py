@@ -1,0 +1,106 @@
+"""Slow, obvious numerics in float64, a few lines each: what the fast ones are compared with."""
+
+import numpy as np
+import torch
+
+
+def sparse_code(dictionary, target, sparsity):
+    """Orthogonal matching pursuit: one column at a time, least squares from scratch at each step."""
+    coefficients = torch.zeros(dictionary.shape[1], target.shape[1], dtype=target.dtype)
+    for j, column in enumerate(target.T):
+        support, residual = [], column
+        for _ in range(sparsity):
+            scores = (dictionary.T @ residual).abs()
+            scores[support] = -1.0
+            support.append(int(scores.argmax()))
+            values = torch.linalg.lstsq(dictionary[:, support], column[:, None]).solution[:, 0]
+            residual = column - dictionary[:, support] @ values
+        coefficients[support, j] = values
+    return coefficients
+
+
+def ksvd_sweep(dictionary, coefficients, target):
+    """Each atom in turn: the full SVD of the residual it has to explain, on the columns that use it."""
+    dictionary, coefficients = dictionary.clone(), coefficients.clone()
+    for j in range(dictionary.shape[1]):
+        users = coefficients[j] != 0
+        if users.any():
+            coefficients_without = coefficients.clone()
+            coefficients_without[j] = 0
+            error = (target - dictionary @ coefficients_without)[:, users]
+            left, singular_values, right = torch.linalg.svd(error, full_matrices=False)
+            dictionary[:, j], coefficients[j, users] = left[:, 0], singular_values[0] * right[0]
+    return dictionary, coefficients
+
+
+def whitener(gram):
+    """Upper-triangular ``R`` with ``RᵀR = gram``."""
+    return torch.from_numpy(np.linalg.cholesky(gram.double().numpy()).T.copy())
+
+
+def svd_llm(weight, gram, rank):
+    """The rank-``rank`` matrix closest to ``weight`` at the outputs: SVD of ``R W``, solved back."""
+    factor = np.linalg.cholesky(gram.double().numpy()).T
+    left, singular_values, right = np.linalg.svd(factor @ weight.double().numpy(), full_matrices=False)
+    best = left[:, :rank] @ np.diag(singular_values[:rank]) @ right[:rank]
+    return torch.from_numpy(np.linalg.solve(factor, best))
+
+
+def hard_threshold_columns(matrix, sparsity):
+    """Keep the ``sparsity`` largest magnitudes of each column, zero the rest."""
+    kept = torch.zeros_like(matrix)
+    for j, column in enumerate(matrix.T):
+        largest = column.abs().argsort(descending=True, stable=True)[:sparsity]
+        kept[largest, j] = column[largest]
+    return kept
+
+
+def least_squares_on_support(dictionary, target, support):
+    """Best coefficients that are zero wherever the boolean ``support`` is false."""
+    coefficients = torch.zeros(dictionary.shape[1], target.shape[1], dtype=target.dtype)
+    for j, column in enumerate(target.T):
+        atoms = support[:, j].nonzero()[:, 0]
+        if len(atoms):
+            solution = torch.linalg.lstsq(dictionary[:, atoms], column[:, None], driver="gelsd").solution
+            coefficients[atoms, j] = solution[:, 0]
+    return coefficients
+
+
+def dictionary_update(target, coefficients, ridge=0.0):
+    """``Y Sᵀ (S Sᵀ + ridge · I)⁻¹``."""
+    outer = coefficients @ coefficients.T + ridge * torch.eye(len(coefficients), dtype=target.dtype)
+    return target @ coefficients.T @ torch.linalg.inv(outer)
+
+
+def output_error(inputs, weight, approximation):
+    """``‖X(W − Ŵ)‖_F / ‖XW‖_F`` from the inputs themselves."""
+    return float((inputs @ weight - inputs @ approximation).norm() / (inputs @ weight).norm())
+
+
+def stored_bits_by_storing(dictionary, coefficients):
+    """Bits of the numpy arrays that hold dictionary, non-zero coefficients and 1-bit support mask."""
+    mask = (coefficients != 0).numpy()
+    arrays = (
+        dictionary.numpy().astype(np.float16),
+        coefficients.numpy()[mask].astype(np.float16),
+        np.packbits(mask),  # rounded up to whole bytes
+    )
+    return 8 * sum(array.nbytes for array in arrays)
+
+
+def htp_round(dictionary, coefficients, target, sparsity):
+    """Hard thresholding pursuit, one round: gradient step, largest ``sparsity`` a column, least squares on them.
+
+    Step size of a column: ``‖g‖² / ‖D g‖²`` with the gradient ``g`` on the current support (on everything if the
+    support is empty), as in normalised iterative hard thresholding (Blumensath and Davies 2010; Foucart 2011).
+    """
+    gradient = dictionary.T @ (target - dictionary @ coefficients)
+    support = coefficients != 0
+    on_support = torch.where(support | ~support.any(dim=0), gradient, torch.zeros_like(gradient))
+    along = dictionary @ on_support
+    step = torch.zeros(target.shape[1], dtype=target.dtype)
+    for j in range(target.shape[1]):
+        if along[:, j].norm() > 0:
+            step[j] = on_support[:, j].square().sum() / along[:, j].square().sum()
+    moved = hard_threshold_columns(coefficients + step * gradient, sparsity)
+    return least_squares_on_support(dictionary, target, moved != 0)
