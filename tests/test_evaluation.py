@@ -365,8 +365,8 @@ def test_lengths_that_do_not_fit_name_the_setting(model, tokenizer):
     for setting in ("window", "max_length"):
         with pytest.raises(UserError, match=rf"evaluation\.{setting}=5000 is more than the 4096 positions"):
             evaluation.evaluate(model, tokenizer, DOCUMENTS, settings(**{setting: 5000}))
+    config = settings(max_length=2, n_windows=1, embedded_tasks=["heldout_cloze"])
     with pytest.raises(UserError, match=r"heldout_cloze has an answer of \d+ tokens.*evaluation\.max_length=2"):
-        config = settings(max_length=2, n_windows=1, embedded_tasks=["heldout_cloze"])
         evaluation.evaluate(model, tokenizer, DOCUMENTS, config)
 
 
@@ -594,6 +594,32 @@ def test_a_task_loaded_by_its_file_is_the_one_in_the_stock_index():
             assert ours.doc_to_text(ours.eval_docs[index]) == stock.doc_to_text(document)
             assert ours.doc_to_target(ours.eval_docs[index]) == stock.doc_to_target(document)
         assert ours.VERSION == stock.VERSION
+
+
+@needs_mirror
+def test_a_tag_stands_for_its_tasks(model, tokenizer, monkeypatch):
+    import lm_eval.tasks
+    from lm_eval.tasks import TaskManager
+
+    folder = Path(lm_eval.tasks.__file__).parent / "arc"  # the whole index takes 15 s
+    manager = TaskManager(include_defaults=False, include_path=folder)
+    monkeypatch.setattr(tasks, "_stock_manager", lambda: manager)
+    config = settings(tasks=["ai2_arc"], embedded_tasks=[], mirror=str(MIRROR), limit=2, n_windows=1, max_length=1024)
+    result, samples = evaluation.evaluate(model, tokenizer, DOCUMENTS, config)
+    assert list(result["tasks"]) == list(samples) == ["arc_challenge", "arc_easy"]
+    assert result["average_accuracy"]["tasks"] == ["arc_challenge", "arc_easy"]
+    assert all(entry["higher_is_better"] for entry in result["tasks"].values())
+
+
+def test_a_configuration_the_mirror_lacks_is_one_sentence(model, tokenizer, tmp_path):
+    folder = tmp_path / "allenai" / "ai2_arc"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: Other\n  data_files: other.csv\n---\n")
+    (folder / "other.csv").write_text("question\nwhy\n")
+    with pytest.raises(
+        UserError, match=r"task arc_easy .*'ARC-Easy' not found.*take arc_easy out of evaluation\.tasks"
+    ):
+        evaluation.evaluate(model, tokenizer, DOCUMENTS, settings(tasks=["arc_easy"], mirror=str(tmp_path)))
 
 
 @needs_mirror

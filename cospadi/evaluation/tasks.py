@@ -320,7 +320,7 @@ def _run(
     )
     leaves = [leaf.task_name for leaf in _leaves(task)]
     logged = {leaf: result["samples"][leaf] for leaf in leaves}
-    better = result["higher_is_better"].get(name) or {}
+    better = result["higher_is_better"].get(name) or result["higher_is_better"].get(leaves[0]) or {}  # a group has none
     metrics: dict[str, dict[str, Any]] = {}
     for key, value in result["results"][name].items():
         metric, comma, filtered = key.partition(",")
@@ -451,7 +451,7 @@ def _first_line(error: BaseException) -> str:
 def _data_from(mirror: str | None, wanted: list[str]) -> Iterator[None]:
     """Let stock tasks find ``<owner>/<name>`` in the mirror: ``load_dataset`` takes an existing folder before it asks the hub.
 
-    ``wanted`` collects the data sets asked for.
+    ``wanted`` collects the data sets asked for. The working directory of the whole process is the mirror meanwhile.
     """
     import datasets
 
