@@ -37,7 +37,7 @@ def _one_of(setting: str, value: str, allowed: Sequence[str]) -> None:
     _require(value in allowed, f"{setting}={value} is not known. Choose one of: {', '.join(allowed)}.")
 
 
-def _at_least(setting: str, value: float | None, least: float) -> None:
+def _at_least(setting: str, value: float | int | None, least: float | int) -> None:
     _require(value is None or value >= least, f"{setting}={value} is too small. Set {least} or more.")
 
 
@@ -242,7 +242,7 @@ class CoSpaDiConfig(FactorizationConfig):
     """Alternations at most; ``null``: 60 for ksvd (the paper's), 20 for htp."""
     power_iterations: int = 8
     """ksvd: per atom update."""
-    cg_steps: int = 3
+    cg_steps: int = 2
     """htp: conjugate-gradient steps of a round's least squares."""
     tolerance: float = 1e-3
     """htp: stop when a round lowers the error by less than this fraction."""

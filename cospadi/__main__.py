@@ -1,0 +1,5 @@
+import sys
+
+from cospadi.cli import main
+
+sys.exit(main())

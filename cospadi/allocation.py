@@ -1,0 +1,194 @@
+"""How much each projection may lose: ASVD's sensitivity-based truncation rank search (arXiv:2312.05821, section 3.3).
+
+Every projection is truncated alone at every ratio and the calibration perplexity is noted. All (projection, ratio) pairs
+that cost at most some perplexity are accepted, each projection takes its smallest accepted ratio, and the threshold is
+the lowest that meets the target: a number of bits, or the highest that keeps a perplexity budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from cospadi import models
+from cospadi.calibration import draw_samples, pick_device
+from cospadi.config import ASVDConfig, Config
+from cospadi.errors import UserError
+from cospadi.evaluation import measure_tokens
+from cospadi.factorization import budget
+from cospadi.factorization.methods import Problem, factorize
+from cospadi.models import Projection
+from cospadi.progress import Progress
+from cospadi.records import read_json
+
+
+def truncated_rank(projection: Projection, kept: float) -> int:
+    """``⌊kept · d_in · d_out / (d_in + d_out)⌋``, at least 1; ``kept`` is a fraction of the parameters."""
+    return max(int(kept * projection.d_in * projection.d_out / (projection.d_in + projection.d_out) + 1e-9), 1)
+
+
+def perplexities_alone(
+    config: Config, folder: Path, grams: Path, tokens: Int[Tensor, "n_samples sample_length"]
+) -> dict[str, Any]:
+    """Calibration perplexity with one projection truncated at a time: ``{projection: {kept: perplexity}}``."""
+    ratios = sorted(_search(config).truncation_ratios, reverse=True)
+    projections = models.find_projections(folder, config.model)
+    model = models.load(folder, config.model.dtype, pick_device(config.calibration.device))
+    progress = Progress(len(projections), f"Sensitivity of {len(projections)} projections at {len(ratios)} ratios each")
+    dense, table = _perplexity(model, tokens), {}
+    for projection in projections:
+        table[projection.name] = {}
+        for kept in ratios:
+            with _truncated(model, config, folder, grams, [projection], {projection.name: kept}):
+                table[projection.name][f"{kept:g}"] = _perplexity(model, tokens)
+        progress.step(projection.name, weight=1)
+    return {"dense_perplexity": dense, "perplexities": table}
+
+
+def choose_ranks(
+    config: Config, folder: Path, documents: Path, grams: Path, sensitivity: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Ranks (``None``: stays dense) of every projection that meet the ratio or the perplexity budget.
+
+    Raises:
+        UserError: when even the harshest choice does not meet the target.
+    """
+    projections = models.find_projections(folder, config.model)
+    pairs = sorted(
+        (float(perplexity), name, float(kept))
+        for name, row in sensitivity["perplexities"].items()
+        for kept, perplexity in row.items()
+    )
+    if _search(config).perplexity_budget is None:
+        accepted = _fewest_that_fit(projections, pairs, config.factorization.compression_ratio)
+    else:
+        accepted = _most_within_perplexity(config, folder, documents, grams, projections, pairs)
+    kept = smallest_accepted(pairs[:accepted])
+    ranks = {p.name: truncated_rank(p, kept[p.name]) if p.name in kept else None for p in projections}
+    return {
+        "ranks": ranks,
+        "threshold_perplexity": pairs[accepted - 1][0] if accepted else None,
+        "stored_bits": bits_of(projections, kept),
+    }
+
+
+def smallest_accepted(pairs: Sequence[tuple[float, str, float]]) -> dict[str, float]:
+    """The smallest kept fraction among the accepted pairs of each projection."""
+    kept: dict[str, float] = {}
+    for _, name, fraction in pairs:
+        kept[name] = min(fraction, kept.get(name, 1.0))
+    return kept
+
+
+def bits_of(projections: Sequence[Projection], kept: Mapping[str, float]) -> int:
+    """Stored bits of all projections; those without a kept fraction stay dense."""
+    return sum(
+        budget.low_rank_bits(p.d_in, p.d_out, truncated_rank(p, kept[p.name]))
+        if p.name in kept
+        else budget.dense_bits(p.d_in, p.d_out)
+        for p in projections
+    )
+
+
+def _fewest_that_fit(
+    projections: Sequence[Projection], pairs: Sequence[tuple[float, str, float]], compression_ratio: float
+) -> int:
+    """Bits fall as more pairs are accepted: bisect for the first count within the budget."""
+    allowed = sum(budget.budget_bits(p.d_in, p.d_out, compression_ratio) for p in projections)
+    least = bits_of(projections, smallest_accepted(pairs))
+    if least > allowed:
+        raise UserError(
+            f"factorization.rank_search.truncation_ratios cannot reach factorization.compression_ratio="
+            f"{compression_ratio:g}: the harshest choice stores {least} bits, {allowed} are allowed. "
+            f"Add a truncation ratio of {1 - compression_ratio:g} or less."
+        )
+    low, high = 0, len(pairs)
+    while low < high:
+        middle = (low + high) // 2
+        if bits_of(projections, smallest_accepted(pairs[:middle])) <= allowed:
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def _most_within_perplexity(
+    config: Config,
+    folder: Path,
+    documents: Path,
+    grams: Path,
+    projections: Sequence[Projection],
+    pairs: Sequence[tuple[float, str, float]],
+) -> int:
+    """Bisect for the largest count whose joint perplexity on the calibration tokens stays within the budget."""
+    search, calibration = _search(config), config.calibration
+    tokens = draw_samples(
+        models.load_tokenizer(folder),
+        read_json(documents),
+        min(search.n_samples, calibration.n_samples),
+        calibration.sample_length,
+        calibration.seed,
+    )
+    model = models.load(folder, config.model.dtype, pick_device(calibration.device))
+    low, high = 0, len(pairs)
+    while low < high:
+        middle = (low + high + 1) // 2
+        kept = smallest_accepted(pairs[:middle])
+        with _truncated(model, config, folder, grams, [p for p in projections if p.name in kept], kept):
+            measured = _perplexity(model, tokens)
+        print(f"accepting {middle} of {len(pairs)} truncations: perplexity {measured:.2f}", flush=True)
+        if measured <= search.perplexity_budget:
+            low = middle
+        else:
+            high = middle - 1
+    if low == 0:
+        raise UserError(
+            f"No truncation keeps the calibration perplexity within factorization.rank_search.perplexity_budget="
+            f"{search.perplexity_budget:g}. Raise the budget, or add milder truncation_ratios."
+        )
+    return low
+
+
+@contextmanager
+def _truncated(
+    model: nn.Module,
+    config: Config,
+    folder: Path,
+    grams: Path,
+    projections: Sequence[Projection],
+    kept: Mapping[str, float],
+) -> Iterator[None]:
+    """The model with some projections truncated, and as it was afterwards."""
+    from cospadi.stages import read_statistics
+
+    checkpoint = models.Checkpoint(folder)
+    plain = replace(config.factorization, rank_search=None)
+    truncated = []
+    for p in projections:
+        weight = checkpoint.weight(p)
+        absolute_mean = read_statistics(grams, p.layer, p.shared_input, weight.device)[1]
+        identity = torch.eye(p.d_in, dtype=torch.float64)  # asvd needs no whitener
+        problem = Problem(weight, identity, absolute_mean, truncated_rank(p, kept[p.name]))
+        truncated.append((p.name, factorize(plain, problem).weight()))
+    try:
+        models.replace_weights(model, truncated)
+        yield
+    finally:
+        models.replace_weights(model, ((p.name, checkpoint.weight(p)) for p in projections))
+
+
+def _perplexity(model: nn.Module, tokens: Int[Tensor, "n_samples sample_length"]) -> float:
+    return float(measure_tokens(model, tokens)["token_perplexity"]["value"])
+
+
+def _search(config: Config):
+    if not isinstance(config.factorization, ASVDConfig) or config.factorization.rank_search is None:
+        raise UserError("factorization.rank_search is not set: there is nothing to search.")
+    return config.factorization.rank_search

@@ -1,0 +1,125 @@
+"""The one place where a compression ratio becomes ranks, atoms and non-zeros, and these become bits.
+
+A projection of ``d_in × d_out`` takes ``16 · d_in · d_out`` bits dense. ``compression_ratio`` is the fraction of them
+that is removed, and nothing here ever hands out more than what is left.
+"""
+
+from __future__ import annotations
+
+from cospadi.errors import UserError
+
+DENSE_BITS = 16
+"""Bits of a dense weight, a dictionary entry, a low-rank factor's entry."""
+PAPER_VALUE_BITS = 14
+"""Bits of a coefficient under the paper's accounting: two mantissa bits pay for the mask (arXiv:2509.22075, eq. 11)."""
+
+
+def dense_bits(d_in: int, d_out: int) -> int:
+    """Bits of an uncompressed projection.
+
+    >>> dense_bits(64, 256)
+    262144
+    """
+    return DENSE_BITS * d_in * d_out
+
+
+def budget_bits(d_in: int, d_out: int, compression_ratio: float) -> int:
+    """Bits that a compressed projection may take, ``⌊(1 − ratio) · dense⌋``.
+
+    >>> budget_bits(64, 256, 0.2)
+    209715
+    """
+    return int((1 - compression_ratio) * dense_bits(d_in, d_out) + 1e-6)
+
+
+def mask_bits(atoms: int, d_out: int) -> int:
+    """Bits of the support mask: one per coefficient, filled up to whole bytes.
+
+    >>> mask_bits(32, 256), mask_bits(3, 3)
+    (8192, 16)
+    """
+    return (atoms * d_out + 7) // 8 * 8
+
+
+def stored_bits(d_in: int, d_out: int, atoms: int, sparsity: int, value_bits: int = DENSE_BITS) -> int:
+    """Bits of a sparse dictionary: dictionary, non-zero coefficients, support mask (arXiv:2509.22075, eq. 10).
+
+    >>> stored_bits(d_in=64, d_out=256, atoms=32, sparsity=16)  # 32768 + 65536 + 8192
+    106496
+    """
+    value_bytes = (value_bits * sparsity * d_out + 7) // 8
+    return DENSE_BITS * d_in * atoms + 8 * value_bytes + mask_bits(atoms, d_out)
+
+
+def low_rank_bits(d_in: int, d_out: int, rank: int) -> int:
+    """Bits of two dense factors of the given rank.
+
+    >>> low_rank_bits(64, 256, 8)
+    40960
+    """
+    return DENSE_BITS * rank * (d_in + d_out)
+
+
+def rank(d_in: int, d_out: int, compression_ratio: float) -> int:
+    """Largest rank within the budget, ``⌊(1 − ratio) · d_in · d_out / (d_in + d_out)⌋``.
+
+    >>> rank(576, 576, 0.2)
+    230
+
+    Raises:
+        UserError: when not even rank 1 fits.
+    """
+    largest = budget_bits(d_in, d_out, compression_ratio) // low_rank_bits(d_in, d_out, 1)
+    if largest < 1:
+        raise _too_small(d_in, d_out, compression_ratio, "rank 1")
+    return largest
+
+
+def atoms_and_sparsity(
+    d_in: int, d_out: int, compression_ratio: float, rho: float, accounting: str = "mask"
+) -> tuple[int, int]:
+    """Atoms and non-zeros per column that fill the budget with about ``rho`` atoms per non-zero.
+
+    ``mask`` solves ``16·d_in·k + 16·(k/rho)·d_out + k·d_out = budget`` for the atoms ``k`` and then spends what
+    rounding down has left over, first on non-zeros, then on atoms. ``paper`` is arXiv:2509.22075 v6, eq. 49:
+    ``k = (1 − ratio)·d_in·d_out / (d_in + d_out/rho)``, ``s = ⌊k/rho⌋``, the mask paid for by 14-bit values; that is
+    honest only up to rho = 2.
+
+    >>> atoms_and_sparsity(576, 1536, 0.2, rho=2.0)
+    (493, 245)
+    >>> atoms_and_sparsity(576, 1536, 0.2, rho=2.0, accounting="paper")
+    (526, 263)
+
+    Raises:
+        UserError: when the budget holds no atom, or paper accounting is asked for beyond rho = 2.
+    """
+    budget = budget_bits(d_in, d_out, compression_ratio)
+    if accounting == "paper":
+        if rho > 2:
+            raise UserError(
+                f"factorization.accounting=paper is only exact up to factorization.rho=2, and rho={rho:g}: "
+                "14-bit values would no longer pay for the mask. Set rho to 2 or less, or accounting=mask."
+            )
+        atoms = int((1 - compression_ratio) * d_in * d_out / (d_in + d_out / rho) + 1e-9)
+        sparsity = int(atoms / rho + 1e-9)
+    else:
+        per_atom, per_nonzero = DENSE_BITS * d_in + d_out, DENSE_BITS * d_out
+        budget -= 7  # the mask is filled up to a byte
+        atoms = int(budget / (per_atom + per_nonzero / rho))
+        sparsity = min((budget - atoms * per_atom) // per_nonzero, atoms)
+        atoms += max(budget - atoms * per_atom - sparsity * per_nonzero, 0) // per_atom
+    if atoms < 1 or sparsity < 1:
+        raise _too_small(d_in, d_out, compression_ratio, "one atom with one non-zero per column")
+    return atoms, sparsity
+
+
+def value_bits(accounting: str) -> int:
+    """Bits of a stored coefficient under an accounting."""
+    return PAPER_VALUE_BITS if accounting == "paper" else DENSE_BITS
+
+
+def _too_small(d_in: int, d_out: int, compression_ratio: float, least: str) -> UserError:
+    return UserError(
+        f"A {d_in}×{d_out} projection at factorization.compression_ratio={compression_ratio:g} has "
+        f"{budget_bits(d_in, d_out, compression_ratio)} bits, less than {least} needs. Choose a smaller ratio."
+    )

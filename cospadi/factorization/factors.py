@@ -1,0 +1,182 @@
+"""What a factorization returns, and how its bits lie in a file.
+
+``tensors()`` is the stored form and ``stored_bits`` counts exactly those tensors; ``weight()`` multiplies the stored
+form out again, so that every number reported belongs to the rounded factors and not to those before rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from cospadi.errors import UserError
+
+STORAGE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``W ≈ left @ right``."""
+
+    left: Float[Tensor, "d_in rank"]
+    right: Float[Tensor, "rank d_out"]
+    kind = "low_rank"
+    value_bits = 16
+
+    @classmethod
+    def balanced(cls, left: Tensor, right: Tensor, storage_dtype: torch.dtype) -> LowRank:
+        """Both factors in ``storage_dtype``, scaled so that column ``i`` of one and row ``i`` of the other match.
+
+        Equal norms keep both factors away from the ends of the 16-bit range.
+        """
+        column, row = left.norm(dim=0), right.norm(dim=1)
+        scale = torch.where((column > 0) & (row > 0), (row / column).sqrt(), torch.ones_like(column))
+        return cls(rounded(left * scale, storage_dtype), rounded(right / scale[:, None], storage_dtype))
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        return {"rank": self.left.shape[1], "atoms": None, "sparsity": None}
+
+    def weight(self) -> Float[Tensor, "d_in d_out"]:
+        return self.left.float() @ self.right.float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"left": self.left, "right": self.right}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LowRank:
+        return cls(tensors["left"], tensors["right"])
+
+
+@dataclass(frozen=True)
+class SparseDictionary:
+    """``W ≈ dictionary @ coefficients``, at most ``sparsity`` non-zero coefficients in a column.
+
+    Stored: the dictionary, the non-zero values column by column, and one bit per coefficient that says where they are.
+    """
+
+    dictionary: Float[Tensor, "d_in atoms"]
+    coefficients: Float[Tensor, "atoms d_out"]
+    value_bits: int = 16
+    kind = "sparse_dictionary"
+
+    @classmethod
+    def normalized(
+        cls, dictionary: Tensor, coefficients: Tensor, storage_dtype: torch.dtype, value_bits: int = 16
+    ) -> SparseDictionary:
+        """Unit atoms and coefficients to match, in ``storage_dtype``; low mantissa bits beyond ``value_bits`` cut."""
+        norms = dictionary.norm(dim=0)
+        norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+        values = rounded(coefficients * norms[:, None], storage_dtype)
+        if value_bits < 16:  # truncation, as in the paper
+            values = (values.contiguous().view(torch.int16) & -(1 << (16 - value_bits))).view(storage_dtype)
+        return cls(rounded(dictionary / norms, storage_dtype), values, value_bits)
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        nonzeros = (self.coefficients != 0).sum(dim=0)
+        return {"rank": None, "atoms": self.dictionary.shape[1], "sparsity": int(nonzeros.max())}
+
+    def weight(self) -> Float[Tensor, "d_in d_out"]:
+        return self.dictionary.float() @ self.coefficients.float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        columns = self.coefficients.T.contiguous().cpu()  # column by column of the coefficients
+        mask = columns != 0
+        values = columns[mask]
+        stored = values if self.value_bits == 16 else pack_bits(values.view(torch.int16), self.value_bits)
+        mask_bytes = torch.from_numpy(np.packbits(mask.numpy()))
+        return {"dictionary": self.dictionary, "values": stored, "mask": mask_bytes}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SparseDictionary:
+        dictionary, stored, mask_bytes = tensors["dictionary"], tensors["values"], tensors["mask"]
+        atoms = dictionary.shape[1]
+        d_out = int(tensors["d_out"])
+        bits = np.unpackbits(mask_bytes.numpy(), count=atoms * d_out).astype(bool)
+        mask = torch.from_numpy(bits).reshape(d_out, atoms)
+        value_bits = 16
+        if stored.dtype == torch.uint8:
+            value_bits = 8 * len(stored) // max(int(mask.sum()), 1)
+            stored = unpack_bits(stored, value_bits, int(mask.sum())).view(dictionary.dtype)
+        columns = torch.zeros(d_out, atoms, dtype=dictionary.dtype)
+        columns[mask] = stored
+        return cls(dictionary, columns.T, value_bits)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A projection that a method leaves as it is, in 16 bits."""
+
+    dense: Float[Tensor, "d_in d_out"]
+    kind = "dense"
+    value_bits = 16
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        return {"rank": None, "atoms": None, "sparsity": None}
+
+    def weight(self) -> Float[Tensor, "d_in d_out"]:
+        return self.dense.float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"dense": self.dense}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Dense:
+        return cls(tensors["dense"])
+
+
+Factors = LowRank | SparseDictionary | Dense
+KINDS: dict[str, type[LowRank] | type[SparseDictionary] | type[Dense]] = {
+    c.kind: c for c in (LowRank, SparseDictionary, Dense)
+}
+
+
+def stored_bits(factors: Factors) -> int:
+    """Bits of the tensors that are written, nothing assumed."""
+    return sum(8 * t.numel() * t.element_size() for t in factors.tensors().values())
+
+
+def rounded(tensor: Tensor, storage_dtype: torch.dtype) -> Tensor:
+    """``tensor`` in a 16-bit dtype.
+
+    Raises:
+        UserError: when a finite number leaves the range of ``storage_dtype``, or is not finite to begin with.
+    """
+    if not torch.isfinite(tensor).all():
+        raise UserError("The factorization gave NaN or infinite numbers. Raise calibration.damping.")
+    small = tensor.to(storage_dtype)
+    if not torch.isfinite(small).all():
+        raise UserError(
+            f"A factor of magnitude {tensor.abs().max():.1e} does not fit {storage_dtype}. "
+            "Set factorization.storage_dtype=bfloat16."
+        )
+    return small
+
+
+def pack_bits(words: Tensor, n_bits: int) -> UInt8[Tensor, " bytes"]:
+    """The upper ``n_bits`` of 16-bit words, written one after another without gaps.
+
+    >>> pack_bits(torch.tensor([-4, 4], dtype=torch.int16), 14).tolist()
+    [255, 252, 0, 16]
+    """
+    unsigned = words.contiguous().cpu().numpy().view(np.uint16)
+    bits = np.unpackbits(unsigned.astype(">u2").view(np.uint8)).reshape(-1, 16)[:, :n_bits]
+    return torch.from_numpy(np.packbits(bits))
+
+
+def unpack_bits(packed: UInt8[Tensor, " bytes"], n_bits: int, count: int) -> Tensor:
+    """The words that ``pack_bits`` wrote, their lower bits zero.
+
+    >>> unpack_bits(pack_bits(torch.tensor([-4, 4], dtype=torch.int16), 14), 14, 2).tolist()
+    [-4, 4]
+    """
+    bits = np.zeros((count, 16), dtype=np.uint8)
+    bits[:, :n_bits] = np.unpackbits(packed.numpy(), count=count * n_bits).reshape(count, n_bits)
+    return torch.from_numpy(np.packbits(bits).view(">u2").astype(np.uint16).view(np.int16))

@@ -1,0 +1,192 @@
+"""A checkpoint's projections: found by name, read one at a time, turned once into ``(d_in, d_out)``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from cospadi.config import ModelConfig
+from cospadi.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear layer that is compressed."""
+
+    name: str
+    """``model.layers.0.self_attn.q_proj``"""
+    layer: int
+    projection: str
+    """``self_attn.q_proj``"""
+    shared_input: str
+    """First projection of the block that reads the same input: the gram is filed under it."""
+    d_in: int
+    d_out: int
+
+
+class Checkpoint:
+    """The tensors of a folder of safetensors files, read one at a time.
+
+    Raises:
+        UserError: when the folder holds no safetensors.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(
+                f"{self.folder} holds no *.safetensors file, so it is no checkpoint. "
+                "Point model.source at a folder written by save_pretrained."
+            )
+        self._open = [safe_open(file, framework="pt") for file in files]
+        self._where = {name: handle for handle in self._open for name in handle.keys()}  # noqa: SIM118
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        return self._where[name].get_tensor(name)
+
+    def weight(self, projection: Projection) -> Float[Tensor, "d_in d_out"]:
+        """The projection's weight in float32: ``outputs = inputs @ weight``."""
+        return self.read(f"{projection.name}.weight").T.float()
+
+    @cached_property
+    def config(self) -> dict[str, object]:
+        return json.loads((self.folder / "config.json").read_text())
+
+
+def find_projections(folder: Path, config: ModelConfig) -> list[Projection]:
+    """All projections named by ``config.shared_inputs`` in every block, in the order in which data meets them.
+
+    Raises:
+        UserError: when one is missing in some block, listing the weights that were found instead.
+    """
+    checkpoint = Checkpoint(folder)
+    pattern = re.compile(re.escape(config.blocks) + r"\.(\d+)\.(.+)\.weight")
+    matches = [m for m in map(pattern.fullmatch, checkpoint.names) if m]
+    layers = sorted({int(m[1]) for m in matches})
+    wanted = [(group[0], projection) for group in config.shared_inputs for projection in group]
+    found = {(int(m[1]), m[2]) for m in matches}
+    missing = [p for _, p in wanted if any((layer, p) not in found for layer in layers)]
+    if not layers or missing:
+        raise UserError(_nothing_found(checkpoint, config, missing or [p for _, p in wanted]))
+    projections = []
+    for layer in layers:
+        for shared_input, projection in wanted:
+            name = f"{config.blocks}.{layer}.{projection}"
+            d_out, d_in = checkpoint.shape(f"{name}.weight")
+            projections.append(Projection(name, layer, projection, shared_input, d_in, d_out))
+    return projections
+
+
+def _nothing_found(checkpoint: Checkpoint, config: ModelConfig, missing: list[str]) -> str:
+    linear = [n.removesuffix(".weight") for n in checkpoint.names if n.endswith(".weight")]
+    kinds = sorted({re.sub(r"\.\d+\.", ".<i>.", n) for n in linear if len(checkpoint.shape(f"{n}.weight")) == 2})
+    family = checkpoint.config.get("model_type", "unknown")
+    return (
+        f"{checkpoint.folder} (model_type {family}) lacks the projections {', '.join(missing)} under {config.blocks}. "
+        f"Matrices found: {', '.join(kinds)}. Set model.blocks and model.shared_inputs to match, in conf/model."
+    )
+
+
+def load(folder: Path, dtype: str, device: torch.device) -> PreTrainedModel:
+    """The whole dense model, ready to evaluate."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def replace_weights(model: nn.Module, weights: Iterable[tuple[str, Float[Tensor, "d_in d_out"]]]) -> None:
+    """Overwrite projections, named as in ``Projection.name``, in place."""
+    for name, weight in weights:
+        model.get_submodule(name).weight.copy_(weight.T)
+
+
+class BlockWalker:
+    """Runs token sequences through a checkpoint block by block, with one block's weights in memory at a time.
+
+    Only the hidden states of all samples are kept. Embeddings and everything around the blocks stay loaded; a block's
+    weights are read when its turn comes and dropped after it.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, device: torch.device):
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.checkpoint, self.config, self.device = Checkpoint(folder), config, device
+        self.dtype = getattr(torch, config.dtype)
+        with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are computed, not stored
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=self.dtype)
+        decoder_path, _, blocks_name = config.blocks.rpartition(".")
+        self.decoder = model.get_submodule(decoder_path).eval()
+        self.blocks: nn.ModuleList = self.decoder.get_submodule(blocks_name)
+        around = [n for n, _ in self.decoder.named_parameters() if not n.startswith(f"{blocks_name}.")]
+        self._read(self.decoder, decoder_path, around)
+        for buffer_name, buffer in list(self.decoder.named_buffers()):
+            owner, _, leaf = buffer_name.rpartition(".")
+            self.decoder.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
+
+    def _read(self, module: nn.Module, path: str, names: Iterable[str]) -> None:
+        state = {n: self.checkpoint.read(f"{path}.{n}").to(self.device, self.dtype) for n in names}
+        module.load_state_dict(state, assign=True, strict=False)
+
+    @torch.inference_mode()
+    def embed(self, batches: Iterable[Tensor]) -> tuple[list[Tensor], list[list[Mapping[str, object]]]]:
+        """Hidden states that enter the first block, and the keyword arguments every block receives, per batch.
+
+        Blocks are stood in for by recorders that hand on their input, so that whatever the model computes per layer
+        (rotary tables, masks, sliding windows) is taken from the model itself.
+        """
+        hidden, arguments = [], []
+        originals = [block.forward for block in self.blocks]
+        try:
+            for tokens in batches:
+                calls: list[tuple[Tensor, Mapping[str, object]]] = []
+
+                def recorder(states: Tensor, *_: object, calls: list = calls, **kwargs: object) -> Tensor:
+                    calls.append((states, kwargs))
+                    return states
+
+                for block in self.blocks:
+                    block.forward = recorder
+                self.decoder(input_ids=tokens.to(self.device), use_cache=False)
+                hidden.append(calls[0][0])
+                arguments.append([kwargs for _, kwargs in calls])
+        finally:
+            for block, forward in zip(self.blocks, originals, strict=True):
+                block.forward = forward
+        return hidden, arguments
+
+    def walk(self) -> Iterator[tuple[int, nn.Module]]:
+        """Each block in turn, its weights loaded for the time of one step."""
+        for index, block in enumerate(self.blocks):
+            self._read(block, f"{self.config.blocks}.{index}", [n for n, _ in block.named_parameters()])
+            yield index, block
+            block.to("meta")

@@ -1,0 +1,276 @@
+"""One function per rule: reads files, calls a room, writes files. The only place where rooms meet the disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cospadi.config import ASVDConfig, Config, TextConfig
+from cospadi.errors import UserError
+from cospadi.progress import Progress
+from cospadi.records import Record, file_hash, new_path, read_json, text_hash, write_json, write_tensors
+
+
+def prepare_model(config: Config, folder: Path, record: Path) -> None:
+    """Room 1: an address -> an ordinary checkpoint whose projections are known to be there."""
+    from cospadi.models import find_projections
+    from cospadi.sources import prepare_model
+
+    log = Record("sources", asdict(config.model))
+    print(f"Preparing {config.model.title} from {config.model.source}", flush=True)
+    provenance = prepare_model(config.model, folder)
+    projections = find_projections(folder, config.model)
+    log.finish(record, provenance=provenance, projections=[asdict(p) for p in projections])
+
+
+def prepare_text(config: TextConfig, documents: Path, record: Path) -> None:
+    """Room 1: an address -> a list of plain documents."""
+    from cospadi.sources import read_documents
+
+    log = Record("sources", asdict(config))
+    print(f"Preparing the text {config.title} from {config.source}", flush=True)
+    texts = read_documents(config)
+    write_json(documents, texts)
+    log.finish(
+        record,
+        n_documents=len(texts),
+        n_words=sum(len(text.split()) for text in texts),
+        text_hash=text_hash("\n\n".join(texts)),
+    )
+
+
+def calibrate(config: Config, model: Path, documents: Path, grams: Path, record: Path) -> None:
+    """Room 2: tokens through the dense model, one gram per shared input, a file per layer."""
+    from cospadi.calibration import collect, draw_samples
+    from cospadi.models import load_tokenizer
+
+    calibration = config.calibration
+    log = Record("calibration", {"model": asdict(config.model), "calibration": asdict(calibration)}, _hashes(documents))
+    tokens = draw_samples(
+        load_tokenizer(model),
+        read_json(documents),
+        calibration.n_samples,
+        calibration.sample_length,
+        calibration.seed,
+    )
+    n_layers = _depth(model)
+    progress = Progress(n_layers, f"Calibration: {tokens.numel()} tokens through {config.model.title}")
+    conditioning = {}
+    with new_path(grams) as partial:
+        for layer, statistics in collect(model, config.model, calibration, tokens):
+            tensors = {}
+            for shared_input, found in statistics.items():
+                tensors[f"{shared_input}.gram"] = found.gram
+                tensors[f"{shared_input}.absolute_mean"] = found.absolute_mean
+                diagonal = found.gram.diagonal()
+                conditioning[f"{layer}.{shared_input}"] = float(diagonal.max() / diagonal.mean())
+            write_tensors(partial / f"{layer:03d}.safetensors", tensors)
+            progress.step(f"layer {layer}", f"{len(statistics)} grams")
+    log.finish(
+        record,
+        n_tokens=tokens.numel(),
+        token_hash=text_hash(str(tokens.tolist())),
+        special_tokens="none added",
+        peak_channel=conditioning,
+    )
+
+
+def search_ranks(config: Config, model: Path, documents: Path, grams: Path, sensitivity: Path) -> None:
+    """Room 3, asvd only: how much perplexity each projection costs when truncated alone."""
+    from cospadi.allocation import perplexities_alone
+    from cospadi.calibration import draw_samples
+    from cospadi.models import load_tokenizer
+
+    factorization = config.factorization
+    if not isinstance(factorization, ASVDConfig) or factorization.rank_search is None:
+        raise UserError("factorization.rank_search is not set: there is nothing to search.")
+    calibration, search = config.calibration, factorization.rank_search
+    log = Record("factorization", {"factorization": asdict(factorization), "damping": calibration.damping})
+    tokens = draw_samples(
+        load_tokenizer(model),
+        read_json(documents),
+        min(search.n_samples, calibration.n_samples),
+        calibration.sample_length,
+        calibration.seed,
+    )
+    found = perplexities_alone(config, model, grams, tokens)
+    log.finish(sensitivity, n_tokens=tokens.numel(), **found)
+
+
+def choose_ranks(config: Config, model: Path, documents: Path, grams: Path, sensitivity: Path, ranks: Path) -> None:
+    """Room 3, asvd only: the ranks that meet the ratio, or the perplexity budget."""
+    from cospadi.allocation import choose_ranks
+
+    log = Record("factorization", {"factorization": asdict(config.factorization)}, _hashes(sensitivity))
+    log.finish(ranks, **choose_ranks(config, model, documents, grams, read_json(sensitivity)))
+
+
+def factorize(config: Config, model: Path, grams: Path, layers: str, factors: Path, record: Path, ranks: Path | None) -> None:
+    """Room 3: gram and weights -> factors of every projection in a block of layers."""
+    from cospadi.factorization.factors import stored_bits
+    from cospadi.models import Checkpoint, find_projections
+
+    first, last = (int(part) for part in layers.split("-"))
+    settings = {"factorization": asdict(config.factorization), "damping": config.calibration.damping}
+    log = Record("factorization", settings, _hashes(*([ranks] if ranks else [])))
+    checkpoint = Checkpoint(model)
+    everything = find_projections(model, config.model)
+    projections = [p for p in everything if first <= p.layer <= last]
+    if not projections:
+        raise UserError(f"{model} has no layers {layers}. Set model.n_layers to {1 + max(p.layer for p in everything)}.")
+    chosen = read_json(ranks)["ranks"] if ranks else None
+    size = [p.d_in * p.d_out for p in projections]
+    progress = Progress(len(projections), f"{config.factorization.title}, layers {layers}", sum(size))
+    rows, tensors = [], {}
+    for projection, result in _factorized(config, checkpoint, projections, grams, chosen):
+        compact, row = result
+        tensors |= {f"{projection.name}.{part}": tensor for part, tensor in compact.tensors().items()}
+        rows.append(asdict(projection) | row | {"stored_bits": stored_bits(compact)})
+        progress.step(projection.name, _told(row), projection.d_in * projection.d_out)
+    write_tensors(factors, tensors, {row["name"]: f"{row['kind']} {row['d_in']} {row['d_out']}" for row in rows})
+    log.finish(record, projections=rows)
+
+
+def _factorized(config: Config, checkpoint: Any, projections: Sequence[Any], grams: Path, ranks: dict[str, Any] | None):
+    """Yield ``(projection, (factors, row of the record))``; projections that share an input share its whitener."""
+    from cospadi.calibration import pick_device
+    from cospadi.factorization import budget
+    from cospadi.factorization.methods import Problem, factorize
+    from cospadi.factorization.whitening import output_error, weight_error, whitener
+
+    device = pick_device(config.factorization.device)
+    shared: tuple[int, str] | None = None
+    for projection in projections:
+        started = time.perf_counter()
+        if shared != (projection.layer, projection.shared_input):
+            shared = (projection.layer, projection.shared_input)
+            gram, absolute_mean = read_statistics(grams, *shared, device)
+            try:
+                root = whitener(gram, config.calibration.damping)
+            except UserError as error:
+                raise UserError(f"{projection.name}: {error}") from error
+        weight = checkpoint.weight(projection).to(device)
+        rank = ranks[projection.name] if ranks else None
+        keep_dense = ranks is not None and rank is None
+        factors = factorize(config.factorization, Problem(weight, root, absolute_mean, rank, keep_dense))
+        approximation = factors.weight()
+        ratio = config.factorization.compression_ratio
+        row = {
+            "kind": factors.kind,
+            "value_bits": factors.value_bits,
+            "dense_bits": budget.dense_bits(projection.d_in, projection.d_out),
+            "budget_bits": budget.budget_bits(projection.d_in, projection.d_out, ratio),
+            "output_error": output_error(root, weight, approximation),
+            "weight_error": weight_error(weight, approximation),
+            "fallback": None,
+            **factors.sizes,
+        }
+        row["seconds"] = time.perf_counter() - started
+        yield projection, (factors, row)
+
+
+def read_statistics(grams: Path, layer: int, shared_input: str, device: Any) -> tuple[Any, Any]:
+    """Gram and mean absolute activation of one shared input."""
+    from safetensors import safe_open
+
+    file = grams / f"{layer:03d}.safetensors"
+    if not file.is_file():
+        raise UserError(f"{file} is missing. Collect it again: delete {grams.parent} and start the study once more.")
+    with safe_open(file, framework="pt") as tensors:
+        gram = tensors.get_tensor(f"{shared_input}.gram").to(device)
+        return gram, tensors.get_tensor(f"{shared_input}.absolute_mean").to(device)
+
+
+def read_factors(files: Sequence[Path]):
+    """Yield ``(projection name, factors)`` of every projection in the files."""
+    import torch
+    from safetensors import safe_open
+
+    from cospadi.factorization.factors import KINDS
+
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name, shape in tensors.metadata().items():
+                if name == "format":
+                    continue
+                kind, _, d_out = shape.split()
+                parts = {
+                    key.removeprefix(f"{name}."): tensors.get_tensor(key)
+                    for key in tensors.keys()  # noqa: SIM118
+                    if key.rpartition(".")[0] == name
+                }
+                yield name, KINDS[kind].from_tensors(parts | {"d_out": torch.tensor(int(d_out))})
+
+
+def evaluate(
+    config: Config, model: Path, documents: Path, factors: Sequence[Path], reference: Path, record: Path, samples: Path
+) -> None:
+    """Room 6: the dense model (no factors; writes the reference) or a compressed one (compared with it)."""
+    import json
+
+    from cospadi import models
+    from cospadi.calibration import pick_device
+    from cospadi.evaluation import evaluate
+
+    settings = {"model": asdict(config.model), "evaluation": asdict(config.evaluation)}
+    if factors:
+        settings["factorization"] = asdict(config.factorization)
+    log = Record("evaluation", settings, _hashes(documents, *factors))
+    device = pick_device(config.evaluation.device)
+    network = models.load(model, config.model.dtype, device)
+    models.replace_weights(network, ((name, f.weight()) for name, f in read_factors(factors)))
+    result, rows = evaluate(
+        network,
+        models.load_tokenizer(model),
+        read_json(documents),
+        config.evaluation,
+        reference=reference if factors else None,
+        write_reference=None if factors else reference,
+    )
+    with new_path(samples) as partial:
+        partial.mkdir()
+        for task, documents_rows in rows.items():
+            lines = [json.dumps(row, default=str) for row in documents_rows]
+            (partial / f"{task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    log.finish(record, **result)
+
+
+def tabulate(study: Any, folder: Path) -> None:
+    """Room 7: records -> tables and figures."""
+    from cospadi.tables import Cell, write_figures, write_tables
+
+    cells = []
+    for model in study.study.models:
+        title = study.config(model).model.title
+        cells.append(Cell(model, title, "dense", "Dense", None, [], read_json(Path(study.dense_record(model)))))
+        for cell in (c for c in study.cells if c.model == model):
+            config = study.config(cell.model, cell.method, cell.ratio)
+            cells.append(
+                Cell(
+                    model,
+                    title,
+                    cell.method,
+                    config.factorization.title,
+                    config.factorization.compression_ratio,
+                    [read_json(Path(record)) for record in study.factors(cell, "json")],
+                    read_json(Path(study.evaluation_record(cell))),
+                )
+            )
+    write_tables(cells, folder, study.study.title)
+    write_figures(cells, folder)
+
+
+def _told(row: dict[str, Any]) -> str:
+    sizes = "  ".join(f"{name} {row[name]}" for name in ("rank", "atoms", "sparsity") if row[name])
+    return f"{sizes or 'kept dense':<26} error {row['output_error']:.4f}  {row['seconds']:5.2f} s"
+
+
+def _depth(model: Path) -> int:
+    return int(read_json(model / "config.json")["num_hidden_layers"])
+
+
+def _hashes(*files: Path) -> dict[str, str]:
+    return {str(file): file_hash(file) for file in files}

@@ -1,0 +1,223 @@
+"""A study as Snakemake sees it: the grid of cells, and for every job the settings it depends on.
+
+Hydra owns the values; this module only asks for one composition per cell, checks all of them before the first job and
+hands out wildcards, overrides and recipes. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache, cached_property
+
+from cospadi.config import METHODS, Config, FactorizationConfig, TextConfig, load
+from cospadi.errors import UserError
+from cospadi.sources import n_layers
+
+RESULTS = "results"
+
+
+@dataclass(frozen=True)
+class CellId:
+    """One point of the grid."""
+
+    model: str
+    method: str
+    ratio: str
+
+
+def parse_overrides(given: str | Sequence[str] | None) -> list[str]:
+    """Hydra overrides from ``snakemake --config overrides=…``: one string split like a shell does, or a list.
+
+    >>> parse_overrides("evaluation.limit=50 'model.title=my model'")
+    ['evaluation.limit=50', 'model.title=my model']
+    """
+    if given is None:
+        return []
+    return shlex.split(given) if isinstance(given, str) else [str(item) for item in given]
+
+
+class Study:
+    """The cells of ``conf/study/<name>.yaml`` under further overrides.
+
+    Raises:
+        UserError: naming every bad setting of every cell, at once.
+    """
+
+    def __init__(self, name: str = "default", overrides: Sequence[str] = ()):
+        self.overrides = [f"study={name}", *overrides]
+        common = [o for o in self.overrides if not _factorization_field(o)]
+        self.root = load(common)
+        self.study = self.root.study
+        self.name = self.study.name
+        self._configs: dict[CellId, Config] = {}
+        self._overrides: dict[CellId, list[str]] = {}
+        self._compose()
+
+    def _compose(self) -> None:
+        errors: dict[str, None] = {}
+        used: set[str] = set()
+        for model in self.study.models:
+            for method in self.study.methods:
+                for ratio in self.study.compression_ratios:
+                    cell = CellId(model, method, f"{ratio:g}")
+                    try:
+                        overrides = self._cell_overrides(cell, used)
+                        self._configs[cell] = load(overrides)
+                        self._overrides[cell] = overrides
+                        n_layers(self._configs[cell].model)
+                    except UserError as error:
+                        errors[str(error)] = None
+        if errors:
+            raise UserError("\n".join(errors))
+        unused = [o for o in self.overrides if _factorization_field(o) and o not in used]
+        if unused:
+            raise UserError(
+                f"No method of study {self.name} has the setting {', '.join(o.split('=')[0] for o in unused)}. "
+                f"Methods: {', '.join(self.study.methods)}."
+            )
+
+    def _cell_overrides(self, cell: CellId, used: set[str]) -> list[str]:
+        """What composes this cell; ``factorization.x=…`` goes only to methods that have a field ``x``."""
+        chosen = [f"model={cell.model}", f"factorization={cell.method}"]
+        known = _fields_of(cell.method)
+        fitting = [o for o in self.overrides if not _factorization_field(o) or _factorization_field(o) in known]
+        used.update(fitting)
+        own = [o for o in fitting if not o.startswith(("model=", "factorization="))]
+        return [*own, *chosen, f"factorization.compression_ratio={cell.ratio}"]
+
+    @property
+    def cells(self) -> list[CellId]:
+        return list(self._configs)
+
+    @property
+    def calibration(self) -> str:
+        return self.root.calibration.name
+
+    @property
+    def evaluation(self) -> str:
+        return self.root.evaluation.name
+
+    @cached_property
+    def texts(self) -> dict[str, TextConfig]:
+        texts = (self.root.calibration.text, self.root.evaluation.text)
+        return {text.name: text for text in texts}
+
+    def config(self, model: str | None = None, method: str | None = None, ratio: str | None = None) -> Config:
+        """The composition of a cell; of the first that fits when not every part is named."""
+        return self._configs[self._first(model, method, ratio)]
+
+    def overrides_for(self, model: str | None = None, method: str | None = None, ratio: str | None = None) -> str:
+        """The cell's Hydra overrides as they are typed on a command line."""
+        return shlex.join(self._overrides[self._first(model, method, ratio)])
+
+    @property
+    def typed(self) -> str:
+        """The study's own overrides as they are typed on a command line."""
+        return shlex.join(self.overrides)
+
+    def cell(self, model: str, method: str, ratio: str) -> CellId:
+        """The cell with these wildcards."""
+        return self._first(model, method, ratio)
+
+    def _first(self, model: str | None, method: str | None, ratio: str | None) -> CellId:
+        for cell in self._configs:
+            if model in (None, cell.model) and method in (None, cell.method) and ratio in (None, cell.ratio):
+                return cell
+        raise UserError(f"Study {self.name} has no cell with model {model}, method {method}, ratio {ratio}.")
+
+    def layers(self, model: str) -> list[str]:
+        """The blocks of layers that factorization jobs cover, as ``first-last``."""
+        depth = n_layers(self.config(model).model)
+        step = self.study.layers_per_job or depth
+        return [f"{first:03d}-{min(first + step, depth) - 1:03d}" for first in range(0, depth, step)]
+
+    def searches_ranks(self, method: str) -> bool:
+        return getattr(self.config(method=method).factorization, "rank_search", None) is not None
+
+    def recipe(self, room: str, **wildcards: str) -> str:
+        """The settings a job of ``room`` depends on, as canonical JSON: a change re-runs just that job."""
+        if room == "text":
+            return _canonical(asdict(self.texts[wildcards["text"]]))
+        config = self.config(wildcards.get("model"), wildcards.get("method"), wildcards.get("ratio"))
+        sections = {
+            "model": lambda: _without(asdict(config.model), "title"),
+            "calibration": lambda: _without(asdict(config.calibration), "text", "damping"),
+            "sensitivity": lambda: [_without(asdict(config.factorization), "title", "compression_ratio"), _damping(config)],
+            "factorization": lambda: [_without(asdict(config.factorization), "title"), _damping(config)],
+            "evaluation": lambda: _without(asdict(config.evaluation), "text"),
+            "tables": lambda: [self.study.title, *sorted({c.model.title for c in self._configs.values()}),
+                               *sorted({c.factorization.title for c in self._configs.values()})],
+        }
+        return _canonical(sections[room]())
+
+    @property
+    def wildcards(self) -> dict[str, str]:
+        """Constraints that keep paths unambiguous."""
+        return {
+            "model": r"[^/]+",
+            "text": r"[^/]+",
+            "calibration": r"[^/]+",
+            "method": r"[^/-]+",
+            "ratio": r"0\.\d+",
+            "layers": r"\d+-\d+",
+            "evaluation": r"[^/]+",
+            "study": r"[^/]+",
+        }
+
+    # Paths: one place that knows where every room puts its results.
+
+    def factors(self, cell: CellId, suffix: str) -> list[str]:
+        return [
+            f"{RESULTS}/factorization/{cell.model}/{self.calibration}/{cell.method}-{cell.ratio}/{layers}.{suffix}"
+            for layers in self.layers(cell.model)
+        ]
+
+    def evaluation_record(self, cell: CellId) -> str:
+        return (
+            f"{RESULTS}/evaluation/{cell.model}/{self.calibration}/{cell.method}-{cell.ratio}/"
+            f"{self.evaluation}/record.json"
+        )
+
+    def dense_record(self, model: str) -> str:
+        return f"{RESULTS}/evaluation/{model}/dense/{self.evaluation}/record.json"
+
+    def inputs_of_tables(self) -> list[str]:
+        """Every record a study's tables are made of."""
+        records = [self.dense_record(model) for model in self.study.models]
+        for cell in self.cells:
+            records += [self.evaluation_record(cell), *self.factors(cell, "json")]
+        return records
+
+
+def _factorization_field(override: str) -> str | None:
+    """
+    >>> _factorization_field("factorization.rho=3"), _factorization_field("factorization=svd")
+    ('rho', None)
+    """
+    key = override.split("=")[0].lstrip("+~")
+    return key.split(".")[1] if key.startswith("factorization.") else None
+
+
+@cache
+def _fields_of(method: str) -> set[str]:
+    """Fields of the settings class behind ``conf/factorization/<method>.yaml``."""
+    schema = type(load([f"factorization={method}"]).factorization)
+    return {field.name for field in fields(schema)}
+
+
+def _damping(config: Config) -> dict[str, float]:
+    return {"damping": config.calibration.damping}
+
+
+def _without(settings: dict[str, object], *names: str) -> dict[str, object]:
+    return {key: value for key, value in settings.items() if key not in names}
+
+
+def _canonical(settings: object) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+__all__ = ["METHODS", "CellId", "FactorizationConfig", "Study", "parse_overrides"]

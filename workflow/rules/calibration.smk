@@ -1,0 +1,23 @@
+rule calibrate:
+    """Room 2: calibration text through the dense model -> one gram per shared input."""
+    input:
+        model=rules.prepare_model.output.folder,
+        documents=lambda w: f"results/sources/texts/{study.root.calibration.text.name}/documents.json",
+    output:
+        grams=directory("results/calibration/{model}/{calibration}/grams"),
+        record="results/calibration/{model}/{calibration}/record.json",
+    log:
+        "results/calibration/{model}/{calibration}/run.log",
+    benchmark:
+        "results/calibration/{model}/{calibration}/benchmark.tsv"
+    conda:
+        "../../environment.yml"
+    threads: workflow.cores
+    resources:
+        gpu=1,
+    params:
+        recipe=lambda w: study.recipe("calibration", model=w.model),
+        overrides=lambda w: study.overrides_for(model=w.model),
+    shell:
+        "python -m cospadi calibrate {params.overrides} --model {input.model} --documents {input.documents}"
+        " --grams {output.grams} --record {output.record} > {log} 2>&1"

@@ -1,0 +1,42 @@
+rule evaluate_dense:
+    """Room 6: the dense model, whose hidden states all others are compared with."""
+    input:
+        model=rules.prepare_model.output.folder,
+        documents=lambda w: f"results/sources/texts/{study.root.evaluation.text.name}/documents.json",
+    output:
+        record="results/evaluation/{model}/dense/{evaluation}/record.json",
+        reference="results/evaluation/{model}/dense/{evaluation}/reference.safetensors",
+        samples=directory("results/evaluation/{model}/dense/{evaluation}/samples"),
+    log:
+        "results/evaluation/{model}/dense/{evaluation}/run.log",
+    benchmark:
+        "results/evaluation/{model}/dense/{evaluation}/benchmark.tsv"
+    conda:
+        "../../environment.yml"
+    threads: study.root.evaluation.threads
+    resources:
+        gpu=1,
+    params:
+        recipe=lambda w: study.recipe("evaluation", model=w.model),
+        overrides=lambda w: study.overrides_for(model=w.model),
+    shell:
+        "python -m cospadi evaluate {params.overrides} --model {input.model} --documents {input.documents}"
+        " --reference {output.reference} --samples {output.samples} --record {output.record} > {log} 2>&1"
+
+
+use rule evaluate_dense as evaluate with:
+    input:
+        model=rules.prepare_model.output.folder,
+        documents=rules.evaluate_dense.input.documents,
+        reference=rules.evaluate_dense.output.reference,
+        factors=lambda w: study.factors(study.cell(w.model, w.method, w.ratio), "safetensors"),
+    output:
+        record="results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/record.json",
+        samples=directory("results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/samples"),
+    log:
+        "results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/run.log",
+    benchmark:
+        "results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/benchmark.tsv"
+    params:
+        recipe=lambda w: study.recipe("evaluation", model=w.model),
+        overrides=lambda w: study.overrides_for(w.model, w.method, w.ratio),
