@@ -36,12 +36,13 @@ def ksvd(
 
     The solver of arXiv:2509.22075 with its settings: start from random columns of ``target``, then alternate
     `sparse_code` and `ksvd_sweep`. ``target`` is the whitened weight ``R W``, so the error is the layer's output error.
-    After each sweep an unused atom is replaced by the worst-represented column of ``target`` (Aharon, Elad, Bruckstein 2006);
-    its coefficients are zero, so the error of the round stays.
+    After each sweep an unused atom is replaced by the worst-represented column of ``target`` (Aharon, Elad,
+    Bruckstein 2006); its coefficients are zero, so the error of the round stays.
 
     Args:
         target: float32 or float64.
-        atoms: columns of the dictionary.
+        atoms: columns of the dictionary; beyond the non-zero columns of ``target``, the start is filled up with
+            random Gaussian directions.
         sparsity: non-zeros allowed in a column of the coefficients.
         n_rounds: rounds of coding and sweep.
         power_iterations: of each rank-1 approximation in a sweep.
@@ -74,7 +75,7 @@ def ksvd(
 
 @torch.no_grad()
 def first_atoms(target: Float[Tensor, "d_in d_out"], atoms: int, seed: int) -> Float[Tensor, "d_in atoms"]:
-    """Distinct random columns of ``target``, made unit; if they (those that are not zero) are too few, Gaussian directions fill up."""
+    """Distinct random non-zero columns of ``target``, made unit; where they are too few, random Gaussian directions."""
     draw = torch.Generator().manual_seed(seed)
     nonzero = target.norm(dim=0).nonzero()[:, 0].cpu()
     chosen = nonzero[torch.randperm(len(nonzero), generator=draw)[:atoms]].to(target.device)

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from cospadi.errors import UserError
 
-CPU_BYTES = 64 * 2**20
-"""Working memory of one chunk of columns on a CPU: about a last-level cache, as the steps re-read all of it."""
+CPU_BYTES = 16 * 2**20
+"""Working memory of one chunk of columns on a CPU. Every step re-reads it: beyond a last-level cache it is half as fast."""
+CPU_COLUMNS = 16
+"""Fewer columns at a time than this and a CPU spends its time in calls."""
 GPU_FRACTION = 0.25
 """Share of the free memory of a GPU that one chunk of columns may fill."""
 
@@ -29,11 +31,12 @@ def sparse_code(
 
         ``Dᵀr ← Dᵀr − (Dᵀq)(qᵀr)``,    ``Dᵀq = (DᵀD)[:, support] · f``,    ``q = D[:, support] · f``
 
-    where ``f`` is the newest column of the inverse Cholesky factor of the support's Gram. In float32 and on a GPU a step
-    costs a column ``atoms · (support so far)`` multiplications.
+    where ``f`` is the newest column of the inverse Cholesky factor of the support's Gram. A step costs a column
+    ``atoms · (support so far)`` multiplications; in float64 on a CPU ``atoms²``, for want of a fast kernel.
 
     A column gets exactly ``min(sparsity, atoms)`` non-zeros, or fewer if its residual vanishes or no atom outside its
-    support is linearly independent of it, up to rounding. Zero columns of ``target`` get zeros, zero atoms are never used.
+    support is linearly independent of it, up to rounding. Zero columns of ``target`` get zeros, zero atoms are never
+    used.
 
     Args:
         dictionary: unit columns, float32 or float64 (the arithmetic is in this dtype; float64 is several times slower).
@@ -81,9 +84,10 @@ def require_finite(name: str, tensor: Tensor) -> None:
 def _columns_that_fit(gram: Tensor, sparsity: int) -> int:
     """How many columns `_pursue` may take at a time."""
     atoms = len(gram)
-    budget = GPU_FRACTION * torch.cuda.mem_get_info(gram.device)[0] if gram.is_cuda else CPU_BYTES
-    bytes_per_column = gram.element_size() * (2 * sparsity * (sparsity + 2) + 4 * atoms)
-    return max(1, int(budget / bytes_per_column))
+    bytes_per_column = gram.element_size() * (sparsity * (atoms + sparsity + 4) + 4 * atoms)
+    if gram.is_cuda:
+        return max(1, int(GPU_FRACTION * torch.cuda.mem_get_info(gram.device)[0] / bytes_per_column))
+    return max(CPU_COLUMNS, CPU_BYTES // bytes_per_column)
 
 
 def _pursue(
@@ -91,17 +95,17 @@ def _pursue(
 ) -> tuple[Tensor, Float[Tensor, "columns sparsity"]]:
     """OMP of one chunk: the ``(columns, sparsity)`` atoms taken, in order and without repeats, and their values.
 
-    Loop invariants for each column: ``inverse[:, i]`` holds ``f_i`` with ``q_i = D[:, support] f_i`` orthonormal
-    (``transposed`` holds the same, as products with a row vector on the left are the fast ones), and
-    ``correlations = Dᵀr``. Nothing in the loop waits for a GPU, but for one look in 32 steps whether any column is
-    still open. A closed column goes on with zero steps.
+    Loop invariants for each column: ``inverse[:, i]`` holds ``f_i`` with ``q_i = D[:, support] f_i`` orthonormal,
+    ``basis[i] = Dᵀq_i`` (all columns in one row) and ``correlations = Dᵀr``. Nothing in the loop waits for a GPU, but
+    for one look in 32 steps whether any column is still open. A closed column goes on with zero steps.
     """
-    columns = len(correlations)
+    columns, atoms = correlations.shape
+    offset = atoms * torch.arange(columns, device=gram.device)
     rounding = 64 * torch.finfo(gram.dtype).eps
     squared_norms = gram.diagonal()
     correlations = correlations.clone()
     inverse = gram.new_zeros(columns, sparsity, sparsity)
-    transposed = torch.zeros_like(inverse)
+    basis = gram.new_empty(sparsity, columns * atoms)
     steps = gram.new_zeros(columns, sparsity)
     support = torch.zeros(columns, sparsity, dtype=torch.long, device=gram.device)
     penalty = torch.zeros_like(correlations)
@@ -109,8 +113,7 @@ def _pursue(
     is_open = torch.ones(columns, dtype=torch.bool, device=gram.device)
     for i in range(sparsity):
         largest, atom = correlations.abs().add_(penalty).max(1)
-        shared = gram[atom[:, None], support[:, :i]]  # products of the atom with the support
-        onto_basis = torch.bmm(shared[:, None], transposed[:, :i, :i])
+        onto_basis = basis[:i].index_select(1, offset + atom).T.contiguous()[:, None]
         left = squared_norms[atom] - onto_basis.square().sum((1, 2))  # squared norm of the atom outside the span
         is_open = is_open & (largest > vanished) & (left > rounding * squared_norms[atom])
         if i % 32 == 0 and not is_open.any():
@@ -120,18 +123,19 @@ def _pursue(
         newest = torch.cat([torch.bmm(onto_basis, inverse[:, :i, :i])[:, 0].neg_(), torch.ones_like(scale)[:, None]], 1)
         newest *= scale[:, None]
         inverse[:, i, : i + 1] = newest
-        transposed[:, : i + 1, i] = newest
         support[:, i] = atom
         steps[:, i] = scale * correlations.gather(1, atom[:, None])[:, 0]
         penalty.scatter_(1, atom[:, None], -torch.inf)
-        correlations.addcmul_(_combine_rows(gram, support[:, : i + 1], newest), steps[:, i : i + 1], value=-1)
+        product = _combine_rows(gram, support[:, : i + 1], newest)
+        basis[i] = product.view(-1)
+        correlations.addcmul_(product, steps[:, i : i + 1], value=-1)
     return support, torch.bmm(steps[:, None], inverse)[:, 0]
 
 
 def _combine_rows(
     rows: Float[Tensor, "atoms width"], indices: Tensor, values: Float[Tensor, "columns terms"]
 ) -> Float[Tensor, "columns width"]:
-    """``out[c] = Σ_t values[c, t] · rows[indices[c, t]]``: a sparse times a dense matrix, by the fastest kernel there is."""
+    """``out[c] = Σ_t values[c, t] · rows[indices[c, t]]``: a sparse times a dense matrix."""
     if rows.dtype == torch.float64 and not rows.is_cuda:  # embedding_bag has no fast float64 kernel on a CPU
         return rows.new_zeros(len(values), len(rows)).scatter_(1, indices, values) @ rows
     return F.embedding_bag(indices, rows, per_sample_weights=values, mode="sum")
