@@ -8,7 +8,7 @@ from torch import Tensor
 from cospadi.errors import UserError
 
 CPU_BYTES = 16 * 2**20
-"""Working memory of one chunk of columns on a CPU. Every step re-reads it: beyond a last-level cache it is half as fast."""
+"""Working memory of one chunk of columns on a CPU, re-read by every step: beyond a cache it is half as fast."""
 CPU_COLUMNS = 16
 """Fewer columns at a time than this and a CPU spends its time in calls."""
 GPU_FRACTION = 0.25
