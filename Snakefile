@@ -1,11 +1,20 @@
 # snakemake --cores N                                     the default study
 # snakemake --cores N --config study=smoke                another study of conf/study
 # snakemake --cores N --config overrides='evaluation.n_windows=4 factorization.rho=2'
+import os
+import sys
+from pathlib import Path
+
 from snakemake.exceptions import WorkflowError
 
+from cospadi import locks
 from cospadi.errors import UserError
-from cospadi.study import Study, parse_overrides
+from cospadi.study import Study, n_gpus, parse_overrides
 
+
+# Jobs run with the Python that runs snakemake, activated or not.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+locks.remove_stale(Path.cwd())
 
 configfile_keys = {"study", "overrides"}
 if set(config) - configfile_keys:
@@ -23,8 +32,8 @@ wildcard_constraints:
     **study.wildcards,
 
 
-# A GPU serves one job at a time unless --resources gpu=N says there are more.
-workflow.global_resources.setdefault("gpu", 1)
+# Each GPU serves one job at a time; without any, cores are the only limit. --resources gpu=N overrules.
+workflow.global_resources.setdefault("gpu", n_gpus() or workflow.cores)
 
 
 report: "workflow/report/workflow.rst"

@@ -7,16 +7,26 @@ hands out wildcards, overrides and recipes. Nothing here imports torch.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
+from pathlib import Path
 
 from cospadi.config import METHODS, Config, FactorizationConfig, TextConfig, load
 from cospadi.errors import UserError
 from cospadi.sources import n_layers
 
 RESULTS = "results"
+
+
+def n_gpus() -> int:
+    """NVIDIA GPUs that this process may use, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 @dataclass(frozen=True)

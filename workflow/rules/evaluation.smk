@@ -24,7 +24,8 @@ rule evaluate_dense:
         " --reference {output.reference} --samples {output.samples} --record {output.record} > {log} 2>&1"
 
 
-use rule evaluate_dense as evaluate with:
+rule evaluate:
+    """Room 6: a compressed model, measured like the dense one and against it."""
     input:
         model=rules.prepare_model.output.folder,
         documents=rules.evaluate_dense.input.documents,
@@ -37,6 +38,15 @@ use rule evaluate_dense as evaluate with:
         "results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/run.log",
     benchmark:
         "results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/benchmark.tsv"
+    conda:
+        "../../environment.yml"
+    threads: study.root.evaluation.threads
+    resources:
+        gpu=1,
     params:
         recipe=lambda w: study.recipe("evaluation", model=w.model),
         overrides=lambda w: study.overrides_for(w.model, w.method, w.ratio),
+    shell:
+        "python -m cospadi evaluate {params.overrides} --model {input.model} --documents {input.documents}"
+        " --factors-files {input.factors} --reference {input.reference}"
+        " --samples {output.samples} --record {output.record} > {log} 2>&1"
