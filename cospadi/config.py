@@ -37,7 +37,7 @@ def _one_of(setting: str, value: str, allowed: Sequence[str]) -> None:
     _require(value in allowed, f"{setting}={value} is not known. Choose one of: {', '.join(allowed)}.")
 
 
-def _at_least(setting: str, value: float | int | None, least: float | int) -> None:
+def _at_least(setting: str, value: float | None, least: float) -> None:
     _require(value is None or value >= least, f"{setting}={value} is too small. Set {least} or more.")
 
 

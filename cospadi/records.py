@@ -6,6 +6,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -75,7 +76,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
 
     with new_path(path) as partial:
         try:
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, dict(metadata or {}))
+            save_file(
+                {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, dict(metadata or {})
+            )
         except SafetensorError as error:  # hides the error number of the failed write in its text
             for number in _NO_SPACE:
                 if f"os error {number}" in str(error).lower():
@@ -88,8 +91,8 @@ def _jsonable(content: Any) -> Any:
         return {str(key): _jsonable(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return [_jsonable(value) for value in content]
-    if isinstance(content, float) and content != content or content in (float("inf"), float("-inf")):
-        return str(content)
+    if isinstance(content, float) and not math.isfinite(content):
+        return str(float(content))
     if isinstance(content, Path):
         return str(content)
     return content

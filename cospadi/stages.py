@@ -108,7 +108,9 @@ def choose_ranks(config: Config, model: Path, documents: Path, grams: Path, sens
     log.finish(ranks, **choose_ranks(config, model, documents, grams, read_json(sensitivity)))
 
 
-def factorize(config: Config, model: Path, grams: Path, layers: str, factors: Path, record: Path, ranks: Path | None) -> None:
+def factorize(
+    config: Config, model: Path, grams: Path, layers: str, factors: Path, record: Path, ranks: Path | None
+) -> None:
     """Room 3: gram and weights -> factors of every projection in a block of layers."""
     from cospadi.factorization.factors import stored_bits
     from cospadi.models import Checkpoint, find_projections
@@ -120,7 +122,9 @@ def factorize(config: Config, model: Path, grams: Path, layers: str, factors: Pa
     everything = find_projections(model, config.model)
     projections = [p for p in everything if first <= p.layer <= last]
     if not projections:
-        raise UserError(f"{model} has no layers {layers}. Set model.n_layers to {1 + max(p.layer for p in everything)}.")
+        raise UserError(
+            f"{model} has no layers {layers}. Set model.n_layers to {1 + max(p.layer for p in everything)}."
+        )
     chosen = read_json(ranks)["ranks"] if ranks else None
     size = [p.d_in * p.d_out for p in projections]
     progress = Progress(len(projections), f"{config.factorization.title}, layers {layers}", sum(size))

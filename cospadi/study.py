@@ -155,11 +155,17 @@ class Study:
         sections = {
             "model": lambda: _without(asdict(config.model), "title"),
             "calibration": lambda: _without(asdict(config.calibration), "text", "damping"),
-            "sensitivity": lambda: [_without(asdict(config.factorization), "title", "compression_ratio"), _damping(config)],
+            "sensitivity": lambda: [
+                _without(asdict(config.factorization), "title", "compression_ratio"),
+                _damping(config),
+            ],
             "factorization": lambda: [_without(asdict(config.factorization), "title"), _damping(config)],
             "evaluation": lambda: _without(asdict(config.evaluation), "text"),
-            "tables": lambda: [self.study.title, *sorted({c.model.title for c in self._configs.values()}),
-                               *sorted({c.factorization.title for c in self._configs.values()})],
+            "tables": lambda: [
+                self.study.title,
+                *sorted({c.model.title for c in self._configs.values()}),
+                *sorted({c.factorization.title for c in self._configs.values()}),
+            ],
         }
         return _canonical(sections[room]())
 

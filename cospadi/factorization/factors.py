@@ -133,9 +133,7 @@ class Dense:
 
 
 Factors = LowRank | SparseDictionary | Dense
-KINDS: dict[str, type[LowRank] | type[SparseDictionary] | type[Dense]] = {
-    c.kind: c for c in (LowRank, SparseDictionary, Dense)
-}
+KINDS: dict[str, type[LowRank | SparseDictionary | Dense]] = {c.kind: c for c in (LowRank, SparseDictionary, Dense)}
 
 
 def stored_bits(factors: Factors) -> int:

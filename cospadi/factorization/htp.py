@@ -68,9 +68,7 @@ def first_atoms(target: Float[Tensor, "d_in d_out"], atoms: int, sparsity: int) 
     while basis.shape[1] < atoms:
         correlations = target.T @ basis
         support = largest(correlations, min(sparsity, basis.shape[1]))
-        codes = least_squares(
-            basis.T @ basis, correlations, torch.where(support, correlations, 0.0), support, steps=10
-        )
+        codes = least_squares(basis.T @ basis, correlations, torch.where(support, correlations, 0.0), support, steps=10)
         extra = min(atoms - basis.shape[1], *target.shape)
         basis = torch.cat([basis, left_singular_vectors(target - basis @ codes.T, extra).to(target)], dim=1)
     return basis

@@ -75,9 +75,7 @@ def asvd(config: ASVDConfig, problem: Problem) -> Factors:
 def cospadi(config: CoSpaDiConfig, problem: Problem) -> Factors:
     """Sparse dictionary learning on the whitened weight (CoSpaDi, arXiv:2509.22075, algorithm 1)."""
     d_in, d_out = problem.weight.shape
-    atoms, sparsity = budget.atoms_and_sparsity(
-        d_in, d_out, config.compression_ratio, config.rho, config.accounting
-    )
+    atoms, sparsity = budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, config.rho, config.accounting)
     target = problem.whitener @ problem.weight.double()
     scale = target.norm() / target.numel() ** 0.5  # near 1 in float32, whatever the calibration size
     target = (target / torch.where(scale > 0, scale, 1.0)).float()
