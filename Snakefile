@@ -11,7 +11,6 @@ from cospadi import locks
 from cospadi.errors import UserError
 from cospadi.study import Study, n_gpus, parse_overrides
 
-
 # Jobs run with the Python that runs snakemake, activated or not.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 locks.remove_stale(Path.cwd())
@@ -23,7 +22,9 @@ if set(config) - configfile_keys:
         "Settings are Hydra's: --config overrides='calibration.n_samples=32'."
     )
 try:
-    study = Study(config.get("study", "default"), parse_overrides(config.get("overrides")))
+    study = Study(
+        config.get("study", "default"), parse_overrides(config.get("overrides"))
+    )
 except UserError as error:
     raise WorkflowError(str(error)) from None
 

@@ -30,10 +30,14 @@ rule evaluate:
         model=rules.prepare_model.output.folder,
         documents=rules.evaluate_dense.input.documents,
         reference=rules.evaluate_dense.output.reference,
-        factors=lambda w: study.factors(study.cell(w.model, w.method, w.ratio), "safetensors"),
+        factors=lambda w: study.factors(
+            study.cell(w.model, w.method, w.ratio), "safetensors"
+        ),
     output:
         record="results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/record.json",
-        samples=directory("results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/samples"),
+        samples=directory(
+            "results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/samples"
+        ),
     log:
         "results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/run.log",
     benchmark:

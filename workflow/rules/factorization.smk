@@ -37,7 +37,9 @@ rule choose_ranks:
     resources:
         gpu=1,
     params:
-        recipe=lambda w: study.recipe("factorization", model=w.model, method=w.method, ratio=w.ratio),
+        recipe=lambda w: study.recipe(
+            "factorization", model=w.model, method=w.method, ratio=w.ratio
+        ),
         overrides=lambda w: study.overrides_for(w.model, w.method, w.ratio),
     shell:
         "python -m cospadi choose-ranks {params.overrides} --model {input.model} --documents {input.documents}"
@@ -49,7 +51,9 @@ rule factorize:
     input:
         model=rules.prepare_model.output.folder,
         grams=rules.calibrate.output.grams,
-        ranks=lambda w: rules.choose_ranks.output if study.searches_ranks(w.method) else [],
+        ranks=lambda w: (
+            rules.choose_ranks.output if study.searches_ranks(w.method) else []
+        ),
     output:
         factors="results/factorization/{model}/{calibration}/{method}-{ratio}/{layers}.safetensors",
         record="results/factorization/{model}/{calibration}/{method}-{ratio}/{layers}.json",
@@ -62,7 +66,9 @@ rule factorize:
     resources:
         gpu=1,
     params:
-        recipe=lambda w: study.recipe("factorization", model=w.model, method=w.method, ratio=w.ratio),
+        recipe=lambda w: study.recipe(
+            "factorization", model=w.model, method=w.method, ratio=w.ratio
+        ),
         overrides=lambda w: study.overrides_for(w.model, w.method, w.ratio),
         ranks=lambda w, input: f"--ranks {input.ranks}" if input.ranks else "",
     shell:
