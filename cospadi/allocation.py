@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from cospadi import models
-from cospadi.calibration import draw_samples, pick_device
+from cospadi import devices, models
+from cospadi.calibration import draw_samples, read_statistics
 from cospadi.config import ASVDConfig, Config
 from cospadi.errors import UserError
 from cospadi.evaluation import measure_tokens
@@ -40,7 +40,7 @@ def perplexities_alone(
     """Calibration perplexity with one projection truncated at a time: ``{projection: {kept: perplexity}}``."""
     ratios = sorted(_search(config).truncation_ratios, reverse=True)
     projections = models.find_projections(folder, config.model)
-    model = models.load(folder, config.model.dtype, pick_device(config.calibration.device))
+    model = models.load(folder, config.model.dtype, devices.pick(config.calibration.device, "calibration.device"))
     progress = Progress(len(projections), f"Sensitivity of {len(projections)} projections at {len(ratios)} ratios each")
     dense, table = _perplexity(model, tokens), {}
     for projection in projections:
@@ -136,7 +136,7 @@ def _most_within_perplexity(
         calibration.sample_length,
         calibration.seed,
     )
-    model = models.load(folder, config.model.dtype, pick_device(calibration.device))
+    model = models.load(folder, config.model.dtype, devices.pick(calibration.device, "calibration.device"))
     low, high = 0, len(pairs)
     while low < high:
         middle = (low + high + 1) // 2
@@ -166,8 +166,6 @@ def _truncated(
     kept: Mapping[str, float],
 ) -> Iterator[None]:
     """The model with some projections truncated, and as it was afterwards."""
-    from cospadi.stages import read_statistics
-
     checkpoint = models.Checkpoint(folder)
     plain = replace(config.factorization, rank_search=None)
     truncated = []

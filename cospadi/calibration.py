@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from cospadi import devices
 from cospadi.config import CalibrationConfig, ModelConfig
 from cospadi.errors import UserError
 from cospadi.models import BlockWalker
@@ -87,7 +89,7 @@ def collect(
     Raises:
         UserError: at the first layer whose inputs are not finite, naming it.
     """
-    device = pick_device(calibration.device)
+    device = devices.pick(calibration.device, "calibration.device")
     walker = BlockWalker(folder, model, device)
     hidden, arguments = walker.embed(tokens.split(calibration.batch_size))
     gram_dtype = getattr(torch, calibration.gram_dtype)
@@ -121,14 +123,17 @@ def _listen(
     return block.get_submodule(shared_input).register_forward_pre_hook(add)
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` takes a CUDA GPU when there is one.
+def read_statistics(
+    grams: Path, layer: int, shared_input: str, device: torch.device
+) -> tuple[Float[Tensor, "d_in d_in"], Float[Tensor, " d_in"]]:
+    """Gram and mean absolute activation of one shared input, from the folder that calibration left.
 
     Raises:
-        UserError: when ``cuda`` is asked for and none is there.
+        UserError: when the layer's file is missing.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={name} is set, but torch sees no CUDA GPU here. Set it to auto or cpu.")
-    return torch.device(name)
+    file = grams / f"{layer:03d}.safetensors"
+    if not file.is_file():
+        raise UserError(f"{file} is missing. Collect it again: delete {grams.parent} and start the study once more.")
+    with safe_open(file, framework="pt") as tensors:
+        gram = tensors.get_tensor(f"{shared_input}.gram").to(device)
+        return gram, tensors.get_tensor(f"{shared_input}.absolute_mean").to(device)

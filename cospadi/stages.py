@@ -140,12 +140,13 @@ def factorize(
 
 def _factorized(config: Config, checkpoint: Any, projections: Sequence[Any], grams: Path, ranks: dict[str, Any] | None):
     """Yield ``(projection, (factors, row of the record))``; projections that share an input share its whitener."""
-    from cospadi.calibration import pick_device
+    from cospadi import devices
+    from cospadi.calibration import read_statistics
     from cospadi.factorization import budget
     from cospadi.factorization.methods import Problem, factorize
     from cospadi.factorization.whitening import output_error, weight_error, whitener
 
-    device = pick_device(config.factorization.device)
+    device = devices.pick(config.factorization.device, "factorization.device")
     shared: tuple[int, str] | None = None
     for projection in projections:
         started = time.perf_counter()
@@ -176,18 +177,6 @@ def _factorized(config: Config, checkpoint: Any, projections: Sequence[Any], gra
         yield projection, (factors, row)
 
 
-def read_statistics(grams: Path, layer: int, shared_input: str, device: Any) -> tuple[Any, Any]:
-    """Gram and mean absolute activation of one shared input."""
-    from safetensors import safe_open
-
-    file = grams / f"{layer:03d}.safetensors"
-    if not file.is_file():
-        raise UserError(f"{file} is missing. Collect it again: delete {grams.parent} and start the study once more.")
-    with safe_open(file, framework="pt") as tensors:
-        gram = tensors.get_tensor(f"{shared_input}.gram").to(device)
-        return gram, tensors.get_tensor(f"{shared_input}.absolute_mean").to(device)
-
-
 def read_factors(files: Sequence[Path]):
     """Yield ``(projection name, factors)`` of every projection in the files."""
     import torch
@@ -215,15 +204,14 @@ def evaluate(
     """Room 6: the dense model (no factors; writes the reference) or a compressed one (compared with it)."""
     import json
 
-    from cospadi import models
-    from cospadi.calibration import pick_device
+    from cospadi import devices, models
     from cospadi.evaluation import evaluate
 
     settings = {"model": asdict(config.model), "evaluation": asdict(config.evaluation)}
     if factors:
         settings["factorization"] = asdict(config.factorization)
     log = Record("evaluation", settings, _hashes(documents, *factors))
-    device = pick_device(config.evaluation.device)
+    device = devices.pick(config.evaluation.device, "evaluation.device")
     network = models.load(model, config.model.dtype, device)
     models.replace_weights(network, ((name, f.weight()) for name, f in read_factors(factors)))
     result, rows = evaluate(

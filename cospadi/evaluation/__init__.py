@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cospadi import devices
 from cospadi.config import EvaluationConfig
-from cospadi.errors import UserError
 from cospadi.evaluation.perplexity import measure_tokens, token_windows
 from cospadi.evaluation.tasks import average_accuracy, check_tasks, prepared_tasks
 from cospadi.records import text_hash
@@ -96,12 +96,9 @@ def _word_perplexity(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def _move(model: nn.Module, device: str) -> torch.device:
     if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
         return model.device  # spread over several devices on purpose
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"evaluation.device={device}, but torch sees no GPU. Set evaluation.device=auto or cpu.")
-    model.to(device)
-    return torch.device(device)
+    picked = devices.pick(device, "evaluation.device")
+    model.to(picked)
+    return picked
 
 
 @contextlib.contextmanager
