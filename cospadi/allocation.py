@@ -62,7 +62,7 @@ def choose_ranks(
     """
     projections = models.find_projections(folder, config.model)
     pairs = sorted(
-        (float(perplexity), name, float(kept))
+        (_sortable(float(perplexity)), name, float(kept))
         for name, row in sensitivity["perplexities"].items()
         for kept, perplexity in row.items()
     )
@@ -77,6 +77,11 @@ def choose_ranks(
         "threshold_perplexity": pairs[accepted - 1][0] if accepted else None,
         "stored_bits": bits_of(projections, kept),
     }
+
+
+def _sortable(perplexity: float) -> float:
+    """A truncation that breaks the model (not a number) is worse than any other."""
+    return perplexity if perplexity == perplexity else float("inf")
 
 
 def smallest_accepted(pairs: Sequence[tuple[float, str, float]]) -> dict[str, float]:

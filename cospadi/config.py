@@ -6,16 +6,20 @@ not a field here. Nothing in this module imports torch, so that composing a whol
 
 from __future__ import annotations
 
+import difflib
+import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cospadi.errors import UserError
 
@@ -39,6 +43,12 @@ def _one_of(setting: str, value: str, allowed: Sequence[str]) -> None:
 
 def _at_least(setting: str, value: float | None, least: float) -> None:
     _require(value is None or value >= least, f"{setting}={value} is too small. Set {least} or more.")
+    _require(value is None or math.isfinite(value), f"{setting}={value} is not finite. Set a number.")
+
+
+def _device(setting: str, value: str) -> None:
+    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None
+    _require(known, f"{setting}={value} is not known. Choose one of: auto, cpu, cuda, cuda:<number>.")
 
 
 @dataclass
@@ -152,6 +162,7 @@ class CalibrationConfig:
         _at_least("calibration.sample_length", self.sample_length, 2)
         _at_least("calibration.batch_size", self.batch_size, 1)
         _at_least("calibration.damping", self.damping, 0)
+        _device("calibration.device", self.device)
         _one_of("calibration.gram_dtype", self.gram_dtype, ("float32", "float64"))
 
 
@@ -182,6 +193,7 @@ class FactorizationConfig:
                 f"factorization.compression_ratio={ratio:g} is not between 0 and 1. "
                 "It is the fraction of bits removed: to keep 80 % of them, set 0.2."
             )
+        _device("factorization.device", self.device)
         _one_of("factorization.accounting", self.accounting, ACCOUNTINGS)
         _one_of("factorization.storage_dtype", self.storage_dtype, ("float16", "bfloat16"))
 
@@ -297,7 +309,9 @@ class EvaluationConfig:
             _at_least(f"evaluation.{setting}", getattr(self, setting), 2)
         for setting in ("n_windows", "limit", "batch_size", "threads", "n_perplexity_documents", "n_cloze_documents"):
             _at_least(f"evaluation.{setting}", getattr(self, setting), 1)
-        _at_least("evaluation.cloze_words", self.cloze_words, 2)
+        _at_least("evaluation.document_words", self.document_words, 1)
+        _at_least("evaluation.cloze_words", self.cloze_words, 3)
+        _device("evaluation.device", self.device)
 
 
 @dataclass
@@ -366,19 +380,67 @@ def load(overrides: Sequence[str]) -> Config:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return OmegaConf.to_object(compose("config", overrides=list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_sentence(error, overrides)) from error
+            composed = compose("config", overrides=list(overrides))
+            _refuse_added_keys(composed)
+            return OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(_one_sentence(error)) from error
 
 
-def _one_sentence(error: BaseException, overrides: Sequence[str]) -> str:
-    """Hydra's own message, with the wrapped cause that names the key, on one line."""
+def _refuse_added_keys(node: DictConfig, path: str = "") -> None:
+    """Hydra's ``+key=value`` adds keys that no dataclass has, and nobody would read them."""
+    schema = OmegaConf.get_type(node)
+    for key in node:
+        full_key = f"{path}{key}"
+        if is_dataclass(schema) and key not in {f.name for f in fields(schema)}:
+            raise UserError(_no_such_setting(full_key, schema))
+        if not OmegaConf.is_missing(node, key) and isinstance(child := node._get_node(key), DictConfig):
+            if not child._is_none():
+                _refuse_added_keys(child, f"{full_key}.")
+
+
+def _one_sentence(error: BaseException) -> str:
+    """What is wrong and how to mend it, on one line, in the words of a person who has never met Hydra."""
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
-    if isinstance(causes[-1], UserError):
-        return str(causes[-1])
-    lines = [line.strip() for cause in causes for line in str(cause).splitlines() if line.strip()]
-    told = " ".join(dict.fromkeys(line for line in lines if not line.startswith(("object_type=", "To append"))))
-    given = f" (settings given: {' '.join(overrides)})" if overrides else ""
-    return f"The settings do not compose: {told}{given}. Compare the name with the files in {CONF}."
+    last = causes[-1]
+    if isinstance(last, UserError):
+        return str(last)
+    told = [line.strip() for cause in causes for line in str(cause).splitlines() if line.strip()]
+    place = next((f"{CONF / m[1]}.yaml: " for line in told if (m := re.match(r"In '([^']+)'", line))), "")
+    for cause in causes:
+        if isinstance(cause, MissingConfigException) and cause.options is not None:
+            group, _, option = (cause.missing_cfg_file or "").partition("/")
+            options = [name for name in cause.options if not name.endswith("_schema")]
+            return f"{group}={option} does not exist{_meant(option, options)} There are: {', '.join(options)} ({CONF / group})."
+    if isinstance(last, ConfigKeyError | ConfigAttributeError) and is_dataclass(last.object_type):
+        override = re.search(r"Could not override '([^']+)'", " ".join(told))
+        return place * (not override) + _no_such_setting(
+            override[1] if override else str(last.full_key), last.object_type
+        )
+    noise = (
+        "object_type=",
+        "reference_type=",
+        "full_key:",
+        "To append",
+        "Config search path",
+        "provider=",
+        "See https",
+    )
+    plain = " ".join(dict.fromkeys(line for line in told if not line.startswith(noise)))
+    named = f"{last.full_key}: " if isinstance(last, OmegaConfBaseException) and last.full_key else ""
+    if isinstance(last, yaml.YAMLError) and getattr(last, "problem_mark", None):
+        named = f"{last.problem_mark.name}: "
+    return f"The settings do not compose: {named}{plain.rstrip('.')}. Correct the value, or compare with {CONF}."
+
+
+def _no_such_setting(full_key: str, schema: type) -> str:
+    names = sorted(f.name for f in fields(schema))
+    above, _, key = full_key.rpartition(".")
+    return f"{full_key} is not a setting{_meant(key, names)} {above or 'At the top'} has: {', '.join(names)}."
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f". Did you mean {close[0]}?" if close else "."

@@ -83,7 +83,7 @@ def find_projections(folder: Path, config: ModelConfig) -> list[Projection]:
     checkpoint = Checkpoint(folder)
     pattern = re.compile(re.escape(config.blocks) + r"\.(\d+)\.(.+)\.weight")
     matches = [m for m in map(pattern.fullmatch, checkpoint.names) if m]
-    layers = sorted({int(m[1]) for m in matches})
+    layers = range(1 + max((int(m[1]) for m in matches), default=-1))  # a block that is missing whole is missing, too
     wanted = [(group[0], projection) for group in config.shared_inputs for projection in group]
     found = {(int(m[1]), m[2]) for m in matches}
     missing = [p for _, p in wanted if any((layer, p) not in found for layer in layers)]

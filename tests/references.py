@@ -91,16 +91,13 @@ def stored_bits_by_storing(dictionary, coefficients):
 def htp_round(dictionary, coefficients, target, sparsity):
     """Hard thresholding pursuit, one round: gradient step, largest ``sparsity`` a column, least squares on them.
 
-    Step size of a column: ``‖g‖² / ‖D g‖²`` with the gradient ``g`` on the current support (on everything if the
-    support is empty), as in normalised iterative hard thresholding (Blumensath and Davies 2010; Foucart 2011).
+    The step of a column is exact along its gradient ``g``: ``‖g‖² / ‖D g‖²``. (On the support alone, as in Blumensath
+    and Davies 2010, it would be 0/0: after a least squares the gradient vanishes there.)
     """
     gradient = dictionary.T @ (target - dictionary @ coefficients)
-    support = coefficients != 0
-    on_support = torch.where(support | ~support.any(dim=0), gradient, torch.zeros_like(gradient))
-    along = dictionary @ on_support
-    step = torch.zeros(target.shape[1], dtype=target.dtype)
+    moved = coefficients.clone()
     for j in range(target.shape[1]):
-        if along[:, j].norm() > 0:
-            step[j] = on_support[:, j].square().sum() / along[:, j].square().sum()
-    moved = hard_threshold_columns(coefficients + step * gradient, sparsity)
-    return least_squares_on_support(dictionary, target, moved != 0)
+        along = dictionary @ gradient[:, j]
+        if along.norm() > 0:
+            moved[:, j] += gradient[:, j] * gradient[:, j].square().sum() / along.square().sum()
+    return least_squares_on_support(dictionary, target, hard_threshold_columns(moved, sparsity) != 0)

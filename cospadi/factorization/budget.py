@@ -102,9 +102,11 @@ def atoms_and_sparsity(
             )
         atoms = int((1 - compression_ratio) * d_in * d_out / (d_in + d_out / rho) + 1e-9)
         sparsity = int(atoms / rho + 1e-9)
+        while sparsity and stored_bits(d_in, d_out, atoms, sparsity, PAPER_VALUE_BITS) > budget:
+            sparsity -= 1  # odd shapes: filling values and mask up to bytes may cost what was left
     else:
         per_atom, per_nonzero = DENSE_BITS * d_in + d_out, DENSE_BITS * d_out
-        budget -= 7  # the mask is filled up to a byte
+        budget -= budget % 8  # the mask is filled up to a byte, so the last bits buy nothing
         atoms = int(budget / (per_atom + per_nonzero / rho))
         sparsity = min((budget - atoms * per_atom) // per_nonzero, atoms)
         atoms += max(budget - atoms * per_atom - sparsity * per_nonzero, 0) // per_atom

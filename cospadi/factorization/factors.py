@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from cospadi.errors import UserError
+from cospadi.factorization.budget import PAPER_VALUE_BITS
 
 STORAGE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -35,8 +36,11 @@ class LowRank:
         Equal norms keep both factors away from the ends of the 16-bit range.
         """
         column, row = left.norm(dim=0), right.norm(dim=1)
-        scale = torch.where((column > 0) & (row > 0), (row / column).sqrt(), torch.ones_like(column))
-        return cls(rounded(left * scale, storage_dtype), rounded(right / scale[:, None], storage_dtype))
+        used = (column > 0) & (row > 0)  # where one side is zero the product is: both become zero
+        scale = torch.where(used, (row / column).sqrt(), torch.ones_like(column))
+        left = torch.where(used, left * scale, 0.0)
+        right = torch.where(used[:, None], right / scale[:, None], 0.0)
+        return cls(rounded(left, storage_dtype), rounded(right, storage_dtype))
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -102,7 +106,7 @@ class SparseDictionary:
         mask = torch.from_numpy(bits).reshape(d_out, atoms)
         value_bits = 16
         if stored.dtype == torch.uint8:
-            value_bits = 8 * len(stored) // max(int(mask.sum()), 1)
+            value_bits = PAPER_VALUE_BITS  # the only packed form; a few values do not tell their width by their bytes
             stored = unpack_bits(stored, value_bits, int(mask.sum())).view(dictionary.dtype)
         columns = torch.zeros(d_out, atoms, dtype=dictionary.dtype)
         columns[mask] = stored

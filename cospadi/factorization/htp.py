@@ -23,7 +23,7 @@ class Solution:
     dictionary: Float[Tensor, "d_in atoms"]
     coefficients: Float[Tensor, "atoms d_out"]
     errors: Sequence[float]
-    """``‖Y − DS‖_F / ‖Y‖_F`` after every round."""
+    """``‖Y − DS‖_F / ‖Y‖_F`` of the start, after every round, and of what is returned: the last is the least."""
 
 
 def htp(
@@ -40,25 +40,32 @@ def htp(
     Starts from the eigenbasis (left singular vectors of ``Y``). A round is a normalised gradient step on ``S``, the
     ``sparsity`` largest per column, least squares on that support by ``cg_steps`` conjugate-gradient steps (hard
     thresholding pursuit: Foucart 2011, doi:10.1137/100806278), and the closed-form dictionary ``Y Sᵀ (S Sᵀ)⁻¹`` (MOD:
-    Engan 1999). Stops after ``n_rounds`` or when a round gains less than ``tolerance`` of the error. The last least
-    squares takes ``final_cg_steps``.
+    Engan 1999). Stops after ``n_rounds`` or when a round gains less than ``tolerance`` of the error. A round may lose
+    (a new support is not always better): the best one is kept, and its least squares goes on for ``final_cg_steps``.
     """
     dictionary = first_atoms(target, atoms, sparsity)
     gram, correlations = dictionary.T @ dictionary, target.T @ dictionary
     support = largest(correlations, sparsity)
     codes = least_squares(gram, correlations, torch.where(support, correlations, 0.0), support, cg_steps)
     energy = float(target.square().sum(dtype=torch.float64))
-    errors: list[float] = []
+    best = dictionary, gram, correlations, codes, support
+    errors = [_relative_error(gram, correlations, codes, energy)]
     for _ in range(n_rounds):
         dictionary, codes = best_dictionary(target, dictionary, codes)
         gram, correlations = dictionary.T @ dictionary, target.T @ dictionary
         support = largest(codes + gradient_step(gram, correlations, codes), sparsity)
         codes = least_squares(gram, correlations, torch.where(support, codes, 0.0), support, cg_steps)
         errors.append(_relative_error(gram, correlations, codes, energy))
-        if len(errors) > 1 and errors[-2] - errors[-1] < tolerance * errors[-1]:
+        if errors[-1] <= min(errors):
+            best = dictionary, gram, correlations, codes, support
+        if len(errors) > 2 and errors[-2] - errors[-1] < tolerance * errors[-1]:
             break
-    codes = least_squares(gram, correlations, codes, support, final_cg_steps)
-    errors.append(_relative_error(gram, correlations, codes, energy))
+    dictionary, gram, correlations, codes, support = best
+    polished = least_squares(gram, correlations, codes, support, final_cg_steps)
+    error = _relative_error(gram, correlations, polished, energy)
+    if error <= min(errors):
+        codes = polished
+    errors.append(min(error, *errors))
     return Solution(dictionary, codes.T, errors)
 
 

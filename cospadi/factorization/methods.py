@@ -33,6 +33,10 @@ class Problem:
     keep_dense: bool = False
     """Set by a rank search that leaves this projection alone."""
 
+    def __post_init__(self) -> None:
+        if not torch.isfinite(self.weight).all():
+            raise UserError("The weight holds NaN or infinite numbers. Check the checkpoint of model.source.")
+
 
 @singledispatch
 def factorize(config: FactorizationConfig, problem: Problem) -> Factors:
