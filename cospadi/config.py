@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from numbers import Real
 from pathlib import Path
 
 import yaml
@@ -41,7 +42,7 @@ def _one_of(setting: str, value: str, allowed: Sequence[str]) -> None:
     _require(value in allowed, f"{setting}={value} is not known. Choose one of: {', '.join(allowed)}.")
 
 
-def _at_least(setting: str, value: float | None, least: float) -> None:
+def _at_least(setting: str, value: Real | None, least: Real) -> None:
     _require(value is None or value >= least, f"{setting}={value} is too small. Set {least} or more.")
     _require(value is None or math.isfinite(value), f"{setting}={value} is not finite. Set a number.")
 
@@ -75,6 +76,8 @@ class TextConfig:
     """Column of a data set that holds the text."""
     hub_revision: str | None = None
     """Commit of a hub data set."""
+    keep_blank: bool = False
+    """Keep blank rows of a data set: the GPTQ protocol joins all rows of WikiText-2, blank ones too."""
     max_documents: int | None = None
     """Keep only the first documents; a hub data set is then streamed instead of downloaded."""
     revision: int = 1
@@ -399,46 +402,48 @@ def _refuse_added_keys(node: DictConfig, path: str = "") -> None:
                 _refuse_added_keys(child, f"{full_key}.")
 
 
+_NOISE = ("object_type=", "reference_type=", "full_key:", "To append", "Config search path", "provider=", "See https")
+
+
 def _one_sentence(error: BaseException) -> str:
     """What is wrong and how to mend it, on one line, in the words of a person who has never met Hydra."""
     causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    last = causes[-1]
-    if isinstance(last, UserError):
-        return str(last)
-    told = [line.strip() for cause in causes for line in str(cause).splitlines() if line.strip()]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    for cause in reversed(causes):
+        if isinstance(cause, UserError):
+            return str(cause)
+        if isinstance(cause, MissingConfigException) and cause.options:
+            return _no_such_option(cause)
+    told = [line.strip() for line in str(error).splitlines() if line.strip() and not line.strip().startswith(_NOISE)]
     place = next((f"{CONF / m[1]}.yaml: " for line in told if (m := re.match(r"In '([^']+)'", line))), "")
-    for cause in causes:
-        if isinstance(cause, MissingConfigException) and cause.options is not None:
-            group, _, option = (cause.missing_cfg_file or "").partition("/")
-            options = [name for name in cause.options if not name.endswith("_schema")]
-            return f"{group}={option} does not exist{_meant(option, options)} There are: {', '.join(options)} ({CONF / group})."
-    if isinstance(last, ConfigKeyError | ConfigAttributeError) and is_dataclass(last.object_type):
-        override = re.search(r"Could not override '([^']+)'", " ".join(told))
-        return place * (not override) + _no_such_setting(
-            override[1] if override else str(last.full_key), last.object_type
-        )
-    noise = (
-        "object_type=",
-        "reference_type=",
-        "full_key:",
-        "To append",
-        "Config search path",
-        "provider=",
-        "See https",
+    at_fault = [cause for cause in causes if isinstance(cause, OmegaConfBaseException)]
+    if at_fault and isinstance(at_fault[-1], ConfigKeyError | ConfigAttributeError):
+        key, schema = str(at_fault[-1].full_key), at_fault[-1].object_type
+        if is_dataclass(schema):
+            return place + _no_such_setting(key, schema)
+    if at_fault:
+        told += str(at_fault[-1].msg or at_fault[-1]).splitlines()[:1]
+    given = getattr(error, "override", None)  # of an override that cannot be parsed
+    named = "".join(f"{override}: " for override in [given] if override) or place
+    whole = " ".join(dict.fromkeys(line.strip() for line in told))
+    whole = re.sub(r"^Error merging override (\S+)", r"\1:", whole)
+    return f"{named}{whole.rstrip('.?')}. Correct the setting, or compare with the files in {CONF}."
+
+
+def _no_such_option(error: MissingConfigException) -> str:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    options = [name for name in error.options or () if not name.endswith("_schema")]
+    return (
+        f"{group}={option} does not exist{_meant(option, options)} "
+        f"There are: {', '.join(options)} (the files in {CONF / group})."
     )
-    plain = " ".join(dict.fromkeys(line for line in told if not line.startswith(noise)))
-    named = f"{last.full_key}: " if isinstance(last, OmegaConfBaseException) and last.full_key else ""
-    if isinstance(last, yaml.YAMLError) and getattr(last, "problem_mark", None):
-        named = f"{last.problem_mark.name}: "
-    return f"The settings do not compose: {named}{plain.rstrip('.')}. Correct the value, or compare with {CONF}."
 
 
 def _no_such_setting(full_key: str, schema: type) -> str:
     names = sorted(f.name for f in fields(schema))
     above, _, key = full_key.rpartition(".")
-    return f"{full_key} is not a setting{_meant(key, names)} {above or 'At the top'} has: {', '.join(names)}."
+    return f"{full_key} is not a setting{_meant(key, names)} The settings{f' of {above}' if above else ''} are: {', '.join(names)}."
 
 
 def _meant(name: str, known: Sequence[str]) -> str:

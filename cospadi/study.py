@@ -10,8 +10,10 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from decimal import Decimal
 from functools import cache, cached_property
+from itertools import product
 from pathlib import Path
 
 from cospadi.config import METHODS, Config, FactorizationConfig, TextConfig, load
@@ -69,17 +71,23 @@ class Study:
     def _compose(self) -> None:
         errors: dict[str, None] = {}
         used: set[str] = set()
-        for model in self.study.models:
-            for method in self.study.methods:
-                for ratio in self.study.compression_ratios:
-                    cell = CellId(model, method, f"{ratio:g}")
-                    try:
-                        overrides = self._cell_overrides(cell, used)
-                        self._configs[cell] = load(overrides)
-                        self._overrides[cell] = overrides
-                        n_layers(self._configs[cell].model)
-                    except UserError as error:
-                        errors[str(error)] = None
+        for model, method in product(self.study.models, self.study.methods):
+            try:
+                overrides = self._overrides_of(model, method, used)
+                config = load(overrides)
+                n_layers(config.model)
+            except UserError as error:
+                errors[str(error)] = None
+                continue
+            for ratio in self.study.compression_ratios:
+                cell = CellId(model, method, _digits(ratio))
+                try:  # a composition takes a tenth of a second, checking one more ratio nothing
+                    factorization = replace(config.factorization, compression_ratio=ratio)
+                except UserError as error:
+                    errors[str(error)] = None
+                    continue
+                self._configs[cell] = replace(config, factorization=factorization)
+                self._overrides[cell] = [*overrides, f"factorization.compression_ratio={cell.ratio}"]
         if errors:
             raise UserError("\n".join(errors))
         unused = [o for o in self.overrides if _factorization_field(o) and o not in used]
@@ -89,14 +97,13 @@ class Study:
                 f"Methods: {', '.join(self.study.methods)}."
             )
 
-    def _cell_overrides(self, cell: CellId, used: set[str]) -> list[str]:
-        """What composes this cell; ``factorization.x=…`` goes only to methods that have a field ``x``."""
-        chosen = [f"model={cell.model}", f"factorization={cell.method}"]
-        known = _fields_of(cell.method)
+    def _overrides_of(self, model: str, method: str, used: set[str]) -> list[str]:
+        """What composes these cells; ``factorization.x=…`` goes only to methods that have a field ``x``."""
+        known = _fields_of(method)
         fitting = [o for o in self.overrides if not _factorization_field(o) or _factorization_field(o) in known]
         used.update(fitting)
         own = [o for o in fitting if not o.startswith(("model=", "factorization="))]
-        return [*own, *chosen, f"factorization.compression_ratio={cell.ratio}"]
+        return [*own, f"model={model}", f"factorization={method}"]
 
     @property
     def cells(self) -> list[CellId]:
@@ -215,6 +222,15 @@ def _factorization_field(override: str) -> str | None:
     """
     key = override.split("=")[0].lstrip("+~")
     return key.split(".")[1] if key.startswith("factorization.") else None
+
+
+def _digits(ratio: float) -> str:
+    """All digits and no exponent, so that two ratios never share a folder.
+
+    >>> _digits(0.3), _digits(0.1234567), _digits(1e-05)
+    ('0.3', '0.1234567', '0.00001')
+    """
+    return format(Decimal(repr(ratio)), "f")
 
 
 @cache

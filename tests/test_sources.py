@@ -916,3 +916,14 @@ def test_the_modules_have_no_pickle():
         assert not re.search(
             r"^\s*(import|from) pickle", Path(module.__file__).read_text(encoding="utf-8"), re.MULTILINE
         )
+
+
+def test_blank_rows_of_a_data_set_are_kept_only_when_asked_for(tmp_path):
+    rows = ["first\n", "", "second\n"]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: test.jsonl\n---\n"
+    )
+    settings = {"name": "t", "title": "t", "source": str(tmp_path), "parser": "dataset", "split": "test"}
+    assert read_documents(TextConfig(**settings)) == ["first\n", "second\n"]
+    assert read_documents(TextConfig(**settings, keep_blank=True)) == rows

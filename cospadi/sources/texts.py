@@ -122,7 +122,7 @@ def _damage_is_the_users_concern(config: TextConfig) -> Iterator[None]:
 
 
 def _rows(config: TextConfig) -> Iterator[str]:
-    """The rows of a data set that are not blank.
+    """The rows of a data set, blank ones only with ``keep_blank``.
 
     A local folder is always streamed: the cache of ``datasets`` knows a local folder by its last name only, and would
     serve rows that the folder no longer holds.
@@ -187,7 +187,7 @@ def _column(config: TextConfig, rows: Any) -> Iterator[str]:
                     f"text.column={config.column} of {config.source} holds {type(document).__name__}, not text. "
                     f"Choose another of its columns: {', '.join(row)}."
                 )
-            if document.strip():
+            if config.keep_blank or document.strip():
                 yield document
     except (pyarrow.ArrowInvalid, DatasetGenerationError) as error:
         raise _damaged(config, error) from error
