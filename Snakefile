@@ -37,6 +37,8 @@ wildcard_constraints:
 workflow.global_resources.setdefault("gpu", n_gpus() or workflow.cores)
 
 
+# Which jobs are stale: `recipe` holds the settings a job depends on, and Snakemake compares it. It does not compare
+# params that take `output` (`overrides`): what is typed for one room leaves the others alone.
 report: "workflow/report/workflow.rst"
 
 

@@ -397,9 +397,9 @@ def _refuse_added_keys(node: DictConfig, path: str = "") -> None:
         full_key = f"{path}{key}"
         if is_dataclass(schema) and key not in {f.name for f in fields(schema)}:
             raise UserError(_no_such_setting(full_key, schema))
-        if not OmegaConf.is_missing(node, key) and isinstance(child := node._get_node(key), DictConfig):
-            if not child._is_none():
-                _refuse_added_keys(child, f"{full_key}.")
+        child = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            _refuse_added_keys(child, f"{full_key}.")
 
 
 _NOISE = ("object_type=", "reference_type=", "full_key:", "To append", "Config search path", "provider=", "See https")
@@ -423,11 +423,12 @@ def _one_sentence(error: BaseException) -> str:
         if is_dataclass(schema):
             return place + _no_such_setting(key, schema)
     if at_fault:
-        told += str(at_fault[-1].msg or at_fault[-1]).splitlines()[:1]
+        told += str(at_fault[-1]).splitlines()[:1]
     given = getattr(error, "override", None)  # of an override that cannot be parsed
-    named = "".join(f"{override}: " for override in [given] if override) or place
+    key = str(at_fault[-1].full_key or "") if at_fault else ""
     whole = " ".join(dict.fromkeys(line.strip() for line in told))
     whole = re.sub(r"^Error merging override (\S+)", r"\1:", whole)
+    named = f"{given}: " if given else place or (f"{key}: " if key not in whole else "")
     return f"{named}{whole.rstrip('.?')}. Correct the setting, or compare with the files in {CONF}."
 
 
@@ -435,7 +436,7 @@ def _no_such_option(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     options = [name for name in error.options or () if not name.endswith("_schema")]
     return (
-        f"{group}={option} does not exist{_meant(option, options)} "
+        f"{group}={option} does not exist{did_you_mean(option, options)} "
         f"There are: {', '.join(options)} (the files in {CONF / group})."
     )
 
@@ -443,9 +444,14 @@ def _no_such_option(error: MissingConfigException) -> str:
 def _no_such_setting(full_key: str, schema: type) -> str:
     names = sorted(f.name for f in fields(schema))
     above, _, key = full_key.rpartition(".")
-    return f"{full_key} is not a setting{_meant(key, names)} The settings{f' of {above}' if above else ''} are: {', '.join(names)}."
+    return f"{full_key} is not a setting{did_you_mean(key, names)} The settings{f' of {above}' if above else ''} are: {', '.join(names)}."
 
 
-def _meant(name: str, known: Sequence[str]) -> str:
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The end of a sentence about a name that does not exist.
+
+    >>> did_you_mean("rhoo", ["rho", "solver"]), did_you_mean("x", ["rho"])
+    ('. Did you mean rho?', '.')
+    """
     close = difflib.get_close_matches(name, known, n=1)
     return f". Did you mean {close[0]}?" if close else "."

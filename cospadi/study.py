@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 
-from cospadi.config import METHODS, Config, FactorizationConfig, TextConfig, load
+from cospadi.config import METHODS, Config, FactorizationConfig, TextConfig, did_you_mean, load
 from cospadi.errors import UserError
 from cospadi.sources import n_layers
 
@@ -59,6 +59,7 @@ class Study:
     """
 
     def __init__(self, name: str = "default", overrides: Sequence[str] = ()):
+        _refuse_axes(overrides)
         self.overrides = [f"study={name}", *overrides]
         common = [o for o in self.overrides if not _factorization_field(o)]
         self.root = load(common)
@@ -90,11 +91,13 @@ class Study:
                 self._overrides[cell] = [*overrides, f"factorization.compression_ratio={cell.ratio}"]
         if errors:
             raise UserError("\n".join(errors))
-        unused = [o for o in self.overrides if _factorization_field(o) and o not in used]
+        unused = [field for o in self.overrides if (field := _factorization_field(o)) and o not in used]
         if unused:
+            known = sorted(set().union(*map(_fields_of, self.study.methods)))
+            named = ", ".join(f"factorization.{field}" for field in unused)
             raise UserError(
-                f"No method of study {self.name} has the setting {', '.join(o.split('=')[0] for o in unused)}. "
-                f"Methods: {', '.join(self.study.methods)}."
+                f"No method of study {self.name} has the setting {named}{did_you_mean(unused[0], known)} "
+                f"Methods: {', '.join(self.study.methods)}; their settings: {', '.join(known)}."
             )
 
     def _overrides_of(self, model: str, method: str, used: set[str]) -> list[str]:
@@ -102,8 +105,7 @@ class Study:
         known = _fields_of(method)
         fitting = [o for o in self.overrides if not _factorization_field(o) or _factorization_field(o) in known]
         used.update(fitting)
-        own = [o for o in fitting if not o.startswith(("model=", "factorization="))]
-        return [*own, f"model={model}", f"factorization={method}"]
+        return [*fitting, f"model={model}", f"factorization={method}"]
 
     @property
     def cells(self) -> list[CellId]:
@@ -213,6 +215,23 @@ class Study:
         for cell in self.cells:
             records += [self.evaluation_record(cell), *self.factors(cell, "json")]
         return records
+
+
+def _refuse_axes(overrides: Sequence[str]) -> None:
+    """The grid sets these for every cell: another value would be dropped without a word."""
+    axes = {
+        "model": "study.models",
+        "factorization": "study.methods",
+        "factorization.compression_ratio": "study.compression_ratios",
+        "study": "--config study=<name>",
+    }
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if axis := axes.get(key.lstrip("+~")):
+            raise UserError(
+                f"{override} has no effect on a whole study. Set {axis.replace('<name>', value)}"
+                + ("." if "--" in axis else f"=[{value}].")
+            )
 
 
 def _factorization_field(override: str) -> str | None:

@@ -59,7 +59,7 @@ def test_a_failure_is_kept_word_for_word():
 def test_settings_that_do_not_compose_are_shown_without_a_traceback(capsys):
     assert run.main(["-n", "--cores", "1", "--config", "study=nope"]) != 0
     said = capsys.readouterr().err
-    assert "study/nope" in said
+    assert "study=nope does not exist" in said
     assert "Traceback" not in said
 
 

@@ -17,7 +17,7 @@ rule calibrate:
         gpu=1,
     params:
         recipe=lambda w: study.recipe("calibration", model=w.model),
-        overrides=lambda w: study.overrides_for(model=w.model),
+        overrides=lambda w, output: study.overrides_for(model=w.model),
     shell:
         "python -m cospadi calibrate {params.overrides} --model {input.model} --documents {input.documents}"
         " --grams {output.grams} --record {output.record} > {log} 2>&1"

@@ -18,7 +18,7 @@ rule evaluate_dense:
         gpu=1,
     params:
         recipe=lambda w: study.recipe("evaluation", model=w.model),
-        overrides=lambda w: study.overrides_for(model=w.model),
+        overrides=lambda w, output: study.overrides_for(model=w.model),
     shell:
         "python -m cospadi evaluate {params.overrides} --model {input.model} --documents {input.documents}"
         " --reference {output.reference} --samples {output.samples} --record {output.record} > {log} 2>&1"
@@ -49,7 +49,7 @@ rule evaluate:
         gpu=1,
     params:
         recipe=lambda w: study.recipe("evaluation", model=w.model),
-        overrides=lambda w: study.overrides_for(w.model, w.method, w.ratio),
+        overrides=lambda w, output: study.overrides_for(w.model, w.method, w.ratio),
     shell:
         "python -m cospadi evaluate {params.overrides} --model {input.model} --documents {input.documents}"
         " --factors-files {input.factors} --reference {input.reference}"

@@ -15,7 +15,7 @@ rule search_ranks:
         gpu=1,
     params:
         recipe=lambda w: study.recipe("sensitivity", model=w.model, method=w.method),
-        overrides=lambda w: study.overrides_for(model=w.model, method=w.method),
+        overrides=lambda w, output: study.overrides_for(model=w.model, method=w.method),
     shell:
         "python -m cospadi search-ranks {params.overrides} --model {input.model} --documents {input.documents}"
         " --grams {input.grams} --sensitivity {output} > {log} 2>&1"
@@ -40,7 +40,7 @@ rule choose_ranks:
         recipe=lambda w: study.recipe(
             "factorization", model=w.model, method=w.method, ratio=w.ratio
         ),
-        overrides=lambda w: study.overrides_for(w.model, w.method, w.ratio),
+        overrides=lambda w, output: study.overrides_for(w.model, w.method, w.ratio),
     shell:
         "python -m cospadi choose-ranks {params.overrides} --model {input.model} --documents {input.documents}"
         " --grams {input.grams} --sensitivity {input.sensitivity} --ranks {output} > {log} 2>&1"
@@ -69,7 +69,7 @@ rule factorize:
         recipe=lambda w: study.recipe(
             "factorization", model=w.model, method=w.method, ratio=w.ratio
         ),
-        overrides=lambda w: study.overrides_for(w.model, w.method, w.ratio),
+        overrides=lambda w, output: study.overrides_for(w.model, w.method, w.ratio),
         ranks=lambda w, input: f"--ranks {input.ranks}" if input.ranks else "",
     shell:
         "python -m cospadi factorize {params.overrides} --model {input.model} --grams {input.grams} {params.ranks}"

@@ -11,7 +11,7 @@ rule prepare_model:
         "../../environment.yml"
     params:
         recipe=lambda w: study.recipe("model", model=w.model),
-        overrides=lambda w: study.overrides_for(model=w.model),
+        overrides=lambda w, output: study.overrides_for(model=w.model),
     shell:
         "python -m cospadi prepare-model {params.overrides} --folder {output.folder} --record {output.record}"
         " > {log} 2>&1"
@@ -30,7 +30,7 @@ rule prepare_text:
         "../../environment.yml"
     params:
         recipe=lambda w: study.recipe("text", text=w.text),
-        overrides=lambda w: study.overrides_for(),
+        overrides=lambda w, output: study.overrides_for(),
     shell:
         "python -m cospadi prepare-text text={wildcards.text} {params.overrides}"
         " --documents {output.documents} --record {output.record} > {log} 2>&1"

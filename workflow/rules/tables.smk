@@ -39,7 +39,7 @@ rule tabulate:
         "../../environment.yml"
     params:
         recipe=study.recipe("tables"),
-        overrides=study.typed,
+        overrides=lambda w, output: study.typed,
         folder=lambda w, output: os.path.dirname(output.summary),
     shell:
         "python -m cospadi tabulate {params.overrides} --folder {params.folder} > {log} 2>&1"
