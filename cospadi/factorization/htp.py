@@ -107,15 +107,22 @@ def least_squares(
 ) -> Float[Tensor, "d_out atoms"]:
     """``steps`` conjugate-gradient steps from ``codes`` on every row's normal equations, restricted to its support.
 
-    Each step lowers every row's error or leaves it: rows that have converged take steps of length 0.
+    Each step lowers every row's error or leaves it. A row stops for good once its residual is rounding noise, or points
+    where the atoms of its support are dependent to working precision: a step there would be noise over nothing.
     """
     inside = support.to(gram.dtype)
     residual = (correlations - codes @ gram) * inside
     direction = residual
     length = residual.square().sum(dim=1, keepdim=True)
+    epsilon = torch.finfo(gram.dtype).eps
+    noise = (4 * epsilon) ** 2 * (correlations * inside).square().sum(dim=1, keepdim=True)
+    flat = 4 * epsilon * gram.diagonal().max()
+    going = torch.ones_like(length, dtype=torch.bool)
     for _ in range(steps):
         image = direction @ gram
-        step = length / (direction * image).sum(dim=1, keepdim=True).clamp_min(_tiny(gram))
+        curvature = (direction * image).sum(dim=1, keepdim=True)
+        going = going & (length > noise) & (curvature > flat * length)
+        step = torch.where(going, length / curvature, 0.0)
         codes = codes + step * direction
         residual = torch.addcmul(residual, image * inside, step.expand_as(image), value=-1)
         shorter = residual.square().sum(dim=1, keepdim=True)

@@ -37,9 +37,20 @@ def whitener(gram: Float[Tensor, "d_in d_in"], damping: float = 0.0) -> Float[Te
 
 
 def _barely_definite(factor: Float[Tensor, "d_in d_in"]) -> bool:
-    """Whether rounding alone may have kept a rank-deficient gram positive: pivots are eigenvalue bounds."""
-    pivots = factor.diagonal().square()
-    return bool(pivots.min() <= len(factor) * torch.finfo(factor.dtype).eps * pivots.max())
+    """Whether rounding alone may have kept a rank-deficient gram positive.
+
+    Compares the smallest eigenvalue, found by inverse iteration from the smallest pivot, with the usual tolerance of
+    a numerical rank. The pivots themselves do not tell: all of them can be far above the smallest eigenvalue.
+    """
+    vector = torch.zeros_like(factor[:, :1])
+    vector[factor.diagonal().abs().argmin()] = 1.0
+    growth = torch.ones_like(vector[0, 0])
+    for _ in range(4):
+        vector = torch.cholesky_solve(vector, factor, upper=True)
+        growth = vector.norm()
+        vector = vector / growth
+    tolerance = len(factor) * torch.finfo(factor.dtype).eps * factor.square().sum()  # of the trace
+    return not bool(growth * tolerance < 1)
 
 
 def unwhiten(
