@@ -48,7 +48,7 @@ def perplexities_alone(
         for kept in ratios:
             with _truncated(model, config, folder, grams, [projection], {projection.name: kept}):
                 table[projection.name][f"{kept:g}"] = _perplexity(model, tokens)
-        progress.step(projection.name, weight=1)
+        progress.step(projection.name)
     return {"dense_perplexity": dense, "perplexities": table}
 
 

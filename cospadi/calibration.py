@@ -75,9 +75,15 @@ def draw_samples(
         tokens += tokenizer(documents[index] + "\n\n", add_special_tokens=False)["input_ids"]
         if len(tokens) >= wanted:
             return torch.tensor(tokens[:wanted]).reshape(n_samples, sample_length)
+    few = len(tokens) // sample_length
+    shorter = (
+        f"calibration.n_samples to {few} or less"
+        if few
+        else "calibration.n_samples and calibration.sample_length lower"
+    )
     raise UserError(
-        f"The calibration text has {len(tokens)} tokens, {wanted} are asked for. Set calibration.n_samples to "
-        f"{len(tokens) // sample_length} or less (of {sample_length} tokens each), or take a longer calibration.text."
+        f"The calibration text has {len(tokens)} tokens, {wanted} are asked for. Set {shorter}"
+        f" (n_samples={n_samples} of sample_length={sample_length} now), or take a longer calibration.text."
     )
 
 

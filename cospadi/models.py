@@ -123,8 +123,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 @torch.no_grad()
-def replace_weights(model: nn.Module, weights: Iterable[tuple[str, Float[Tensor, "d_in d_out"]]]) -> None:
-    """Overwrite projections, named as in ``Projection.name``, in place."""
+def replace_weights(model: nn.Module, weights: Iterable[tuple[str, Float[Tensor, "_ _"]]]) -> None:
+    """Overwrite projections, named as in ``Projection.name``, in place; each weight is ``(d_in, d_out)`` of its own."""
     for name, weight in weights:
         model.get_submodule(name).weight.copy_(weight.T)
 
