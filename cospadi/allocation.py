@@ -7,6 +7,7 @@ the lowest that meets the target: a number of bits, or the highest that keeps a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -81,7 +82,7 @@ def choose_ranks(
 
 def _sortable(perplexity: float) -> float:
     """A truncation that breaks the model (not a number) is worse than any other."""
-    return perplexity if perplexity == perplexity else float("inf")
+    return float("inf") if math.isnan(perplexity) else perplexity
 
 
 def smallest_accepted(pairs: Sequence[tuple[float, str, float]]) -> dict[str, float]:

@@ -49,20 +49,20 @@ def htp(
     codes = least_squares(gram, correlations, torch.where(support, correlations, 0.0), support, cg_steps)
     energy = float(target.square().sum(dtype=torch.float64))
     best = dictionary, gram, correlations, codes, support
-    errors = [_relative_error(gram, correlations, codes, energy)]
+    errors = [_relative_error(target, dictionary, codes, energy)]
     for _ in range(n_rounds):
         dictionary, codes = best_dictionary(target, dictionary, codes)
         gram, correlations = dictionary.T @ dictionary, target.T @ dictionary
         support = largest(codes + gradient_step(gram, correlations, codes), sparsity)
         codes = least_squares(gram, correlations, torch.where(support, codes, 0.0), support, cg_steps)
-        errors.append(_relative_error(gram, correlations, codes, energy))
+        errors.append(_relative_error(target, dictionary, codes, energy))
         if errors[-1] <= min(errors):
             best = dictionary, gram, correlations, codes, support
         if len(errors) > 2 and errors[-2] - errors[-1] < tolerance * errors[-1]:
             break
     dictionary, gram, correlations, codes, support = best
     polished = least_squares(gram, correlations, codes, support, final_cg_steps)
-    error = _relative_error(gram, correlations, polished, energy)
+    error = _relative_error(target, dictionary, polished, energy)
     if error <= min(errors):
         codes = polished
     errors.append(min(error, *errors))
@@ -157,12 +157,12 @@ def best_dictionary(
     return torch.where(used, solved / norms, dictionary), codes * norms
 
 
-def _relative_error(gram: Tensor, correlations: Tensor, codes: Tensor, energy: float) -> float:
-    """``‖Y − DS‖/‖Y‖`` from inner products: ``‖Y‖² − 2⟨DᵀY, S⟩ + ⟨S, DᵀD S⟩``."""
+def _relative_error(target: Tensor, dictionary: Tensor, codes: Tensor, energy: float) -> float:
+    """``‖Y − DS‖/‖Y‖`` from the residual itself: inner products would cancel where codes are large."""
     if energy == 0:
         return 0.0
-    fit = ((codes @ gram - 2 * correlations) * codes).sum(dtype=torch.float64)
-    return (max(energy + float(fit), 0.0) / energy) ** 0.5
+    residual = target - dictionary @ codes.T
+    return (float(residual.square().sum(dtype=torch.float64)) / energy) ** 0.5
 
 
 def _tiny(tensor: Tensor) -> float:
