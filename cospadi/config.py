@@ -417,7 +417,7 @@ def _one_sentence(error: BaseException) -> str:
             return _no_such_option(cause)
     told = [line.strip() for line in str(error).splitlines() if line.strip() and not line.strip().startswith(_NOISE)]
     place = next((f"{CONF / m[1]}.yaml: " for line in told if (m := re.match(r"In '([^']+)'", line))), "")
-    at_fault = [cause for cause in causes if isinstance(cause, OmegaConfBaseException)]
+    at_fault = [c for c in causes if isinstance(c, OmegaConfBaseException) and not re.search(r"\$[A-Z]", str(c))]
     if at_fault and isinstance(at_fault[-1], ConfigKeyError | ConfigAttributeError):
         key, schema = str(at_fault[-1].full_key), at_fault[-1].object_type
         if is_dataclass(schema):
@@ -427,8 +427,11 @@ def _one_sentence(error: BaseException) -> str:
     given = getattr(error, "override", None)  # of an override that cannot be parsed
     key = str(at_fault[-1].full_key or "") if at_fault else ""
     whole = " ".join(dict.fromkeys(line.strip() for line in told))
+    whole = re.sub(r"^In '\S+': \w+ raised while composing config: ", "", whole)
     whole = re.sub(r"^Error merging override (\S+)", r"\1:", whole)
-    named = f"{given}: " if given else place or (f"{key}: " if key not in whole else "")
+    named = f"{given}: " if given else place + (f"{key}: " if key not in whole else "")
+    if given:
+        return f"{named}{whole}. Write key=value, and quotes around a value that holds = , [ or {{: key='a=b'."
     return f"{named}{whole.rstrip('.?')}. Correct the setting, or compare with the files in {CONF}."
 
 

@@ -84,6 +84,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
                 if f"os error {number}" in str(error).lower():
                     raise OSError(number, os.strerror(number)) from error
             raise
+        partial.chmod(0o666 & ~_umask())  # safetensors leaves 0600, which nobody else can read
+
+
+def _umask() -> int:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return umask
 
 
 def _jsonable(content: Any) -> Any:

@@ -1,0 +1,167 @@
+"""Results are written whole or not at all, and a full disk is one sentence."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cospadi import cli, records, stages
+from cospadi.errors import UserError
+from cospadi.records import new_path, read_json, write_json, write_tensors
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_whole(tmp_path):
+    target = tmp_path / "deep" / "file.txt"
+    with new_path(target) as partial:
+        partial.write_text("new")
+        assert not target.exists()
+    assert target.read_text() == "new"
+    assert names(target.parent) == ["file.txt"]
+
+
+def test_a_folder_replaces_the_old_one_whole(tmp_path):
+    target = tmp_path / "folder"
+    for content in ("old", "new"):
+        with new_path(target) as partial:
+            partial.mkdir()
+            (partial / content).write_text(content)
+    assert names(target) == ["new"]
+    assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with pytest.raises(error), new_path(target) as partial:  # noqa: PT012
+        partial.write_text("half")
+        raise error
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path):
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(RuntimeError), new_path(target) as partial:  # noqa: PT012
+        partial.mkdir()
+        (partial / "half").write_text("half")
+        raise RuntimeError
+    assert names(target) == ["old"]
+    assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_a_sentence(tmp_path, number):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    told = r"No room left on the disk while writing .*file\.txt.*free some space"
+    with pytest.raises(UserError, match=told), new_path(target):
+        raise OSError(number, os.strerror(number))
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_other_trouble_with_files_is_not_called_a_full_disk(tmp_path):
+    with pytest.raises(PermissionError), new_path(tmp_path / "file.txt"):
+        raise PermissionError(errno.EACCES, "no")
+
+
+def test_a_disk_that_fills_up_ends_a_stage_in_a_sentence(tmp_path, monkeypatch, capsys):
+    finished = tmp_path / "finished.json"
+    write_json(finished, [1])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)  # the last system call of every write
+    monkeypatch.setattr(stages, "prepare_text", lambda config, documents, record: write_json(documents, ["a"]))
+    code = cli.main(["prepare-text", "study=smoke", "text=smoke_calibration", *files(tmp_path, "documents", "record")])
+    told = capsys.readouterr().err
+    assert code == 1
+    assert told.startswith("error: No room left on the disk while writing ")
+    assert told.count("\n") == 1
+    assert read_json(finished) == [1]
+    assert names(tmp_path) == ["finished.json"]
+
+
+def files(folder, *options: str) -> list[str]:
+    return [word for option in options for word in (f"--{option}", str(folder / f"{option}.json"))]
+
+
+WRITE = """
+import resource, sys
+from pathlib import Path
+import torch
+from cospadi.errors import UserError
+from cospadi.records import write_json, write_tensors
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+target = Path(sys.argv[1])
+try:
+    if target.suffix == ".json":
+        write_json(target, list(range(100_000)))
+    else:
+        write_tensors(target, {"a": torch.zeros(100_000)})
+except UserError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.safetensors"])
+def test_a_file_that_the_system_refuses_to_grow_is_a_sentence(tmp_path, name):
+    """No stand-in: the kernel itself stops the write."""
+    target = tmp_path / name
+    target.write_text("old")
+    run = subprocess.run([sys.executable, "-c", WRITE, target], check=False, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"error: No room left on the disk while writing {target}")
+    assert "Traceback" not in run.stderr
+    assert target.read_text() == "old"
+    assert names(tmp_path) == [name]
+
+
+def test_json_has_no_nan_so_it_is_told_in_words(tmp_path):
+    target = tmp_path / "a.json"
+    write_json(
+        target, {"a": float("nan"), "b": [float("inf"), -float("inf"), 1.5], "c": (1, None, True, "x"), 3: target}
+    )
+    strict = json.loads(target.read_text(), parse_constant=pytest.fail)
+    assert strict == {"a": "nan", "b": ["inf", "-inf", 1.5], "c": [1, None, True, "x"], "3": str(target)}
+
+
+def test_tensors_come_back_and_can_be_shared(tmp_path):
+    target = tmp_path / "a.safetensors"
+    tensors = {"turned": torch.arange(6.0).reshape(2, 3).T, "half": torch.ones(2, dtype=torch.float16)}
+    umask = os.umask(0o027)
+    try:
+        write_tensors(target, tensors, {"turned": "yes"})
+    finally:
+        os.umask(umask)
+    back = load_file(target)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert os.umask(umask) == umask
+
+
+def test_a_record_tells_settings_versions_time_and_memory(tmp_path):
+    content = records.Record("calibration", {"a": 1}, {"in": "hash"}).finish(tmp_path / "record.json", tokens=3)
+    assert content == read_json(tmp_path / "record.json")
+    assert (content["room"], content["settings"], content["inputs"], content["tokens"]) == (
+        "calibration",
+        {"a": 1},
+        {"in": "hash"},
+        3,
+    )
+    assert content["versions"]["torch"] == torch.__version__
+    assert 0 <= content["seconds"] < 60
+    assert content["peak_memory_mb"] > 10

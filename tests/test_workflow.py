@@ -1,0 +1,263 @@
+"""The pipeline as a person runs it: snakemake in a folder of its own, on tiny random models."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+ROOT = Path(__file__).parents[1]
+METHODS = ("svd", "asvd_search", "cospadi", "cospadi_paper")
+MODELS = ("tiny_llama", "tiny_qwen3")
+TRIMMED = f"study.methods=[{','.join(METHODS)}] study.layers_per_job=2"
+COLUMNS = (
+    "model method solver compression_ratio stored_ratio bits token_perplexity word_perplexity kl_to_dense "
+    "top1_agreement average_accuracy output_error_mean factorize_seconds peak_memory_mb"
+).split()
+
+pytestmark = pytest.mark.xdist_group("workflow")  # one full run, shared by all
+
+
+def command(folder: Path, *options: str, study: str = "smoke", overrides: str = TRIMMED) -> list[str]:
+    settings = [f"study={study}", *([f"overrides={overrides}"] if overrides else [])]
+    return [sys.executable, "-m", "snakemake", "--directory", str(folder), *options, "--config", *settings]
+
+
+def snakemake(
+    folder: Path, *options: str, study: str = "smoke", overrides: str = TRIMMED
+) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(folder, *(options or ("--cores", "2")), study=study, overrides=overrides),
+        cwd=ROOT,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def planned(folder: Path, overrides: str) -> dict[str, list[str]]:
+    """Rule -> wildcards of the jobs that a dry run lists."""
+    run = snakemake(folder, "--cores", "2", "-n", overrides=overrides)
+    assert run.returncode == 0, run.stdout
+    jobs: dict[str, list[str]] = {}
+    for block in re.split(r"^(?:local)?rule ", run.stdout, flags=re.M)[1:]:
+        wildcards = re.search(r"wildcards: (.*)", block)
+        jobs.setdefault(block.split(":")[0], []).append(wildcards[1] if wildcards else "")
+    jobs.pop("all", None)
+    return jobs
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "results/tables/smoke/summary.csv", encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (folder / "results").rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    run = snakemake(folder)
+    assert run.returncode == 0, run.stdout[-5000:]
+    return folder
+
+
+@pytest.mark.parametrize("study", ["default", "smoke"])
+def test_a_study_can_be_planned(tmp_path, study):
+    run = snakemake(tmp_path, "--cores", "2", "-n", study=study, overrides="")
+    assert run.returncode == 0, run.stdout
+    assert "tabulate" in run.stdout
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("study", "overrides", "sentence"),
+    [
+        ("smoke", "factorization.rhoo=3", "has the setting factorization.rhoo. Did you mean rho?"),
+        ("smoke", "evaluation.windw=3", "evaluation.windw is not a setting. Did you mean window?"),
+        ("smoke", "study.compression_ratios=[20]", "factorization.compression_ratio=20 is not between 0 and 1."),
+        ("smoke limit=3", "", "--config knows study=… and overrides=…, not limit."),
+        ("nope", "", "study=nope does not exist."),
+    ],
+)
+def test_a_mistake_is_a_sentence_before_the_first_job(tmp_path, study, overrides, sentence):
+    options = command(tmp_path, "--cores", "2", "-n", study=study.split()[0], overrides=overrides) + study.split()[1:]
+    run = subprocess.run(options, cwd=ROOT, check=False, capture_output=True, text=True)
+    told = run.stdout + run.stderr
+    assert run.returncode != 0
+    assert told.count(sentence) == 1
+    assert "Traceback" not in told
+
+
+def test_every_cell_is_in_the_table(finished):
+    found = rows(finished)
+    assert list(found[0])[: len(COLUMNS)] == COLUMNS
+    assert sorted((row["model"], row["method"]) for row in found) == sorted(
+        (model, method) for model in MODELS for method in ("dense", *METHODS)
+    )
+    for row in found:
+        assert float(row["token_perplexity"]) > 1
+        assert float(row["compression_ratio"]) == (0 if row["method"] == "dense" else 0.3)
+        if row["method"] != "dense":
+            assert float(row["kl_to_dense"]) > 0
+            assert 0 < float(row["output_error_mean"]) < 1
+            assert float(row["factorize_seconds"]) > 0
+            assert float(row["peak_memory_mb"]) > 50
+            assert row["solver"] == ("htp" if row["method"].startswith("cospadi") else "")
+
+
+def tensor_bits(folder: Path) -> dict[str, int]:
+    """Bits of every projection as they lie in the files."""
+    bits: dict[str, int] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_tensor(name)
+                projection = name.rpartition(".")[0]
+                bits[projection] = bits.get(projection, 0) + 8 * tensor.numel() * tensor.element_size()
+    return bits
+
+
+def test_no_cell_exceeds_its_budget_and_the_table_tells_the_bits_on_disk(finished):
+    for row in rows(finished):
+        if row["method"] == "dense":
+            continue
+        folder = finished / f"results/factorization/{row['model']}/smoke/{row['method']}-0.3"
+        on_disk = tensor_bits(folder)
+        records = [p for file in folder.glob("0*.json") for p in json.loads(file.read_text())["projections"]]
+        assert {p["name"]: p["stored_bits"] for p in records} == on_disk
+        assert len(on_disk) == 2 * 7
+        assert sum(on_disk.values()) == int(float(row["stored_bits"]))
+        assert float(row["stored_bits"]) <= float(row["budget_bits"])
+        assert float(row["stored_ratio"]) == pytest.approx(1 - float(row["stored_bits"]) / float(row["dense_bits"]))
+        if row["method"] != "asvd_search":  # which spends one projection's bits on another
+            assert all(p["stored_bits"] <= p["budget_bits"] for p in records)
+
+
+def test_a_factor_record_tells_what_was_done(finished):
+    folder = finished / "results/factorization/tiny_llama/smoke/cospadi-0.3"
+    record = json.loads((folder / "000-001.json").read_text())
+    assert record["settings"]["factorization"]["rho"] == 3
+    assert record["settings"]["factorization"]["compression_ratio"] == 0.3
+    assert record["versions"]["torch"]
+    assert record["seconds"] > 0
+    assert record["peak_memory_mb"] > 50
+    assert all(p["seconds"] > 0 for p in record["projections"])
+    assert "left 0.0 s" in (folder / "000-001.log").read_text()
+
+
+def test_nothing_half_written_is_left(finished):
+    assert not list(finished.rglob("*.partial"))
+
+
+def test_a_second_run_has_nothing_to_do(finished):
+    before, started = times(finished), time.monotonic()
+    run = snakemake(finished)
+    assert time.monotonic() - started < 20  # 5 on free cores
+    assert run.returncode == 0
+    assert "Nothing to be done" in run.stdout
+    assert times(finished) == before
+
+
+def test_another_evaluation_leaves_the_factors_alone(finished):
+    jobs = planned(finished, f"{TRIMMED} evaluation.n_windows=2")
+    assert {rule: len(found) for rule, found in jobs.items()} == {"evaluate": 8, "evaluate_dense": 2, "tabulate": 1}
+
+
+def test_another_rho_touches_only_cospadi(finished):
+    jobs = planned(finished, f"{TRIMMED} factorization.rho=2")
+    assert set(jobs) == {"factorize", "evaluate", "tabulate"}
+    touched = {found for rule in ("factorize", "evaluate") for found in jobs[rule]}
+    assert all("method=cospadi" in found for found in touched)
+    assert len(jobs["factorize"]) == len(jobs["evaluate"])
+
+
+def test_a_revision_makes_factors_and_what_follows_stale(finished):
+    jobs = planned(finished, f"{TRIMMED} factorization.revision=2")
+    assert {rule: len(found) for rule, found in jobs.items()} == {
+        "search_ranks": 2,
+        "choose_ranks": 2,
+        "factorize": 8,
+        "evaluate": 8,
+        "tabulate": 1,
+    }
+
+
+def test_the_report_holds_tables_and_captions(finished):
+    report = finished / "report.html"
+    run = snakemake(finished, "--cores", "1", "--report", str(report))
+    assert run.returncode == 0, run.stdout[-3000:]
+    page = report.read_text(encoding="utf-8")
+    assert "summary.csv" in page
+    assert "perplexity.png" in page
+    for caption in (ROOT / "workflow/report").glob("*.rst"):
+        words = re.findall(r"[A-Za-z]{4,}", re.sub(r"\{[{%].*?[}%]\}|[`*:|].*?[`*:|]", " ", caption.read_text()))
+        assert all(word in page for word in words[:5]), caption
+
+
+def test_a_failed_job_tells_why_and_finished_results_stay(finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder, symlinks=True, copy_function=shutil.copy2)
+    before = times(folder)
+    run = snakemake(folder, overrides=f"{TRIMMED} calibration.n_samples=100000")
+    assert run.returncode != 0
+    assert re.search(
+        r"error: The calibration text has \d+ tokens, \d+ are asked for\. Set calibration\.n_samples", run.stdout
+    )
+    for room in ("sources", "factorization", "evaluation", "tables"):
+        kept = {path: when for path, when in before.items() if f"/results/{room}/" in str(path)}
+        assert kept
+        assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
+    overrides = "study.models=[tiny_qwen3] study.methods=[svd,cospadi_ksvd]"
+    log = tmp_path / "log"
+    folder = tmp_path / "study"
+    folder.mkdir()
+    with open(log, "w") as stream:
+        run = subprocess.Popen(
+            command(folder, "--cores", "2", overrides=overrides),
+            cwd=ROOT,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    give_up = time.monotonic() + 300
+    done = folder / "results/factorization/tiny_qwen3/smoke"
+    while not list(done.glob("*/*.safetensors")) and run.poll() is None and time.monotonic() < give_up:
+        time.sleep(0.1)
+    time.sleep(2)  # snakemake takes note of the job
+    assert run.poll() is None, log.read_text()
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert list((folder / ".snakemake/locks").iterdir()), "the kill came too late to leave a lock"
+
+    noted = re.findall(r"Finished jobid: \d+ \(Rule: (\w+)\)", log.read_text())
+    before = {
+        path: when for path, when in times(folder).items() if "/sources/" in str(path) or path.name == "record.json"
+    }
+    assert {"prepare_model", "prepare_text", "calibrate"} <= set(noted)
+    factors = {path: path.stat().st_mtime_ns for path in done.glob("*/*.safetensors")}
+
+    again = snakemake(folder, overrides=overrides)
+    assert again.returncode == 0, again.stdout[-5000:]
+    assert "cannot be locked" not in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    kept = [path for path, when in factors.items() if path.stat().st_mtime_ns == when]
+    assert len(kept) >= min(noted.count("factorize"), len(factors))
+    assert len(rows(folder)) == 3
+    assert not list(folder.rglob("*.partial"))
+    assert "Nothing to be done" in snakemake(folder, overrides=overrides).stdout
