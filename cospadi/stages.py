@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -115,7 +116,10 @@ def factorize(
     from cospadi.factorization.factors import stored_bits
     from cospadi.models import Checkpoint, find_projections
 
-    first, last = (int(part) for part in layers.split("-"))
+    block = re.fullmatch(r"(\d+)-(\d+)", layers)
+    if block is None:
+        raise UserError(f"--layers {layers} is no block of layers. Write first-last, counted from 0: 000-014.")
+    first, last = int(block[1]), int(block[2])
     settings = {"factorization": asdict(config.factorization), "damping": config.calibration.damping}
     log = Record("factorization", settings, _hashes(*([ranks] if ranks else [])))
     checkpoint = Checkpoint(model)
@@ -127,13 +131,13 @@ def factorize(
         )
     chosen = read_json(ranks)["ranks"] if ranks else None
     size = [p.d_in * p.d_out for p in projections]
-    progress = Progress(len(projections), f"{config.factorization.title}, layers {layers}", sum(size))
+    progress = Progress(len(projections), f"{config.factorization.title}, layers {layers}", float(sum(size)))
     rows, tensors = [], {}
     for projection, result in _factorized(config, checkpoint, projections, grams, chosen):
         compact, row = result
         tensors |= {f"{projection.name}.{part}": tensor for part, tensor in compact.tensors().items()}
         rows.append(asdict(projection) | row | {"stored_bits": stored_bits(compact)})
-        progress.step(projection.name, _told(row), projection.d_in * projection.d_out)
+        progress.step(projection.name, _told(row), float(projection.d_in * projection.d_out))
     write_tensors(factors, tensors, {row["name"]: f"{row['kind']} {row['d_in']} {row['d_out']}" for row in rows})
     log.finish(record, projections=rows)
 

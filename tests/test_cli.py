@@ -1,0 +1,165 @@
+"""A mistake of the person typing is one sentence and exit code 1, never a traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cospadi import cli, stages
+from cospadi.errors import UserError
+from cospadi.records import read_json, write_json
+
+TINY = ["study=smoke", "model=tiny_llama"]
+
+
+def options(folder, *names: str, **given: object) -> list[str]:
+    """``--name folder/name`` for each name, and what is given as it is."""
+    pairs = {**{name: folder / name for name in names}, **given}
+    return [word for name, value in pairs.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """Run the command line and return its one sentence."""
+    monkeypatch.delenv("COSPADI_TRACEBACK", raising=False)
+
+    def run(*arguments: str) -> str:
+        assert cli.main(arguments) == 1
+        told = capsys.readouterr().err
+        lines = [line for line in told.splitlines() if line.startswith("error: ")]
+        assert told.splitlines()[-1:] == lines
+        assert "Traceback" not in told
+        return lines[0].removeprefix("error: ")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The tiny Llama of the smoke study, and its texts."""
+    folder = tmp_path_factory.mktemp("sources")
+    assert cli.main(["prepare-model", *TINY, *options(folder, "folder", "record")]) == 0
+    text = ["prepare-text", "study=smoke", "text=smoke_calibration"]
+    assert cli.main([*text, *options(folder, "documents", record=folder / "text.json")]) == 0
+    return folder
+
+
+def factorize(folder, *overrides: str, **given: object) -> list[str]:
+    files = {"model": folder / "folder", "grams": folder / "grams", "layers": "000-000"} | given
+    return ["factorize", *overrides, *options(folder, **files), *options(folder / "out", "factors", "record")]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("factorization.rhoo=3", "factorization.rhoo is not a setting. Did you mean rho?"),
+        ("factorization.compression_ratio=20", "factorization.compression_ratio=20 is not between 0 and 1."),
+        ("factorization=nope", "factorization=nope does not exist."),
+    ],
+)
+def test_bad_settings_are_a_sentence(refused, tmp_path, override, sentence):
+    assert refused(*factorize(tmp_path, override)).startswith(sentence)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_program_itself_exits_with_1(tmp_path):
+    command = [sys.executable, "-m", "cospadi", *factorize(tmp_path, "factorization.rho=0")]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == "error: factorization.rho=0.0 is too small. Set 1 or more.\n"
+
+
+def test_a_traceback_is_shown_on_request(tmp_path, monkeypatch):
+    monkeypatch.setenv("COSPADI_TRACEBACK", "1")
+    with pytest.raises(UserError, match=r"factorization\.rho"):
+        cli.main(factorize(tmp_path, "factorization.rho=0"))
+
+
+@pytest.mark.parametrize("arguments", [["nope"], [], ["factorize", "model=tiny_llama"], ["tabulate", "--fold", "x"]])
+def test_an_unknown_stage_or_a_missing_file_option_shows_the_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: " in capsys.readouterr().err
+
+
+def test_a_missing_model_is_named(refused, tmp_path):
+    assert str(tmp_path / "folder") in refused(*factorize(tmp_path, *TINY))
+
+
+def test_missing_grams_are_named(refused, checkpoint):
+    told = refused(*factorize(checkpoint, *TINY))
+    assert str(checkpoint / "grams") in told
+    assert not (checkpoint / "out" / "factors").exists()
+
+
+@pytest.mark.parametrize("layers", ["007-009", "abc", "1"])
+def test_layers_that_the_model_does_not_have_are_named(refused, checkpoint, layers):
+    assert layers in refused(*factorize(checkpoint, *TINY, layers=layers))
+
+
+def test_an_unknown_family_lists_what_was_found(refused, checkpoint, tmp_path):
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    gpt2 = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=32)).save_pretrained(gpt2)
+    AutoTokenizer.from_pretrained(checkpoint / "folder").save_pretrained(gpt2)
+    settings = [*TINY, f"model.source={gpt2}", "model.n_layers=null"]
+    told = refused("prepare-model", *settings, *options(tmp_path, "folder", "record"))
+    assert "self_attn.q_proj" in told
+    assert "attn.c_attn" in told
+    assert not (tmp_path / "record").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_a_sentence(refused, tmp_path):
+    settings = [*TINY, "model.source=nobody-at-all/no-such-model"]  # tests run with HF_HUB_OFFLINE=1
+    told = refused("prepare-model", *settings, *options(tmp_path, "folder", "record"))
+    assert told.startswith("model.source=nobody-at-all/no-such-model could not be fetched")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_that_the_cell_does_not_use_is_refused(refused, tmp_path):
+    told = refused("prepare-text", "study=smoke", "text=lee_news", *options(tmp_path, "documents", "record"))
+    assert "smoke_calibration, smoke_evaluation" in told
+    assert "text=<name>" in refused("prepare-text", "study=smoke", *options(tmp_path, "documents", "record"))
+
+
+def calibrate(checkpoint, out, *overrides: str, **given: object) -> list[str]:
+    files = {"model": checkpoint / "folder", "documents": checkpoint / "documents"} | given
+    return ["calibrate", *TINY, *overrides, *options(out, **files), *options(out, "grams", "record")]
+
+
+def test_a_text_too_short_says_what_would_fit(refused, checkpoint, tmp_path):
+    told = refused(*calibrate(checkpoint, tmp_path, "calibration.n_samples=100000"))
+    assert "12800000 are asked for" in told
+    assert "calibration.n_samples" in told
+    assert not list(tmp_path.iterdir())
+    write_json(tmp_path / "none.json", [])
+    assert "0 tokens" in refused(*calibrate(checkpoint, tmp_path, documents=tmp_path / "none.json"))
+
+
+def test_activations_that_are_not_finite_are_named(refused, checkpoint, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    broken = tmp_path / "broken"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint / "folder")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+    model.save_pretrained(broken)
+    AutoTokenizer.from_pretrained(checkpoint / "folder").save_pretrained(broken)
+    told = refused(*calibrate(checkpoint, tmp_path, model=broken))
+    assert "model.layers.1.mlp.down_proj are not finite" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+def test_the_stages_end_in_factors(checkpoint, tmp_path):
+    assert cli.main(calibrate(checkpoint, tmp_path, "calibration.n_samples=2")) == 0
+    assert len(list((tmp_path / "grams").glob("*.safetensors"))) == 2
+    settings = [*TINY, "factorization=cospadi", "factorization.compression_ratio=0.4", "factorization.n_rounds=1"]
+    assert cli.main(factorize(checkpoint, *settings, "calibration.damping=0.01", grams=tmp_path / "grams")) == 0
+    record = read_json(checkpoint / "out" / "record")
+    assert len(record["projections"]) == 7
+    assert len(list(stages.read_factors([checkpoint / "out" / "factors"]))) == 7
+    assert json.dumps(record)
