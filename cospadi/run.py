@@ -103,7 +103,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run snakemake; its exit code."""
     cores = _cores(arguments)
     command = [sys.executable, "-m", "snakemake", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as run:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as run:
         trouble = narrate(run.stdout or [], cores)
     if run.returncode:
         print("\n".join(trouble[:80]), file=sys.stderr)

@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def tree() -> list[str]:
     """Paths of the README's tree: two blanks of indent a level, the name first, folders end in a slash."""
-    block = re.search(r"## The tree.*?```\n(.*?)```", README, re.S)[1]
+    block = re.search(r"## The tree.*?```\n(.*?)```", README, re.DOTALL)[1]
     folders: list[str] = []
     paths = []
     for line in block.splitlines():
@@ -45,13 +45,17 @@ def test_every_top_level_name_and_every_module_is_in_the_tree():
     top = {f.split("/")[0] + ("/" if "/" in f else "") for f in files} - {".gitignore", ".ci/"}
     modules = {f for f in files if re.fullmatch(r"cospadi/[a-z_]+\.py|cospadi/factorization/[a-z_]+\.py", f)}
     modules -= {"cospadi/__main__.py", "cospadi/factorization/__init__.py"}
-    rooms = {re.match(r"(cospadi|conf|workflow)/[a-z_]+/", f)[0] for f in files if re.match(r"(cospadi|conf|workflow)/\w+/", f)}
+    rooms = {
+        re.match(r"(cospadi|conf|workflow)/[a-z_]+/", f)[0]
+        for f in files
+        if re.match(r"(cospadi|conf|workflow)/\w+/", f)
+    }
     assert (top | modules | rooms) - shown == set()
 
 
 def test_commands_and_links_exist():
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
-    for command in re.findall(r"^make ([a-z]+)", README, re.M):
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in re.findall(r"^make ([a-z]+)", README, re.MULTILINE):
         assert command in targets, command
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         if not link.startswith("http"):

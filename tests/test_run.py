@@ -66,5 +66,7 @@ def test_settings_that_do_not_compose_are_shown_without_a_traceback(capsys):
 def test_every_rule_has_an_estimate():
     from pathlib import Path
 
-    rules = re.findall(r"^rule (\w+):", "\n".join(f.read_text() for f in Path("workflow/rules").glob("*.smk")), re.M)
+    rules = re.findall(
+        r"^rule (\w+):", "\n".join(f.read_text() for f in Path("workflow/rules").glob("*.smk")), re.MULTILINE
+    )
     assert sorted(run.SECONDS) == sorted(rules)
