@@ -189,7 +189,7 @@ def _truncated(
 
 
 def _perplexity(model: nn.Module, tokens: Int[Tensor, "n_samples sample_length"]) -> float:
-    return float(measure_tokens(model, tokens)["token_perplexity"]["value"])
+    return float(measure_tokens(model, tokens, quiet=True)["token_perplexity"]["value"])
 
 
 def _search(config: Config):

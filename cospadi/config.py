@@ -254,9 +254,11 @@ class CoSpaDiConfig(FactorizationConfig):
     rho: float = 2.0
     """Atoms per non-zero coefficient of a column."""
     n_rounds: int | None = None
-    """Alternations at most; ``null``: 60 for ksvd (the paper's), 20 for htp."""
+    """Alternations at most; ``null``: 60 for ksvd (the paper's), 12 for htp."""
     power_iterations: int = 8
     """ksvd: per atom update."""
+    step: float = 1.7
+    """htp: length of the gradient step that ranks candidates for the support."""
     cg_steps: int = 2
     """htp: conjugate-gradient steps of a round's least squares."""
     tolerance: float = 1e-3
@@ -269,6 +271,7 @@ class CoSpaDiConfig(FactorizationConfig):
         _at_least("factorization.n_rounds", self.n_rounds, 1)
         _at_least("factorization.power_iterations", self.power_iterations, 1)
         _at_least("factorization.cg_steps", self.cg_steps, 1)
+        _at_least("factorization.step", self.step, 0)
         _at_least("factorization.tolerance", self.tolerance, 0)
 
 

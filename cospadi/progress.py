@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from numbers import Real
 
 
 class Progress:
@@ -12,13 +13,13 @@ class Progress:
     ``weight`` lets steps of unequal size give an honest estimate: pass each step's share of ``total_weight``.
     """
 
-    def __init__(self, total: int, title: str, total_weight: float | None = None):
+    def __init__(self, total: int, title: str, total_weight: Real | None = None):
         self.total, self.total_weight = total, float(total_weight or total)
         self.done, self.done_weight = 0, 0.0
         self.started = time.perf_counter()
         print(f"{title} ({total} steps)", flush=True)
 
-    def step(self, what: str, detail: str = "", weight: float = 1.0) -> None:
+    def step(self, what: str, detail: str = "", weight: Real = 1) -> None:
         self.done += 1
         self.done_weight += weight
         elapsed = time.perf_counter() - self.started

@@ -113,7 +113,6 @@ def factorize(
     config: Config, model: Path, grams: Path, layers: str, factors: Path, record: Path, ranks: Path | None
 ) -> None:
     """Room 3: gram and weights -> factors of every projection in a block of layers."""
-    from cospadi.factorization.factors import stored_bits
     from cospadi.models import Checkpoint, find_projections
 
     block = re.fullmatch(r"(\d+)-(\d+)", layers)
@@ -136,7 +135,7 @@ def factorize(
     for projection, result in _factorized(config, checkpoint, projections, grams, chosen):
         compact, row = result
         tensors |= {f"{projection.name}.{part}": tensor for part, tensor in compact.tensors().items()}
-        rows.append(asdict(projection) | row | {"stored_bits": stored_bits(compact)})
+        rows.append(row)
         progress.step(projection.name, _told(row), float(projection.d_in * projection.d_out))
     write_tensors(factors, tensors, {row["name"]: f"{row['kind']} {row['d_in']} {row['d_out']}" for row in rows})
     log.finish(record, projections=rows)
@@ -146,39 +145,46 @@ def _factorized(config: Config, checkpoint: Any, projections: Sequence[Any], gra
     """Yield ``(projection, (factors, row of the record))``; projections that share an input share its whitener."""
     from cospadi import devices
     from cospadi.calibration import read_statistics
-    from cospadi.factorization import budget
     from cospadi.factorization.methods import Problem, factorize
-    from cospadi.factorization.whitening import output_error, weight_error, whitener
+    from cospadi.factorization.whitening import whitener
 
     device = devices.pick(config.factorization.device, "factorization.device")
     shared: tuple[int, str] | None = None
     for projection in projections:
         started = time.perf_counter()
-        if shared != (projection.layer, projection.shared_input):
-            shared = (projection.layer, projection.shared_input)
-            gram, absolute_mean = read_statistics(grams, *shared, device)
-            try:
+        try:
+            if shared != (projection.layer, projection.shared_input):
+                shared = (projection.layer, projection.shared_input)
+                gram, absolute_mean = read_statistics(grams, *shared, device)
                 root = whitener(gram, config.calibration.damping)
-            except UserError as error:
-                raise UserError(f"{projection.name}: {error}") from error
-        weight = checkpoint.weight(projection).to(device)
-        rank = ranks[projection.name] if ranks else None
-        keep_dense = ranks is not None and rank is None
-        factors = factorize(config.factorization, Problem(weight, root, absolute_mean, rank, keep_dense))
-        approximation = factors.weight()
-        ratio = config.factorization.compression_ratio
-        row = {
-            "kind": factors.kind,
-            "value_bits": factors.value_bits,
-            "dense_bits": budget.dense_bits(projection.d_in, projection.d_out),
-            "budget_bits": budget.budget_bits(projection.d_in, projection.d_out, ratio),
-            "output_error": output_error(root, weight, approximation),
-            "weight_error": weight_error(weight, approximation),
-            "fallback": None,
-            **factors.sizes,
-        }
-        row["seconds"] = time.perf_counter() - started
-        yield projection, (factors, row)
+            weight = checkpoint.weight(projection).to(device)
+            rank = ranks[projection.name] if ranks else None
+            keep_dense = ranks is not None and rank is None
+            factors = factorize(config.factorization, Problem(weight, root, absolute_mean, rank, keep_dense))
+        except UserError as error:
+            raise UserError(f"{projection.name}: {error}") from error
+        row = _row(projection, factors, root, weight, config.factorization.compression_ratio)
+        yield projection, (factors, row | {"seconds": time.perf_counter() - started})
+
+
+def _row(projection: Any, factors: Any, root: Any, weight: Any, compression_ratio: float) -> dict[str, Any]:
+    """What the record keeps of one projection."""
+    from cospadi.factorization import budget
+    from cospadi.factorization.factors import stored_bits
+    from cospadi.factorization.whitening import output_error, weight_error
+
+    approximation = factors.weight()
+    return asdict(projection) | {
+        "kind": factors.kind,
+        **factors.sizes,
+        "value_bits": factors.value_bits,
+        "dense_bits": budget.dense_bits(projection.d_in, projection.d_out),
+        "budget_bits": budget.budget_bits(projection.d_in, projection.d_out, compression_ratio),
+        "stored_bits": stored_bits(factors),
+        "output_error": output_error(root, weight, approximation),
+        "weight_error": weight_error(weight, approximation),
+        "fallback": None,
+    }
 
 
 def read_factors(files: Sequence[Path]):

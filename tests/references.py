@@ -88,16 +88,7 @@ def stored_bits_by_storing(dictionary, coefficients):
     return 8 * sum(array.nbytes for array in arrays)
 
 
-def htp_round(dictionary, coefficients, target, sparsity):
-    """Hard thresholding pursuit, one round: gradient step, largest ``sparsity`` a column, least squares on them.
-
-    The step of a column is exact along its gradient ``g``: ``‖g‖² / ‖D g‖²``. (On the support alone, as in Blumensath
-    and Davies 2010, it would be 0/0: after a least squares the gradient vanishes there.)
-    """
+def htp_round(dictionary, coefficients, target, sparsity, step):
     gradient = dictionary.T @ (target - dictionary @ coefficients)
-    moved = coefficients.clone()
-    for j in range(target.shape[1]):
-        along = dictionary @ gradient[:, j]
-        if along.norm() > 0:
-            moved[:, j] += gradient[:, j] * gradient[:, j].square().sum() / along.square().sum()
-    return least_squares_on_support(dictionary, target, hard_threshold_columns(moved, sparsity) != 0)
+    kept = hard_threshold_columns(coefficients + step * gradient, sparsity)
+    return least_squares_on_support(dictionary, target, kept != 0)

@@ -131,6 +131,7 @@ def measure_tokens(
     windows: Int[Tensor, "windows window"],
     reference: Path | None = None,
     write_reference: Path | None = None,
+    quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Token perplexity ``exp(mean NLL)``, KL divergence from the dense model and top-1 agreement with it.
 
@@ -157,7 +158,7 @@ def measure_tokens(
     kept: list[Tensor] = []
     kept_nll: list[Tensor] = []
     means: list[list[float]] = []
-    progress = Progress(n_windows, f"Token perplexity: {n_windows} windows of {window} tokens")
+    progress = None if quiet else Progress(n_windows, f"Token perplexity: {n_windows} windows of {window} tokens")
     with torch.no_grad():
         _check_head(model, decoder, head, windows[:1, :8].to(device))
         for index, ids in enumerate(windows):
@@ -179,7 +180,8 @@ def measure_tokens(
                 [tokens[name].mean().item() if name in tokens else math.nan for name in ("nll", "kl", "agrees")]
             )
             so_far = exponential(sum(m[0] for m in means) / len(means))
-            progress.step(f"window {index + 1}", f"perplexity so far {so_far:.2f}")
+            if progress:
+                progress.step(f"window {index + 1}", f"perplexity so far {so_far:.2f}")
     if write_reference is not None:
         tensors = {"hidden_states": torch.stack(kept), "token_nll": torch.stack(kept_nll)}
         write_tensors(write_reference, tensors, _identity(windows, head))

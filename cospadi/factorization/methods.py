@@ -98,7 +98,7 @@ def _solve(config: CoSpaDiConfig, target: Tensor, atoms: int, sparsity: int) -> 
             target, atoms, sparsity, config.n_rounds or 60, power_iterations=config.power_iterations, seed=config.seed
         )
         return solution[0], solution[1]
-    fit = htp(target, atoms, sparsity, config.n_rounds or 20, config.cg_steps, config.tolerance)
+    fit = htp(target, atoms, sparsity, config.n_rounds or 12, config.step, config.cg_steps, config.tolerance)
     return fit.dictionary, fit.coefficients
 
 
