@@ -171,6 +171,7 @@ def test_a_ratio_is_a_fraction_removed(ratio):
         ("factorization.power_iterations", 0),
         ("factorization.cg_steps", 0),
         ("factorization.tolerance", -1),
+        ("factorization.step", -1),
     ],
 )
 def test_every_bound_names_its_setting(setting, bad):
