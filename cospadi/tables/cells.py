@@ -147,14 +147,12 @@ def summary(cells: Sequence[Cell]) -> pd.DataFrame:
 
 def read_summary(path: Path) -> pd.DataFrame:
     """A ``summary.csv`` exactly as it was written: same values to the last bit, same types."""
-    header = pd.read_csv(path, nrows=0).columns
-    tasks = tasks_of(header)
-    texts = [*_TEXTS, *(f"{task}_{detail}" for task in tasks for detail in ("metric", "higher_is_better"))]
-    frame = pd.read_csv(path, float_precision="round_trip", converters=dict.fromkeys(texts, str))
-    for task in tasks:
-        frame[f"{task}_higher_is_better"] = frame[f"{task}_higher_is_better"].map(
-            {"True": True, "False": False, "": None}.get
-        )
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    tasks = tasks_of(frame.columns)
+    flags = {f"{task}_higher_is_better" for task in tasks}
+    for name in frame.columns.difference([*_TEXTS, *(f"{task}_metric" for task in tasks)]):
+        parse = {"True": True, "False": False}.get if name in flags else int if name in _COUNTS else float
+        frame[name] = pd.Series([parse(text) if text else None for text in frame[name]], dtype=object)
     return _typed(frame, tasks)
 
 

@@ -6,6 +6,7 @@ Figures are built without pyplot, so that they share no state and need no displa
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from cospadi.tables.render import PaperTable, paper_table, perplexity, tables
 _KNOWN_COLOURS = {"svd": "#7F7F7F", "asvd": "#E69F00", "svd_llm": "#0072B2", "cospadi": "#D55E00"}
 _COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#117733")
 _COLOURS += ("#CC6677", "#88CCEE", "#661100")
-_MARKERS = "osD^vPX<>phd"
+_MARKERS = "osD^v<>phd*8"
 _INK, _SOFT, _LINE = "#1c2024", "#60646c", "#d9d9e0"
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -47,7 +48,9 @@ _STYLE = {
 }
 
 
-def write_figures(source: Sequence[Cell] | tuple[pd.DataFrame, pd.DataFrame], folder: Path) -> list[Path]:
+def write_figures(
+    source: Sequence[Cell] | tuple[pd.DataFrame, pd.DataFrame], folder: Path, study_title: str = ""
+) -> list[Path]:
     """Every figure of a study as PNG and SVG, under ``folder``.
 
     ``perplexity`` and ``accuracy`` against the stored ratio, ``output_error`` per layer and projection, and
@@ -59,7 +62,7 @@ def write_figures(source: Sequence[Cell] | tuple[pd.DataFrame, pd.DataFrame], fo
         titles = dict(zip(frame["model"], frame["model_title"], strict=True))
         printed = [paper_table(frame, model, title) for model, title in titles.items()]
     else:
-        frame, errors, printed = summary(source), projection_errors(source), tables(source)
+        frame, errors, printed = summary(source), projection_errors(source), tables(source, study_title)
     with _style():
         figures = {
             "perplexity": _against_size(frame, "token_perplexity"),
@@ -130,7 +133,9 @@ def _against_size(frame: pd.DataFrame, metric: str):
     if entries:
         longest = max(len(str(entry.get_label())) for entry in entries) + 5
         fitting = max(1, int(figure.get_figwidth() * 12 / longest))
-        figure.legend(handles=entries, loc="outside lower center", ncols=min(len(entries), fitting))
+        columns = min(len(entries), fitting)
+        figure.set_figheight(figure.get_figheight() + 0.21 * (math.ceil(len(entries) / columns) - 1))
+        figure.legend(handles=entries, loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -153,15 +158,16 @@ def _draw_lines(panel, rows: pd.DataFrame, metric: str, methods: dict[str, str])
     reach = rows.loc[compressed, "stored_ratio"].max()
     reach = 0.5 if pd.isna(reach) else max(float(reach), 0.1)
     panel.set_xlim(0, 1.08 * reach)
-    dodge = 0.012 * reach
+    dodge = 0.014 * reach
     for i, method in enumerate(methods):
         of_method = rows[(rows["method"] == method)].sort_values("stored_ratio")
         good = of_method[finite.loc[of_method.index]]
         errors = (good[f"{metric}_stderr"] * scale).where(lambda error: error.map(math.isfinite), 0.0)
         look = {"color": palette[method], "marker": _marker(methods, method), "zorder": 3 + 0.01 * i}
+        line = of_method[(finite | bad).loc[of_method.index]]  # a value that is not finite breaks the line
         panel.plot(
-            good["stored_ratio"],
-            good[metric] * scale,
+            line["stored_ratio"],
+            (line[metric] * scale).where(finite.loc[line.index]),
             markersize=6,
             markeredgecolor="white",
             markeredgewidth=0.8,
@@ -177,8 +183,9 @@ def _draw_lines(panel, rows: pd.DataFrame, metric: str, methods: dict[str, str])
                 ecolor=palette[method],
                 capsize=3,
             )
-        for x in of_method.loc[bad.loc[of_method.index], "stored_ratio"]:
-            shifted = x + dodge * (i - (len(methods) - 1) / 2)
+        for _, row in of_method[bad.loc[of_method.index]].iterrows():
+            beside = list(rows.loc[bad & (rows["compression_ratio"] == row["compression_ratio"]), "method"])
+            shifted = row["stored_ratio"] + dodge * (beside.index(method) - (len(beside) - 1) / 2)
             edge = 0.965 if bad_at_top else 0.035
             panel.plot(
                 shifted, edge, "x", transform=panel.get_xaxis_transform(), color=palette[method], markersize=7, zorder=5
@@ -242,8 +249,8 @@ def _marker(methods: dict[str, str], method: str) -> str:
 
 def _error_maps(frame: pd.DataFrame, errors: pd.DataFrame):
     """A panel per model and method at the middle ratio: projections down, layers across, one colour scale."""
+    from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -256,20 +263,25 @@ def _error_maps(frame: pd.DataFrame, errors: pd.DataFrame):
         figure = Figure(figsize=(6.6, 2))
         figure.text(0.5, 0.5, "no compressed projection", ha="center", va="center", color=_SOFT)
         return figure
-    width = 1 if len(parts) == 1 else 2
+    width = min(2, len(parts))
+    if 2 <= len(models) <= 3:  # a column per model
+        width = len(models)
+        columns = [[part for part in parts if part[0][0] == model] for model in models]
+        parts = [part for row in itertools.zip_longest(*columns) for part in row]
     height = math.ceil(len(parts) / width)
     rows_down = errors.groupby("model")["projection"].nunique().max()
     panel_height = 0.65 + 0.2 * rows_down
     figure = Figure(figsize=(6.6 if width == 1 else 9.0, 0.5 + panel_height * height), layout="constrained")
     panels = figure.subplots(height, width, squeeze=False)
     finite = errors["output_error"][errors["output_error"].map(math.isfinite)]
-    top = _ceiling(finite)
-    norm = Normalize(0, top)
-    from matplotlib import colormaps
-
+    norm, extend = _scale(finite)
     palette = colormaps["viridis"].with_extremes(bad="#e4e4e8")
     blank = False
-    for i, (panel, ((model, method), part)) in enumerate(zip(panels.flat, parts, strict=False)):
+    for panel, found in itertools.zip_longest(panels.flat, parts):
+        if found is None:
+            panel.set_visible(False)
+            continue
+        (model, method), part = found
         grid = part.pivot_table(
             index="projection", columns="layer", values="output_error", sort=False, aggfunc="mean", dropna=False
         )
@@ -298,19 +310,11 @@ def _error_maps(frame: pd.DataFrame, errors: pd.DataFrame):
         panel.set_title(
             f"mean {mean:.3f}" if math.isfinite(mean) else "", fontsize=9, loc="right", color=_SOFT, weight="normal"
         )
-        if i >= len(parts) - width:
-            panel.set_xlabel("Layer")
-    for panel in panels.flat[len(parts) :]:
-        panel.set_visible(False)
-    beyond = bool((finite > top).any())
+    figure.supxlabel("Layer", fontsize=10)
     bar = figure.colorbar(
-        ScalarMappable(norm, palette),
-        ax=panels,
-        extend="max" if beyond else "neither",
-        aspect=18,
-        shrink=0.9,
-        pad=0.015,
+        ScalarMappable(norm, palette), ax=panels, extend=extend, aspect=max(12, 7 * height), shrink=0.9, pad=0.015
     )
+    _plain_ticks(bar, norm)
     bar.outline.set_visible(False)
     bar.set_label(f"Output error at ratio {at:g} ↓" + ("\n(grey: none or not finite)" if blank else ""))
     return figure
@@ -326,12 +330,32 @@ def middle(ratios: pd.Series) -> float:
     return float(found[(len(found) - 1) // 2]) if found else math.nan
 
 
-def _ceiling(finite: pd.Series) -> float:
-    """Top of the colour scale: the largest error, unless a few outliers would leave the rest in one colour."""
-    if finite.empty:
-        return 1.0
-    largest, most = float(finite.max()), float(finite.quantile(0.98))
-    return max(largest if largest < 2 * most else most, 1e-6)
+def _scale(finite: pd.Series):
+    """Colours of the errors and which ends are open: a few outliers must not leave all others in one colour."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    positive = finite[finite > 0]
+    if positive.empty:
+        return Normalize(0, 1), "neither"
+    lowest, low, high, highest = (float(positive.quantile(share)) for share in (0, 0.02, 0.98, 1))
+    top = highest if highest < 2 * high else high
+    if top < 4 * low:
+        return Normalize(0, top), "max" if highest > top else "neither"
+    bottom = lowest if lowest > low / 2 else low
+    below, above = bool((finite < bottom).any()), highest > top
+    return LogNorm(bottom, top), {(1, 1): "both", (1, 0): "min", (0, 1): "max", (0, 0): "neither"}[below, above]
+
+
+def _plain_ticks(bar, norm) -> None:
+    """Label a logarithmic colour bar with plain numbers."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    if isinstance(norm, LogNorm):
+        wide = norm.vmax > 300 * norm.vmin
+        bar.ax.yaxis.set_major_locator(LogLocator(10, (1.0,) if wide else (1.0, 2.0, 3.0, 5.0, 7.0), numticks=50))
+        bar.ax.yaxis.set_minor_locator(NullLocator())
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
 
 
 def _table(table: PaperTable):
@@ -405,14 +429,15 @@ def _table(table: PaperTable):
     for labels, row, first in lines:
         if first:
             rule(y, 0.9 if row is lines[0][1] else 0.6, _INK if row is lines[0][1] else _SOFT)
-            y += 0.12 - 0.03
+            y += 0.05
         y += step - 0.06
         for i, label in enumerate(labels):
             put_cell(i, y, label)
         for i, entry in enumerate(row.entries, start=2):
             put_cell(i, y, entry.text, weight="bold" if entry.best else "normal")
         y += 0.06
-    y += 0.04
+        if any(group[-1] is row for group in table.groups):
+            y += 0.05
     rule(y, 1.6)
     y += 0.06
     for line in wrapped:

@@ -323,8 +323,8 @@ def notes(cells: Sequence[Cell], model: str) -> list[str]:
         for name, measured in measurements(cell, tasks):
             if measured.get("protocol"):
                 title = METRIC_TITLES.get(name) or _task_title(name)
-                protocols.setdefault(str(measured["protocol"]).strip(), []).append(title)
-    found += [f"{', '.join(dict.fromkeys(titles))}: {text}" for text, titles in protocols.items()]
+                protocols.setdefault(str(measured["protocol"]).strip().rstrip("."), []).append(title)
+    found += [f"{', '.join(dict.fromkeys(titles))}: {text}." for text, titles in protocols.items()]
     return list(dict.fromkeys(note for note in found if note))
 
 

@@ -1,0 +1,460 @@
+"""Tables and figures: what the records say, and nothing else."""
+
+import csv
+import io
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cospadi.errors import UserError
+from cospadi.tables import (
+    Cell,
+    notes,
+    paper_table,
+    projection_errors,
+    read_summary,
+    summary,
+    write_figures,
+    write_tables,
+)
+from cospadi.tables.cells import LEADING_COLUMNS, PROJECTION_COLUMNS
+from cospadi.tables.figures import colours
+from cospadi.tables.render import divergence, percent, perplexity, size
+
+TITLES = {"svd": "SVD", "svd_llm": "SVD-LLM", "cospadi": "CoSpaDi"}
+PERPLEXITY = {
+    "svd": {0.2: 112345.6, 0.3: "inf", 0.4: "nan"},
+    "svd_llm": {0.2: 249.3, 0.3: 523.1, 0.4: 1209.9},
+    "cospadi": {0.2: 74.4, 0.3: 142.2, 0.4: 401.0},
+}
+
+
+def measured(value, stderr=None, protocol="windows of 1024 tokens", **more):
+    return {"value": value, "stderr": stderr, "protocol": protocol, **more}
+
+
+def evaluation(ppl, accuracy, tasks=("arc_easy", "heldout_cloze"), limit=None):
+    return {
+        "room": "evaluation",
+        "token_perplexity": measured(ppl, 0.5),
+        "word_perplexity": measured(None if ppl is None else ppl if isinstance(ppl, str) else 1.7 * ppl, None, "words"),
+        "kl_to_dense": measured(0.25, 0.01, "nats per token"),
+        "top1_agreement": measured(0.75, 0.02, "same most likely token"),
+        "average_accuracy": measured(accuracy, 0.01, "mean of the tasks", tasks=list(tasks)),
+        "tasks": {
+            task: {
+                **measured(accuracy, 0.015, "0-shot_acc 50 %"),
+                "metric": "acc,none",
+                "n_documents": 100,
+                "higher_is_better": True,
+                "in_average": True,
+                "all_metrics": {},
+            }
+            for task in tasks
+        },
+        "limit": limit,
+        "seconds": 12.5,
+        "peak_memory_mb": 900.25,
+    }
+
+
+def factorization(method, compression_ratio, layers, fallback=None):
+    projections = [
+        {
+            "name": f"model.layers.{layer}.{projection}",
+            "layer": layer,
+            "projection": projection,
+            "d_in": d_in,
+            "d_out": 64,
+            "kind": "sparse_dictionary" if method == "cospadi" else "low_rank",
+            "atoms": 16 if method == "cospadi" else None,
+            "sparsity": 8 if method == "cospadi" else None,
+            "rank": None if method == "cospadi" else 12,
+            "dense_bits": 16 * d_in * 64,
+            "budget_bits": int(16 * d_in * 64 * (1 - compression_ratio)),
+            "stored_bits": int(16 * d_in * 64 * (1 - compression_ratio)) - 5,
+            "value_bits": 14 if method == "cospadi" else 16,
+            "output_error": 0.1 * (layer + 1),
+            "weight_error": 0.3,
+            "seconds": 0.5,
+            "fallback": fallback if layer == 0 and projection == "self_attn.q_proj" else None,
+        }
+        for layer in layers
+        for projection, d_in in (("self_attn.q_proj", 64), ("mlp.down_proj", 192))
+    ]
+    settings = {"name": method, "title": TITLES[method], "compression_ratio": compression_ratio}
+    settings |= {"solver": "htp"} if method == "cospadi" else {}
+    calibration = {"n_samples": 64, "sample_length": 1024, "seed": 42, "text": {"title": "Lee news"}}
+    return {
+        "room": "factorization",
+        "settings": {"factorization": settings, "calibration": calibration},
+        "projections": projections,
+        "seconds": 3.25,
+        "peak_memory_mb": 500.0 + layers[0],
+    }
+
+
+def cell(method, compression_ratio, ppl=None, accuracy=0.4, model="small", fallback=None, **more):
+    return Cell(
+        model,
+        {"small": "Small-1M"}.get(model, model),
+        method,
+        TITLES[method],
+        compression_ratio,
+        [factorization(method, compression_ratio, layers, fallback) for layers in ([0, 1], [2, 3])],
+        evaluation(PERPLEXITY[method][compression_ratio] if ppl is None else ppl, accuracy, **more),
+    )
+
+
+def dense(model="small", **more):
+    return Cell(
+        model, {"small": "Small-1M"}.get(model, model), "dense", "Dense", None, [], evaluation(22.55, 0.5, **more)
+    )
+
+
+def study(models=("small",), methods=tuple(TITLES), ratios=(0.2, 0.3, 0.4)):
+    accuracies = {"svd": 0.25, "svd_llm": 0.36, "cospadi": 0.43}
+    cells = [cell(m, r, accuracy=accuracies[m], model=model) for model in models for m in methods for r in ratios]
+    return [*cells, *map(dense, models)]
+
+
+@pytest.fixture(scope="module")
+def frame() -> pd.DataFrame:
+    return summary(study())
+
+
+def row(frame, method, compression_ratio):
+    found = frame[(frame["method"] == method) & (frame["compression_ratio"] == compression_ratio)]
+    assert len(found) == 1
+    return found.iloc[0]
+
+
+def bold(table, column):
+    i = [c.name for c in table.columns].index(column)
+    return {(r.compression_ratio, r.method) for group in table.groups for r in group if r.entries[i].best}
+
+
+def texts(table, column):
+    i = [c.name for c in table.columns].index(column)
+    return {(r.compression_ratio, r.method): r.entries[i].text for group in table.groups for r in group}
+
+
+def pipe_rows(markdown):
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[text.strip() for text in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+
+
+# the summary
+
+
+def test_columns_and_order_of_rows(frame):
+    assert tuple(frame.columns[: len(LEADING_COLUMNS)]) == LEADING_COLUMNS
+    assert list(frame.columns[len(LEADING_COLUMNS) :][:2]) == ["arc_easy", "heldout_cloze"]
+    assert list(frame["method"]) == ["dense", *["svd", "svd_llm", "cospadi"] * 3]
+    assert list(frame["compression_ratio"]) == [0, *[0.2] * 3, *[0.3] * 3, *[0.4] * 3]
+
+
+def test_values_are_those_of_the_records(frame):
+    found = row(frame, "cospadi", 0.2)
+    stored = 4 * ((int(16 * 64 * 64 * 0.8) - 5) + (int(16 * 192 * 64 * 0.8) - 5))
+    assert (found["solver"], found["bits"], found["stored_bits"]) == ("htp", 14, stored)
+    assert found["stored_ratio"] == 1 - stored / (16 * 64 * (64 + 192) * 4)
+    assert found["output_error_mean"] == pytest.approx(0.25, abs=1e-15)
+    assert (found["factorize_seconds"], found["peak_memory_mb"]) == (6.5, 502.0)
+    assert (found["token_perplexity"], found["token_perplexity_stderr"], found["arc_easy"]) == (74.4, 0.5, 0.43)
+    assert (found["evaluate_seconds"], found["fallbacks"]) == (12.5, 0)
+    assert row(frame, "svd", 0.3)["token_perplexity"] == math.inf
+    assert math.isnan(row(frame, "svd", 0.4)["token_perplexity"])
+    assert row(frame, "svd", 0.2)["solver"] == ""
+
+
+def test_the_dense_row_has_no_errors_and_its_own_memory(frame):
+    found = row(frame, "dense", 0)
+    assert (found["stored_ratio"], found["peak_memory_mb"], found["bits"]) == (0, 900.25, 16)
+    assert found["stored_bits"] == found["dense_bits"] == 16 * 64 * (64 + 192) * 4
+    assert pd.isna(found["output_error_mean"])
+    assert pd.isna(found["factorize_seconds"])
+
+
+def test_reads_back_from_csv_to_the_last_bit(tmp_path):
+    cells = study(models=("small", "other"))
+    cells[0].evaluation["token_perplexity"]["value"] = 1 / 3 * 1e5
+    cells[1].evaluation["limit"] = 100
+    cells[2].evaluation["tasks"]["arc_easy"]["value"] = 0.1 + 0.2
+    frame = summary(cells)
+    write_tables(cells, tmp_path, "Study")
+    pd.testing.assert_frame_equal(read_summary(tmp_path / "summary.csv"), frame, check_exact=True)
+
+
+def test_every_projection_is_a_row():
+    cells = [cell("cospadi", 0.2, fallback="damping raised"), dense()]
+    errors = projection_errors(cells)
+    assert tuple(errors.columns) == PROJECTION_COLUMNS
+    assert len(errors) == 8
+    assert list(errors["fallback"]) == ["damping raised", *[""] * 7]
+    assert errors["rank"].isna().all()
+    assert list(errors["output_error"]) == [0.1, 0.1, 0.2, 0.2, pytest.approx(0.3), pytest.approx(0.3), 0.4, 0.4]
+
+
+def test_two_cells_of_one_row_are_refused():
+    with pytest.raises(UserError, match="same row"):
+        summary([cell("svd", 0.2), cell("svd", 0.2)])
+
+
+def test_a_model_without_rows_is_named(frame):
+    with pytest.raises(UserError, match=r"no row of model large\. It has: small"):
+        paper_table(frame, "large")
+
+
+# best values
+
+
+def test_best_per_ratio_is_bold(frame):
+    table = paper_table(frame, "small")
+    assert bold(table, "token_perplexity") == {(0.2, "cospadi"), (0.3, "cospadi"), (0.4, "cospadi")}
+    assert bold(table, "average_accuracy") == {(0.2, "cospadi"), (0.3, "cospadi"), (0.4, "cospadi")}
+    assert bold(table, "stored_ratio") == bold(table, "factorize_seconds") == set()
+
+
+def test_ties_are_bold_together(frame):
+    assert bold(paper_table(frame, "small"), "kl_to_dense") == {(r, m) for r in (0.2, 0.3, 0.4) for m in TITLES}
+
+
+def test_what_is_not_finite_is_never_bold():
+    cells = [cell("svd", 0.2, ppl="inf"), cell("svd_llm", 0.2, ppl="nan"), cell("cospadi", 0.2, ppl=74.4)]
+    cells += [cell("svd", 0.3, ppl="inf"), cell("svd_llm", 0.3, ppl="nan")]
+    table = paper_table(summary(cells), "small")
+    assert bold(table, "token_perplexity") == {(0.2, "cospadi")}
+    assert texts(table, "token_perplexity")[0.2, "svd"] == "inf"
+    assert texts(table, "token_perplexity")[0.2, "svd_llm"] == "nan"
+
+
+def test_a_lone_method_is_not_best_of_anything():
+    table = paper_table(summary([cell("cospadi", 0.3)]), "small")
+    assert bold(table, "token_perplexity") == set()
+    assert len(table.groups) == 1
+    assert "Bold" not in table.markdown()
+
+
+def test_what_was_not_measured_is_a_dash():
+    cells = [cell("svd", 0.2, tasks=("arc_easy",)), cell("cospadi", 0.2)]
+    table = paper_table(summary(cells), "small")
+    assert texts(table, "heldout_cloze") == {(0.2, "svd"): "–", (0.2, "cospadi"): "40.0"}
+    cells[0].evaluation["kl_to_dense"] = {"value": None, "stderr": None, "protocol": None}
+    assert texts(paper_table(summary(cells), "small"), "kl_to_dense")[0.2, "svd"] == "–"
+
+
+def test_tasks_of_another_model_leave_no_empty_column():
+    cells = [cell("svd", 0.2, tasks=("arc_easy",)), cell("svd", 0.2, model="other", tasks=("piqa",))]
+    assert "piqa" not in [column.name for column in paper_table(summary(cells), "small").columns]
+
+
+# titles and notes
+
+
+def test_the_title_tells_a_limit():
+    cells = [cell("svd", 0.2, limit=100), cell("cospadi", 0.2, limit=100)]
+    assert paper_table(summary(cells), "small").title == "Small-1M (limit: first 100 documents per task)"
+    assert "limit" not in paper_table(summary([cell("svd", 0.2)]), "small").title
+
+
+def test_a_fallback_gets_a_dagger_and_a_note():
+    frame = summary([cell("svd", 0.2, fallback="damping raised to 1e-3"), cell("cospadi", 0.2)])
+    assert row(frame, "svd", 0.2)["fallbacks"] == 1
+    table = paper_table(frame, "small")
+    assert [r.label for r in table.groups[0]] == ["SVD†", "CoSpaDi"]
+    assert "† SVD at 0.2" in table.markdown()
+    assert "1 × damping raised to 1e-3" in table.markdown()
+    assert r"SVD\textsuperscript{\dag}" in table.latex()
+    assert "†" not in paper_table(summary([cell("cospadi", 0.2)]), "small").markdown()
+
+
+def test_notes_tell_each_protocol_once_and_the_calibration():
+    found = notes(study(), "small")
+    assert found.count("Calibration: Lee news, 64 samples × 1024 tokens, seed 42.") == 1
+    assert "Token ppl: windows of 1024 tokens." in found
+    assert "ARC-e, Cloze: 0-shot_acc 50 %." in found
+    assert "Average over ARC-e, Cloze." in found
+    assert len(found) == len(set(found)) == 8
+
+
+# formats
+
+
+def test_markdown_says_the_same_numbers(frame):
+    table = paper_table(frame, "small")
+    head, *body = pipe_rows(table.markdown())
+    assert head[:3] == ["Ratio", "Method", "ARC-e % ↑"]
+    assert [line[0] for line in body] == ["–", "0.2", "", "", "0.3", "", "", "0.4", "", ""]
+    at = head.index("Token ppl ↓")
+    for line, (_, expected) in zip(body, frame.iterrows(), strict=True):
+        assert line[1] == expected["method_title"]
+        shown = float(line[at].strip("*"))
+        assert shown == pytest.approx(expected["token_perplexity"], rel=0.05, nan_ok=True)
+        assert float(line[2].strip("*")) == pytest.approx(100 * expected["arc_easy"], abs=0.05)
+    assert body[3][at] == "**74.40**"
+    assert "74.40** ± 0.50" in table.markdown(stderr=True)
+
+
+def test_latex_escapes_and_is_well_formed():
+    cells = [cell("svd", 0.2), cell("cospadi", 0.2), dense()]
+    for found in cells:
+        found.model, found.model_title = "50%_A&B", r"50 % of A_B & #1 {x} $y ~z^2 \w"
+    text = paper_table(summary(cells), "50%_A&B", protocol_notes=notes(cells, "50%_A&B")).latex()
+    assert r"50 \% of A\_B \& \#1 \{x\} \$y \textasciitilde{}z\textasciicircum{}2 \textbackslash{}w" in text
+    assert r"0-shot\_acc 50 \%" in text
+    assert r"\label{tab:50--A-B}" in text
+    body = re.search(r"\\toprule\n(.*)\\bottomrule", text, re.DOTALL)[1]
+    n_columns = len(re.search(r"\{tabular\}\{(\w+)\}", text)[1])
+    lines = [line for line in body.splitlines() if line != r"\midrule"]
+    assert all(len(re.findall(r"(?<!\\)&", line)) == n_columns - 1 for line in lines)
+    assert all(line.endswith(r" \\") for line in lines)
+    assert body.count(r"\midrule") == 2  # before the dense row, before the ratio
+    assert r"\textbf{74.40}" in body
+    bare = re.sub(r"\\[\\{}%&_#$]", "", text)
+    depth = 0
+    for letter in bare:
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        assert depth >= 0
+    assert depth == 0
+    assert re.findall(r"\\begin\{(\w+)\}", bare) == ["table", "tabular", "minipage"]
+    assert re.findall(r"\\end\{(\w+)\}", bare) == ["tabular", "minipage", "table"]
+    assert not set(re.sub(r"%.*", "", bare)) & set("_#~^&%") - {"&"}
+    assert bare.isascii() or not re.search(r"[†–±×↑↓]", bare)
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.cells, self.best = [], 0, 0
+
+    def handle_starttag(self, tag, attributes):
+        self.cells += tag == "td"
+        self.best += ("class", "best") in attributes
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_html_is_whole_escaped_and_alone(frame):
+    table = paper_table(frame, "small", title="A <b> & c")
+    page, tags = table.html(), Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert tags.cells == 10 * (2 + len(table.columns))
+    assert tags.best == page.count('class="best"') == table.markdown().count("**") // 2
+    assert "A &lt;b&gt; &amp; c" in page
+    assert "± 0.50" in page
+    assert not re.search(r"https?:|<script|<link|url\(|@import", page)
+
+
+def test_csv_holds_exact_values(frame):
+    lines = list(csv.DictReader(io.StringIO(paper_table(frame, "small").csv())))
+    found = {(line["compression_ratio"], line["method"], line["column"]): line for line in lines}
+    line = found["0.2", "svd", "token_perplexity"]
+    assert (line["value"], line["stderr"], line["text"], line["best"]) == ("112345.6", "0.5", "1.1e5", "False")
+    assert found["0.2", "cospadi", "token_perplexity"]["best"] == "True"
+    assert found["0.3", "svd", "token_perplexity"]["value"] == "inf"
+    assert found["0.4", "svd", "token_perplexity"]["value"] == "nan"
+
+
+def test_writes_every_format_of_every_model(tmp_path):
+    paths = write_tables(study(models=("small", "other")), tmp_path / "tables", "A study")
+    formats = [f"{model}.{kind}" for model in ("small", "other") for kind in ("md", "tex", "html", "csv")]
+    assert [path.name for path in paths] == ["summary.csv", "projections.csv", *formats]
+    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == sorted(path.name for path in paths)
+    assert (tmp_path / "tables/small.md").read_text(encoding="utf-8").startswith("### A study: Small-1M\n")
+
+
+# digits
+
+
+@given(st.floats(min_value=1.0, max_value=1e30))
+def test_a_printed_perplexity_is_near_and_short(value):
+    shown = perplexity(value)
+    assert float(shown) == pytest.approx(value, rel=0.0501)
+    assert len(shown) <= 6
+    assert float(shown) >= 100 or abs(float(shown) - value) <= 0.00501
+
+
+@given(st.floats(min_value=1.0, max_value=1e12), st.floats(min_value=1.0, max_value=1e12))
+def test_printing_keeps_the_order(one, other):
+    for shown in (perplexity, divergence, size):
+        assert (float(shown(one)) <= float(shown(other))) or one > other
+
+
+@given(st.floats(min_value=0, max_value=1))
+def test_percent_is_within_half_a_digit(value):
+    assert abs(float(percent(value)) - 100 * value) <= 0.05 + 1e-9
+
+
+@given(st.floats(min_value=1e-9, max_value=100))
+def test_a_printed_divergence_is_near(value):
+    assert float(divergence(value)) == pytest.approx(value, rel=0.0501)
+
+
+@pytest.mark.parametrize("shown", [perplexity, divergence, size])
+def test_what_is_not_finite_prints_as_it_is(shown):
+    assert (shown(math.inf), shown(math.nan)) == ("inf", "nan")
+
+
+# figures
+
+
+def pixels(path: Path) -> np.ndarray:
+    from matplotlib.image import imread
+
+    return imread(path)
+
+
+def check_pictures(paths):
+    for path in paths:
+        if path.suffix == ".png":
+            image = pixels(path)
+            assert image.shape[0] > 200
+            assert image.shape[1] > 500
+            assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 20, path
+        else:
+            assert path.read_text(encoding="utf-8").rstrip().endswith("</svg>")
+
+
+def test_figures_are_pictures_of_something(tmp_path):
+    paths = write_figures(study(("small", "other"), ("svd", "cospadi"), (0.2, 0.4)), tmp_path)
+    names = ["perplexity", "accuracy", "output_error", "small_table", "other_table"]
+    assert [path.name for path in paths] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+    check_pictures(paths)
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+def test_figures_of_one_method_at_one_ratio_from_frames(tmp_path):
+    cells = study(methods=("cospadi",), ratios=(0.3,))
+    check_pictures(write_figures((summary(cells), projection_errors(cells)), tmp_path))
+
+
+def test_figures_where_nothing_is_finite_or_measured(tmp_path):
+    cells = [cell("svd", 0.3, ppl="nan", accuracy=None), cell("cospadi", 0.3, ppl="inf", accuracy=None)]
+    cells[0].factorizations[0]["projections"][0]["output_error"] = "nan"
+    cells[1].factorizations[0]["projections"][0]["output_error"] = None
+    paths = write_figures(cells, tmp_path)
+    assert all(path.stat().st_size > 1000 for path in paths)
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path):
+    cells = study(methods=("cospadi",), ratios=(0.3,))
+    one, other = (write_figures(cells, tmp_path / name) for name in ("one", "other"))
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]
+
+
+def test_a_method_keeps_its_colour_and_shares_it_with_none():
+    methods = ["svd", "cospadi", *(f"method_{i}" for i in range(10))]
+    assert len(set(colours(methods).values())) == 12
+    assert colours(["cospadi"])["cospadi"] == colours(methods)["cospadi"]
