@@ -33,8 +33,13 @@ wildcard_constraints:
     **study.wildcards,
 
 
+onstart:
+    locks.sign_in(Path.cwd())
+
+
 # Each GPU serves one job at a time; without any, cores are the only limit. --resources gpu=N overrules.
-workflow.global_resources.setdefault("gpu", n_gpus() or workflow.cores)
+if n_gpus():
+    workflow.global_resources.setdefault("gpu", n_gpus())
 
 
 # Which jobs are stale: `recipe` holds the settings a job depends on, and Snakemake compares it. It does not compare

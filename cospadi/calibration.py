@@ -51,7 +51,7 @@ class InputStatistics:
         for chunk in inputs.split(1024):
             product = chunk.to(dtype)
             self.gram += (product.T @ product).double()
-            self.absolute += chunk.abs().double().sum(dim=0)
+            self.absolute += chunk.abs().sum(dim=0).double()
         self.n_tokens += len(inputs)
 
     @property
@@ -129,6 +129,11 @@ def _listen(
     return block.get_submodule(shared_input).register_forward_pre_hook(add)
 
 
+def statistics_file(grams: Path, layer: int) -> Path:
+    """Where a layer's statistics lie."""
+    return grams / f"{layer:03d}.safetensors"
+
+
 def read_statistics(
     grams: Path, layer: int, shared_input: str, device: torch.device
 ) -> tuple[Float[Tensor, "d_in d_in"], Float[Tensor, " d_in"]]:
@@ -137,7 +142,7 @@ def read_statistics(
     Raises:
         UserError: when the layer's file is missing.
     """
-    file = grams / f"{layer:03d}.safetensors"
+    file = statistics_file(grams, layer)
     if not file.is_file():
         raise UserError(f"{file} is missing. Collect it again: delete {grams.parent} and start the study once more.")
     with safe_open(file, framework="pt") as tensors:

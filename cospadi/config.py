@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Real
 from pathlib import Path
 
@@ -29,6 +29,7 @@ CONF = PROJECT / "conf" if (PROJECT / "conf").is_dir() else Path(__file__).paren
 
 PARSERS = ("lines", "plain", "wikipedia_dump", "dataset")
 SOLVERS = ("htp", "ksvd")
+EMBEDDED_TASKS = ("heldout_perplexity", "heldout_cloze")
 ACCOUNTINGS = ("mask", "paper")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -271,7 +272,12 @@ class CoSpaDiConfig(FactorizationConfig):
         _at_least("factorization.n_rounds", self.n_rounds, 1)
         _at_least("factorization.power_iterations", self.power_iterations, 1)
         _at_least("factorization.cg_steps", self.cg_steps, 1)
-        _at_least("factorization.step", self.step, 0)
+        _at_least("factorization.step", self.step, 1e-3)
+        _require(
+            self.accounting != "paper" or self.rho <= 2,
+            f"factorization.accounting=paper is only exact up to factorization.rho=2, and rho={self.rho:g}: 14-bit values "
+            "would not pay for the mask. Set factorization.rho=2 too, or accounting=mask.",
+        )
         _at_least("factorization.tolerance", self.tolerance, 0)
 
 
@@ -306,7 +312,7 @@ class EvaluationConfig:
     max_length: int = 1024
     """Longest context given to the model."""
     threads: int = 1
-    """CPU threads of one evaluation: other counts change the last digits."""
+    """CPU threads of one evaluation, whatever ``--cores`` says: other counts change the last digits."""
     device: str = "auto"
     revision: int = 1
 
@@ -317,6 +323,22 @@ class EvaluationConfig:
             _at_least(f"evaluation.{setting}", getattr(self, setting), 1)
         _at_least("evaluation.document_words", self.document_words, 1)
         _at_least("evaluation.cloze_words", self.cloze_words, 3)
+        for task in self.embedded_tasks:
+            _one_of("evaluation.embedded_tasks", task, EMBEDDED_TASKS)
+        self._use_mirror()
+
+    def _use_mirror(self) -> None:
+        """Read the text from the mirror too, when it is a data set that lies there."""
+        if self.mirror is None:
+            return
+        folder = Path(self.mirror).expanduser().absolute()
+        _require(
+            folder.is_dir(),
+            f"evaluation.mirror={self.mirror} is no folder. Name one laid out like the hub: <owner>/<name>/…",
+        )
+        self.mirror = str(folder)
+        if self.text.parser == "dataset" and (folder / self.text.source).is_dir():
+            self.text = replace(self.text, source=str(folder / self.text.source))
         _device("evaluation.device", self.device)
 
 

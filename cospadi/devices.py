@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import tempfile
+from pathlib import Path
+
 import torch
 
 from cospadi.errors import UserError
 
+_HELD: dict[int, int] = {}
+"""File descriptors of the GPUs this process has taken: closing one gives the GPU back, as does the end of the process."""
+
 
 def pick(name: str, setting: str) -> torch.device:
-    """``auto`` takes a CUDA GPU when there is one; any other name is torch's.
+    """``auto`` takes a free CUDA GPU when there is one; any other name is torch's.
+
+    Several jobs on one machine share its GPUs out between them: ``auto`` takes the first that no other job holds, or the
+    first one when all are held.
 
     Raises:
         UserError: naming ``setting``, when torch does not know the name or has no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", _free_gpu()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"{setting}={name} is no device. Set it to auto, cpu or cuda.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"{setting}={name} is set, but torch sees no CUDA GPU here. Set it to auto or cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise UserError(f"{setting}={name} is set, but torch sees {found} CUDA GPUs here. Set it to auto or cpu.")
     return device
+
+
+def _free_gpu() -> int:
+    if _HELD:
+        return next(iter(_HELD))
+    for index in range(torch.cuda.device_count()):
+        lock = Path(tempfile.gettempdir()) / f"cospadi-{os.getuid()}-{_identity(index)}.lock"
+        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            continue
+        _HELD[index] = descriptor
+        return index
+    return 0
+
+
+def _identity(index: int) -> str:
+    """The card itself: indices differ between processes with different CUDA_VISIBLE_DEVICES."""
+    return str(torch.cuda.get_device_properties(index).uuid)

@@ -37,6 +37,7 @@ def new_path(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         yield partial
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -53,6 +54,25 @@ def new_path(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that were killed while writing ``path`` left beside it."""
+    for left in path.parent.glob(f".{path.name}.*.partial"):
+        pid = left.name.removesuffix(".partial").rpartition(".")[2]
+        if not pid.isdigit() or int(pid) == os.getpid() or _alive(int(pid)):
+            continue
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -140,10 +160,16 @@ class Record:
             "seconds": time.time() - self.started,
             "peak_memory_mb": peak_memory_mb(),
             "versions": versions(),
-            "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
+            "machine": _machine(),
         }
         write_json(path, self.content)
         return self.content
+
+
+def _machine() -> dict[str, Any]:
+    found = {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()}
+    torch = sys.modules.get("torch")
+    return found | ({"threads": torch.get_num_threads()} if torch is not None else {})
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ Arguments go to snakemake as they are. Its own output is in ``.snakemake/log``; 
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -114,11 +115,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _cores(arguments: Sequence[str]) -> int:
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        if flag in ("--cores", "-c") and value.isdigit():
-            return int(value)
-    return 1
+    given = re.search(r"(?:--cores|-c)[ =]?(\d+|all)\b", " ".join(arguments))
+    if given is None:
+        return 1
+    return int(given[1]) if given[1].isdigit() else os.cpu_count() or 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("\nStopped. Finished results are kept: type the same command again to go on.", file=sys.stderr)
+        sys.exit(130)

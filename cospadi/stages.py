@@ -46,10 +46,11 @@ def prepare_text(config: TextConfig, documents: Path, record: Path) -> None:
 def calibrate(config: Config, model: Path, documents: Path, grams: Path, record: Path) -> None:
     """Room 2: tokens through the dense model, one gram per shared input, a file per layer."""
     from cospadi.calibration import collect, draw_samples
-    from cospadi.models import load_tokenizer
+    from cospadi.models import find_projections, load_tokenizer
 
     calibration = config.calibration
-    log = Record("calibration", {"model": asdict(config.model), "calibration": asdict(calibration)}, _hashes(documents))
+    settings = {"model": asdict(config.model), "calibration": asdict(calibration)}
+    log = Record("calibration", settings, _hashes(documents) | _weights(model))
     tokens = draw_samples(
         load_tokenizer(model),
         read_json(documents),
@@ -57,7 +58,7 @@ def calibrate(config: Config, model: Path, documents: Path, grams: Path, record:
         calibration.sample_length,
         calibration.seed,
     )
-    n_layers = _depth(model)
+    n_layers = 1 + max(p.layer for p in find_projections(model, config.model))
     progress = Progress(n_layers, f"Calibration: {tokens.numel()} tokens through {config.model.title}")
     conditioning = {}
     with new_path(grams) as partial:
@@ -113,14 +114,15 @@ def factorize(
     config: Config, model: Path, grams: Path, layers: str, factors: Path, record: Path, ranks: Path | None
 ) -> None:
     """Room 3: gram and weights -> factors of every projection in a block of layers."""
+    from cospadi.calibration import statistics_file
     from cospadi.models import Checkpoint, find_projections
 
     block = re.fullmatch(r"(\d+)-(\d+)", layers)
     if block is None:
         raise UserError(f"--layers {layers} is no block of layers. Write first-last, counted from 0: 000-014.")
     first, last = int(block[1]), int(block[2])
-    settings = {"factorization": asdict(config.factorization), "damping": config.calibration.damping}
-    log = Record("factorization", settings, _hashes(*([ranks] if ranks else [])))
+    settings = {"factorization": asdict(config.factorization), "calibration": asdict(config.calibration)}
+    log = Record("factorization", settings)
     checkpoint = Checkpoint(model)
     everything = find_projections(model, config.model)
     projections = [p for p in everything if first <= p.layer <= last]
@@ -138,7 +140,9 @@ def factorize(
         rows.append(row)
         progress.step(projection.name, _told(row), float(projection.d_in * projection.d_out))
     write_tensors(factors, tensors, {row["name"]: f"{row['kind']} {row['d_in']} {row['d_out']}" for row in rows})
-    log.finish(record, projections=rows)
+    statistics = [statistics_file(grams, layer) for layer in sorted({p.layer for p in projections})]
+    inputs = _hashes(*statistics, *([ranks] if ranks else [])) | _weights(model)
+    log.finish(record, inputs=inputs, projections=rows)
 
 
 def _factorized(config: Config, checkpoint: Any, projections: Sequence[Any], grams: Path, ranks: dict[str, Any] | None):
@@ -164,6 +168,8 @@ def _factorized(config: Config, checkpoint: Any, projections: Sequence[Any], gra
         except UserError as error:
             raise UserError(f"{projection.name}: {error}") from error
         row = _row(projection, factors, root, weight, config.factorization.compression_ratio)
+        if ranks is not None and config.factorization.rank_search.perplexity_budget is not None:
+            row["fallback"] = "rank chosen by factorization.rank_search.perplexity_budget, whatever the ratio"
         yield projection, (factors, row | {"seconds": time.perf_counter() - started})
 
 
@@ -220,7 +226,8 @@ def evaluate(
     settings = {"model": asdict(config.model), "evaluation": asdict(config.evaluation)}
     if factors:
         settings["factorization"] = asdict(config.factorization)
-    log = Record("evaluation", settings, _hashes(documents, *factors))
+    compared_with = [reference] if factors else []
+    log = Record("evaluation", settings, _hashes(documents, *factors, *compared_with) | _weights(model))
     device = devices.pick(config.evaluation.device, "evaluation.device")
     network = models.load(model, config.model.dtype, device)
     models.replace_weights(network, ((name, f.weight()) for name, f in read_factors(factors)))
@@ -257,12 +264,12 @@ def tabulate(study: Any, folder: Path) -> None:
                     cell.method,
                     config.factorization.title,
                     config.factorization.compression_ratio,
-                    [read_json(Path(record)) for record in study.factors(cell, "json")],
+                    [read_json(Path(record)) for record in study.factorization_records(cell)],
                     read_json(Path(study.evaluation_record(cell))),
                 )
             )
     write_tables(cells, folder, study.study.title)
-    write_figures(cells, folder)
+    write_figures(cells, folder, study.study.title)
 
 
 def _told(row: dict[str, Any]) -> str:
@@ -270,8 +277,10 @@ def _told(row: dict[str, Any]) -> str:
     return f"{sizes or 'kept dense':<26} error {row['output_error']:.4f}  {row['seconds']:5.2f} s"
 
 
-def _depth(model: Path) -> int:
-    return int(read_json(model / "config.json")["num_hidden_layers"])
+def _weights(model: Path) -> dict[str, str]:
+    """Hash of the model's weights, as its preparation noted it."""
+    noted = model.parent / "record.json"
+    return {str(model): read_json(noted)["provenance"]["weights_sha256"]} if noted.is_file() else {}
 
 
 def _hashes(*files: Path) -> dict[str, str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from decimal import Decimal
 from functools import cache, cached_property
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from cospadi.config import METHODS, Config, FactorizationConfig, TextConfig, did_you_mean, load
 from cospadi.errors import UserError
-from cospadi.sources import n_layers
+from cospadi.sources import local_path, n_layers
 
 RESULTS = "results"
 
@@ -64,7 +65,7 @@ class Study:
         common = [o for o in self.overrides if not _factorization_field(o)]
         self.root = load(common)
         self.study = self.root.study
-        self.name = self.study.name
+        self.name = name
         self._configs: dict[CellId, Config] = {}
         self._overrides: dict[CellId, list[str]] = {}
         self._compose()
@@ -89,6 +90,7 @@ class Study:
                     continue
                 self._configs[cell] = replace(config, factorization=factorization)
                 self._overrides[cell] = [*overrides, f"factorization.compression_ratio={cell.ratio}"]
+        errors |= dict.fromkeys(self._mistakes())
         if errors:
             raise UserError("\n".join(errors))
         unused = [field for o in self.overrides if (field := _factorization_field(o)) and o not in used]
@@ -99,6 +101,35 @@ class Study:
                 f"No method of study {self.name} has the setting {named}{did_you_mean(unused[0], known)} "
                 f"Methods: {', '.join(self.study.methods)}; their settings: {', '.join(known)}."
             )
+
+    def _mistakes(self) -> Iterator[str]:
+        """What no single setting shows: names that do not match their files, texts that overlap, unknown tasks."""
+        given = [(self.name, self.study.name, "study")]
+        for cell, config in self._configs.items():
+            given += [
+                (cell.model, config.model.name, "model"),
+                (cell.method, config.factorization.name, "factorization"),
+            ]
+        for option, name, group in dict.fromkeys(given):
+            if option != name:
+                yield f"conf/{group}/{option}.yaml says name: {name}. Set it to {option}: results are filed under it."
+            if not re.fullmatch(r"\w+", name):
+                yield f"{group} {name}: use letters, digits and underscores only, as the name becomes part of paths."
+        calibration, evaluation = self.root.calibration.text, self.root.evaluation.text
+        if _place(calibration) == _place(evaluation):
+            yield (
+                f"Calibration and evaluation both read {calibration.source}: a model must not be measured on the text it "
+                "was fitted to. Choose another text@calibration.text or text@evaluation.text."
+            )
+        elif calibration.name == evaluation.name:
+            yield f"Calibration and evaluation texts differ but are both named {calibration.name}. Rename one."
+        if self.root.evaluation.tasks:
+            from cospadi.evaluation import check_tasks
+
+            try:
+                check_tasks(self.root.evaluation)
+            except UserError as error:
+                yield str(error)
 
     def _overrides_of(self, model: str, method: str, used: set[str]) -> list[str]:
         """What composes these cells; ``factorization.x=…`` goes only to methods that have a field ``x``."""
@@ -159,21 +190,20 @@ class Study:
     def recipe(self, room: str, **wildcards: str) -> str:
         """The settings a job of ``room`` depends on, as canonical JSON: a change re-runs just that job."""
         if room == "text":
-            return _canonical(asdict(self.texts[wildcards["text"]]))
+            text = self.texts[wildcards["text"]]
+            return _canonical([_without(asdict(text), "title"), _state_on_disk(text.source)])
         config = self.config(wildcards.get("model"), wildcards.get("method"), wildcards.get("ratio"))
         sections = {
-            "model": lambda: _without(asdict(config.model), "title"),
+            "model": lambda: [_without(asdict(config.model), "title"), _state_on_disk(config.model.source)],
             "calibration": lambda: _without(asdict(config.calibration), "text", "damping"),
-            "sensitivity": lambda: [
-                _without(asdict(config.factorization), "title", "compression_ratio"),
-                _damping(config),
-            ],
+            "sensitivity": lambda: _sensitivity(config.factorization),
             "factorization": lambda: [_without(asdict(config.factorization), "title"), _damping(config)],
             "evaluation": lambda: _without(asdict(config.evaluation), "text"),
             "tables": lambda: [
                 self.study.title,
-                *sorted({c.model.title for c in self._configs.values()}),
-                *sorted({c.factorization.title for c in self._configs.values()}),
+                {c.model.name: c.model.title for c in self._configs.values()},
+                {c.factorization.name: c.factorization.title for c in self._configs.values()},
+                {name: text.title for name, text in self.texts.items()},
             ],
         }
         return _canonical(sections[room]())
@@ -209,11 +239,19 @@ class Study:
     def dense_record(self, model: str) -> str:
         return f"{RESULTS}/evaluation/{model}/dense/{self.evaluation}/record.json"
 
+    def factorization_records(self, cell: CellId) -> list[str]:
+        """Everything that took time to compress a cell, its rank search included."""
+        records = self.factors(cell, "json")
+        if self.searches_ranks(cell.method):
+            folder = f"{RESULTS}/factorization/{cell.model}/{self.calibration}"
+            records += [f"{folder}/{cell.method}/sensitivity.json", f"{folder}/{cell.method}-{cell.ratio}/ranks.json"]
+        return records
+
     def inputs_of_tables(self) -> list[str]:
         """Every record a study's tables are made of."""
         records = [self.dense_record(model) for model in self.study.models]
         for cell in self.cells:
-            records += [self.evaluation_record(cell), *self.factors(cell, "json")]
+            records += [self.evaluation_record(cell), *self.factorization_records(cell)]
         return records
 
 
@@ -257,6 +295,25 @@ def _fields_of(method: str) -> set[str]:
     """Fields of the settings class behind ``conf/factorization/<method>.yaml``."""
     schema = type(load([f"factorization={method}"]).factorization)
     return {field.name for field in fields(schema)}
+
+
+def _sensitivity(factorization: FactorizationConfig) -> dict[str, object]:
+    """What a rank search's measurements depend on: not on the target it is later asked to meet."""
+    settings = _without(asdict(factorization), "title", "compression_ratio")
+    return settings | {"rank_search": _without(settings["rank_search"] or {}, "perplexity_budget")}
+
+
+def _place(text: TextConfig) -> tuple[str | None, ...]:
+    return text.source, text.dataset_config, text.split if text.parser == "dataset" else None
+
+
+def _state_on_disk(source: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a local source's files, so that an edited one is noticed; of others nothing."""
+    path = local_path(source)
+    if path is None or not path.exists():
+        return []
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    return [(f.name, (state := f.stat()).st_size, state.st_mtime_ns) for f in files]
 
 
 def _damping(config: Config) -> dict[str, float]:

@@ -57,7 +57,7 @@ def htp(
         dictionary, codes = best_dictionary(target, dictionary, codes)
         residual = target - dictionary @ codes.T
         errors.append(_relative(residual, energy))
-        if errors[-1] == min(errors):
+        if len(errors) == 1 or errors[-1] < min(errors[:-1]):
             best = dictionary, codes, residual
         if len(errors) > 3 and errors[-1] > (1 - tolerance) ** 2 * errors[-3]:
             break

@@ -10,9 +10,7 @@ rule calibrate:
         "results/calibration/{model}/{calibration}/run.log",
     benchmark:
         "results/calibration/{model}/{calibration}/benchmark.tsv"
-    conda:
-        "../../environment.yml"
-    threads: workflow.cores
+    threads: 16  # or as many as --cores allows
     resources:
         gpu=1,
     params:

@@ -11,8 +11,6 @@ rule evaluate_dense:
         "results/evaluation/{model}/dense/{evaluation}/run.log",
     benchmark:
         "results/evaluation/{model}/dense/{evaluation}/benchmark.tsv"
-    conda:
-        "../../environment.yml"
     threads: study.root.evaluation.threads
     resources:
         gpu=1,
@@ -42,8 +40,6 @@ rule evaluate:
         "results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/run.log",
     benchmark:
         "results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/benchmark.tsv"
-    conda:
-        "../../environment.yml"
     threads: study.root.evaluation.threads
     resources:
         gpu=1,

@@ -8,9 +8,7 @@ rule search_ranks:
         "results/factorization/{model}/{calibration}/{method}/sensitivity.json",
     log:
         "results/factorization/{model}/{calibration}/{method}/sensitivity.log",
-    conda:
-        "../../environment.yml"
-    threads: workflow.cores
+    threads: 16  # or as many as --cores allows
     resources:
         gpu=1,
     params:
@@ -32,8 +30,7 @@ rule choose_ranks:
         "results/factorization/{model}/{calibration}/{method}-{ratio}/ranks.json",
     log:
         "results/factorization/{model}/{calibration}/{method}-{ratio}/ranks.log",
-    conda:
-        "../../environment.yml"
+    threads: 16
     resources:
         gpu=1,
     params:
@@ -61,8 +58,6 @@ rule factorize:
         "results/factorization/{model}/{calibration}/{method}-{ratio}/{layers}.log",
     benchmark:
         "results/factorization/{model}/{calibration}/{method}-{ratio}/{layers}.tsv"
-    conda:
-        "../../environment.yml"
     resources:
         gpu=1,
     params:

@@ -7,8 +7,6 @@ rule prepare_model:
         "results/sources/models/{model}/run.log",
     benchmark:
         "results/sources/models/{model}/benchmark.tsv"
-    conda:
-        "../../environment.yml"
     params:
         recipe=lambda w: study.recipe("model", model=w.model),
         overrides=lambda w, output: study.overrides_for(model=w.model),
@@ -26,8 +24,6 @@ rule prepare_text:
         "results/sources/texts/{text}/run.log",
     benchmark:
         "results/sources/texts/{text}/benchmark.tsv"
-    conda:
-        "../../environment.yml"
     params:
         recipe=lambda w: study.recipe("text", text=w.text),
         overrides=lambda w, output: study.overrides_for(),

@@ -35,8 +35,6 @@ rule tabulate:
         ),
     log:
         "results/tables/{study}/run.log",
-    conda:
-        "../../environment.yml"
     params:
         recipe=study.recipe("tables"),
         overrides=lambda w, output: study.typed,
