@@ -325,6 +325,7 @@ class EvaluationConfig:
         _at_least("evaluation.cloze_words", self.cloze_words, 3)
         for task in self.embedded_tasks:
             _one_of("evaluation.embedded_tasks", task, EMBEDDED_TASKS)
+        _device("evaluation.device", self.device)
         self._use_mirror()
 
     def _use_mirror(self) -> None:
@@ -334,12 +335,11 @@ class EvaluationConfig:
         folder = Path(self.mirror).expanduser().absolute()
         _require(
             folder.is_dir(),
-            f"evaluation.mirror={self.mirror} is no folder. Name one laid out like the hub: <owner>/<name>/…",
+            f"evaluation.mirror={self.mirror} is not a folder. It holds data sets as <owner>/<name>.",
         )
         self.mirror = str(folder)
         if self.text.parser == "dataset" and (folder / self.text.source).is_dir():
             self.text = replace(self.text, source=str(folder / self.text.source))
-        _device("evaluation.device", self.device)
 
 
 @dataclass

@@ -31,7 +31,7 @@ class Progress:
 
 def duration(seconds: float) -> str:
     """
-    >>> duration(4.13), duration(312), duration(7300)
+    >>> duration(4.13), duration(312.0), duration(7300.0)
     ('4.1 s', '5.2 min', '2.03 h')
     """
     if seconds < 60:

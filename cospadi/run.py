@@ -109,9 +109,15 @@ def main(arguments: Sequence[str]) -> int:
     ) as run:
         trouble = narrate(run.stdout or [], cores)
     if run.returncode:
-        print("\n".join(trouble[:80]), file=sys.stderr)
+        print("\n".join(_telling(trouble)), file=sys.stderr)
         print("Finished results are kept: mend the cause and type the same command again.", file=sys.stderr)
     return run.returncode
+
+
+def _telling(trouble: Sequence[str], most: int = 60) -> list[str]:
+    """What a person needs of a failed job's log: not its progress, and of a long rest the end."""
+    lines = [line for line in trouble if not re.match(r"\s*\d+/\d+  ", line)]
+    return lines if len(lines) <= most else [*lines[:20], "…", *lines[20 - most :]]
 
 
 def _cores(arguments: Sequence[str]) -> int:

@@ -93,7 +93,9 @@ def test_blocks_of_layers_cover_the_model_once(per_job, blocks):
 
 def test_tables_are_made_of_every_cell(plain):
     inputs = plain.inputs_of_tables()
-    assert len(inputs) == len(set(inputs)) == 2 + 6 + 6 * 2  # dense, evaluations, two blocks each
+    assert (
+        len(inputs) == len(set(inputs)) == 2 + 6 + 6 * 2 + 2 * 2
+    )  # dense, evaluations, two blocks each, rank searches
     assert inputs[0] == "results/evaluation/tiny_llama/dense/smoke/record.json"
 
 
@@ -104,7 +106,7 @@ def test_tables_are_made_of_every_cell(plain):
         ("evaluation.revision=2", {"evaluation"}),
         ("calibration.n_samples=15", {"calibration"}),
         ("calibration.revision=2", {"calibration"}),
-        ("calibration.damping=0.01", {"factorization", "sensitivity"}),
+        ("calibration.damping=0.01", {"factorization"}),
         ("calibration.text.max_documents=5", {"text"}),
         ("factorization.revision=2", {"factorization", "sensitivity"}),
         ("factorization.seed=1", {"factorization", "sensitivity"}),

@@ -17,6 +17,7 @@ from torch import nn
 
 from cospadi import devices
 from cospadi.config import EvaluationConfig
+from cospadi.errors import UserError
 from cospadi.evaluation.perplexity import measure_tokens, token_windows
 from cospadi.evaluation.tasks import average_accuracy, check_tasks, prepared_tasks
 from cospadi.records import text_hash
