@@ -216,8 +216,9 @@ class SVDLLMConfig(FactorizationConfig):
 class RankSearchConfig:
     """ASVD's sensitivity-based rank search (arXiv:2312.05821, section 3.3)."""
 
-    truncation_ratios: list[float] = field(default_factory=lambda: [0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
-    """Fractions of a projection's parameters to keep, each tried on one projection alone."""
+    truncation_ratios: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    """Fractions of a projection's parameters to keep, each tried on one projection alone. The default is the paper's;
+    the authors' code leaves out those below 0.4, which takes a third less time."""
     perplexity_budget: float | None = None
     """Largest calibration perplexity allowed; ``null``: meet ``compression_ratio`` instead."""
     n_samples: int = 32

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-PACKAGES = 190
-"""Packages that pip collects, roughly; only for the time left."""
+PACKAGES = 95
+"""Lines in which pip collects a package, roughly; only for the time left."""
 LOG = Path(".venv/install.log")
 COMMAND = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
 
@@ -31,7 +31,8 @@ def main() -> int:
             seen += line.startswith("Collecting")
             elapsed = time.monotonic() - started
             if line.startswith("Installing collected"):
-                print(f"{seen} packages fetched in {elapsed:.0f} s; unpacking them, about a minute", flush=True)
+                print(f"All packages fetched in {elapsed:.0f} s; unpacking them, about a minute and a half", flush=True)
+                told = float("inf")
             elif time.monotonic() - told > 10 and seen:
                 left = elapsed / seen * max(PACKAGES - seen, 0) + 60
                 print(f"{seen} of about {PACKAGES} packages, {elapsed:.0f} s, left about {left:.0f} s", flush=True)

@@ -22,15 +22,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from cospadi.config import EvaluationConfig
+from cospadi.config import EMBEDDED_TASKS, EvaluationConfig
 from cospadi.errors import UserError
 from cospadi.evaluation.heldout import cloze_passages, perplexity_documents
 from cospadi.evaluation.perplexity import exponential, mean_stderr, ratio_stderr
 from cospadi.evaluation.perplexity import perplexity as perplexity_of
 from cospadi.progress import Progress
 
-EMBEDDED = ("heldout_perplexity", "heldout_cloze")
-"""The project's own tasks."""
 ACCURACIES = ("acc_norm", "acc")
 """What an average is made of: the first of the two that a task has."""
 _MAIN_METRICS = (*ACCURACIES, "exact_match", "word_perplexity", "perplexity")
@@ -77,12 +75,9 @@ def check_tasks(config: EvaluationConfig) -> None:
     Raises:
         UserError: naming the closest known names.
     """
-    for name in config.embedded_tasks:
-        if name not in EMBEDDED:
-            raise UserError(f"evaluation.embedded_tasks: {name} is not known. Choose from: {', '.join(EMBEDDED)}.")
     for name in config.tasks:
         if name not in stock_tasks() and name not in _stock_manager().all_tasks:
-            near = difflib.get_close_matches(name, [*_stock_manager().all_tasks, *EMBEDDED], n=4)
+            near = difflib.get_close_matches(name, [*_stock_manager().all_tasks, *EMBEDDED_TASKS], n=4)
             told = f" Did you mean {', '.join(near)}?" if near else ""
             raise UserError(
                 f"evaluation.tasks: lm-eval {importlib.metadata.version('lm_eval')} has no task {name}.{told} "
@@ -125,10 +120,10 @@ def _run_all(
     samples: dict[str, list[dict[str, Any]]] = {}
     language_model = _language_model(model, tokenizer, config)
     for name, task in loaded.items():
-        entries[name], rows = _run(language_model, name, task, None if name in EMBEDDED else config.limit, config)
+        entries[name], rows = _run(language_model, name, task, None if name in EMBEDDED_TASKS else config.limit, config)
         samples |= rows
     averaged = [name for name, entry in entries.items() if entry["metric"] in ACCURACIES]
-    stock = [name for name in averaged if name not in EMBEDDED]
+    stock = [name for name in averaged if name not in EMBEDDED_TASKS]
     for name, entry in entries.items():
         entry["in_average"] = name in (stock or averaged)
     return entries, samples
@@ -141,7 +136,7 @@ def average_accuracy(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return {"value": None, "stderr": None, "tasks": [], "protocol": "not measured: no accuracy task was configured"}
     errors = [entries[name]["stderr"] for name in names]
     told = ", ".join(f"{name} ({entries[name]['metric']})" for name in names)
-    own = "; no stock accuracy task was configured" if all(name in EMBEDDED for name in names) else ""
+    own = "; no stock accuracy task was configured" if all(name in EMBEDDED_TASKS for name in names) else ""
     return {
         "value": sum(entries[name]["value"] for name in names) / len(names),
         "stderr": None if None in errors else math.sqrt(sum(e**2 for e in errors)) / len(names),
@@ -344,7 +339,7 @@ def _run(
     protocol = [
         f"lm-eval {importlib.metadata.version('lm_eval')}",
         f"{name} version {version if version is not None else 'unknown'}"
-        + ("" if name not in EMBEDDED else " (own task)"),
+        + ("" if name not in EMBEDDED_TASKS else " (own task)"),
         f"{'/'.join(str(s or 0) for s in sorted(shots, key=str))}-shot",
         main,
         f"max_length {config.max_length}",
