@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-from snakemake.exceptions import WorkflowError
-
 from cospadi import locks
 from cospadi.errors import UserError
 from cospadi.study import Study, n_gpus, parse_overrides
@@ -15,18 +13,18 @@ from cospadi.study import Study, n_gpus, parse_overrides
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 locks.remove_stale(Path.cwd())
 
-configfile_keys = {"study", "overrides"}
-if set(config) - configfile_keys:
-    raise WorkflowError(
-        f"--config knows study=… and overrides=…, not {', '.join(sorted(set(config) - configfile_keys))}. "
+unknown = sorted(set(config) - {"study", "overrides"})
+if unknown:
+    sys.exit(
+        f"error: --config knows study=… and overrides=…, not {', '.join(unknown)}. "
         "Settings are Hydra's: --config overrides='calibration.n_samples=32'."
     )
 try:
     study = Study(
-        config.get("study", "default"), parse_overrides(config.get("overrides"))
+        str(config.get("study", "default")), parse_overrides(config.get("overrides"))
     )
 except UserError as error:
-    raise WorkflowError(str(error)) from None
+    sys.exit(f"error: {error}")
 
 
 wildcard_constraints:

@@ -144,7 +144,7 @@ def read_statistics(
     """
     file = statistics_file(grams, layer)
     if not file.is_file():
-        raise UserError(f"{file} is missing. Collect it again: delete {grams.parent} and start the study once more.")
+        raise UserError(f"{file} is missing. Collect the grams again: run calibrate for this model.")
     with safe_open(file, framework="pt") as tensors:
         gram = tensors.get_tensor(f"{shared_input}.gram").to(device)
         return gram, tensors.get_tensor(f"{shared_input}.absolute_mean").to(device)

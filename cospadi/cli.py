@@ -25,6 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        if os.environ.get("COSPADI_TRACEBACK"):
+            raise
+        print(f"error: {error.filename}: {error.strerror}. Check the paths of this command.", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -135,6 +135,10 @@ class ModelConfig:
         _one_of("model.dtype", self.dtype, DTYPES)
         _at_least("model.n_layers", self.n_layers, 1)
         _require(
+            len(self.shared_inputs) > 0 and all(self.shared_inputs),
+            "model.shared_inputs names no projection. List those that read the same input together.",
+        )
+        _require(
             not self.source.startswith("wheel:") or len(self.sha256) == 64,
             f"model.sha256 of {self.source} is missing. A wheel is only taken with its 64-digit sha256.",
         )

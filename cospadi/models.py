@@ -108,6 +108,41 @@ def _nothing_found(checkpoint: Checkpoint, config: ModelConfig, missing: list[st
     )
 
 
+def check_loadable(folder: Path, config: ModelConfig) -> None:
+    """Build the model without its weights, and its tokenizer, to learn now whether transformers can.
+
+    Raises:
+        UserError: when it cannot, or when a projection of the checkpoint has another shape than the model's.
+    """
+    from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        load_tokenizer(folder)
+        projections = find_projections(folder, config)
+        for p in projections:
+            layer = model.get_submodule(p.name)
+            if not isinstance(layer, nn.Linear):
+                raise TypeError(f"{p.name} is a {type(layer).__name__}, and only linear layers are compressed")
+            built, stored = tuple(layer.weight.shape), (p.d_out, p.d_in)
+            if built != stored:
+                raise ValueError(f"{p.name}.weight is {stored}, config.json makes it {built}")
+        n_built, n_stored = len(model.get_submodule(config.blocks)), 1 + projections[-1].layer
+        if n_built != n_stored:
+            raise ValueError(f"config.json has {n_built} blocks, the weights have {n_stored}")
+    except UserError:
+        raise
+    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, OSError, StrictDataclassError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"transformers cannot load model.source={config.source}: {lines[0].rstrip('.')}. "
+            "Check its config.json, its tokenizer files and that the download is whole."
+        ) from error
+
+
 def load(folder: Path, dtype: str, device: torch.device) -> PreTrainedModel:
     """The whole dense model, ready to evaluate."""
     from transformers import AutoModelForCausalLM

@@ -21,6 +21,7 @@ from typing import Any
 from cospadi.errors import UserError
 
 PACKAGES = ("cospadi", "torch", "transformers", "datasets", "lm_eval", "hydra-core", "snakemake", "numpy", "pandas")
+_MARK = ".cospadi"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -28,19 +29,23 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def new_path(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` that becomes ``path`` when the block ends well, and vanishes when it does not.
 
-    Works for a file and for a folder. An existing ``path`` is replaced.
+    Works for a file and for a folder. An existing file is replaced; an existing folder only when it is empty or was
+    written here before (it then holds a file ``.cospadi``), so that no mistyped path ever deletes anything.
 
     Raises:
-        UserError: when the disk is full; what stood at ``path`` before is untouched.
+        UserError: when ``path`` is somebody else's folder, before the block runs; when the disk is full. What stood at
+            ``path`` before is untouched.
     """
     path = Path(path)
+    _refuse_foreign_folder(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
         yield partial
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+        if partial.is_dir():
+            (partial / _MARK).write_text("Written by cospadi, which may replace this folder.\n")
+            _step_aside(path)
         os.replace(partial, path)
     except OSError as error:
         if error.errno in _NO_SPACE:
@@ -54,6 +59,18 @@ def new_path(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
+
+
+def _refuse_foreign_folder(path: Path) -> None:
+    if path.is_dir() and not (path / _MARK).is_file() and next(path.iterdir(), None) is not None:
+        raise UserError(f"{path} is a folder that this project did not write, so it is left alone. Name another path.")
+
+
+def _step_aside(path: Path) -> None:
+    """Take away a folder of our own that is about to be replaced."""
+    if path.is_dir() and not path.is_symlink():
+        _refuse_foreign_folder(path)  # it may have come while the block ran
+        shutil.rmtree(path)
 
 
 def _sweep(path: Path) -> None:

@@ -47,7 +47,7 @@ class Narrator:
     def read(self, line: str) -> str | None:
         """The progress line that ``line`` gives rise to, if any."""
         line = line.rstrip()
-        if self.trouble or re.match(r"\S*(Error|Exception)\b", line) or line.startswith("Exiting because"):
+        if self.trouble or re.match(r"\S*(Error|Exception)\b|error: ", line) or line.startswith("Exiting because"):
             self.trouble.append(line)
         if line.startswith("Job stats:"):
             self._in_stats, self.remaining = True, {}

@@ -17,13 +17,14 @@ from cospadi.records import Record, file_hash, new_path, read_json, text_hash, w
 
 def prepare_model(config: Config, folder: Path, record: Path) -> None:
     """Room 1: an address -> an ordinary checkpoint whose projections are known to be there."""
-    from cospadi.models import find_projections
+    from cospadi.models import check_loadable, find_projections
     from cospadi.sources import prepare_model
 
     log = Record("sources", asdict(config.model))
     print(f"Preparing {config.model.title} from {config.model.source}", flush=True)
     provenance = prepare_model(config.model, folder)
     projections = find_projections(folder, config.model)
+    check_loadable(folder, config.model)
     log.finish(record, provenance=provenance, projections=[asdict(p) for p in projections])
 
 
@@ -58,6 +59,12 @@ def calibrate(config: Config, model: Path, documents: Path, grams: Path, record:
         calibration.sample_length,
         calibration.seed,
     )
+    longest = read_json(model / "config.json").get("max_position_embeddings")
+    if longest and calibration.sample_length > longest:
+        raise UserError(
+            f"calibration.sample_length={calibration.sample_length} is longer than the model reads ({longest} tokens, "
+            f"max_position_embeddings). Set it to {longest} or less."
+        )
     n_layers = 1 + max(p.layer for p in find_projections(model, config.model))
     progress = Progress(n_layers, f"Calibration: {tokens.numel()} tokens through {config.model.title}")
     conditioning = {}

@@ -44,12 +44,22 @@ class CellId:
 def parse_overrides(given: str | Sequence[str] | None) -> list[str]:
     """Hydra overrides from ``snakemake --config overrides=…``: one string split like a shell does, or a list.
 
-    >>> parse_overrides("evaluation.limit=50 'model.title=my model'")
-    ['evaluation.limit=50', 'model.title=my model']
+    >>> parse_overrides("evaluation.limit=50 factorization.rho=2")
+    ['evaluation.limit=50', 'factorization.rho=2']
+
+    Raises:
+        UserError: when quotes do not pair up; snakemake takes them off at either end.
     """
     if given is None:
         return []
-    return shlex.split(given) if isinstance(given, str) else [str(item) for item in given]
+    if isinstance(given, list | tuple):
+        return [str(item) for item in given]
+    try:
+        return shlex.split(str(given))
+    except ValueError as error:
+        raise UserError(
+            f"overrides={given}: {error}. A value with blanks or quotes belongs into a file of conf/, not on the command line."
+        ) from error
 
 
 class Study:
@@ -113,9 +123,11 @@ class Study:
         for option, name, group in dict.fromkeys(given):
             if option != name:
                 yield f"conf/{group}/{option}.yaml says name: {name}. Set it to {option}: results are filed under it."
-            if not re.fullmatch(r"\w+", name):
-                yield f"{group} {name}: use letters, digits and underscores only, as the name becomes part of paths."
         calibration, evaluation = self.root.calibration.text, self.root.evaluation.text
+        named = [self.root.calibration, self.root.evaluation, calibration, evaluation]
+        for name in dict.fromkeys([*(name for _, name, _ in given), *(part.name for part in named)]):
+            if not re.fullmatch(r"\w+", name):
+                yield f"name: {name} is not made of letters, digits and underscores only, and results are filed under it."
         if _place(calibration) == _place(evaluation):
             yield (
                 f"Calibration and evaluation both read {calibration.source}: a model must not be measured on the text it "
@@ -134,7 +146,7 @@ class Study:
     def _overrides_of(self, model: str, method: str, used: set[str]) -> list[str]:
         """What composes these cells; ``factorization.x=…`` goes only to methods that have a field ``x``."""
         known = _fields_of(method)
-        fitting = [o for o in self.overrides if not _factorization_field(o) or _factorization_field(o) in known]
+        fitting = [o for o in self.overrides if not _factorization_field(o) or _has(known, o)]
         used.update(fitting)
         return [*fitting, f"model={model}", f"factorization={method}"]
 
@@ -291,10 +303,17 @@ def _digits(ratio: float) -> str:
 
 
 @cache
-def _fields_of(method: str) -> set[str]:
-    """Fields of the settings class behind ``conf/factorization/<method>.yaml``."""
-    schema = type(load([f"factorization={method}"]).factorization)
-    return {field.name for field in fields(schema)}
+def _fields_of(method: str) -> dict[str, object]:
+    """Fields of the settings class behind ``conf/factorization/<method>.yaml``, and their values there."""
+    composed = load([f"factorization={method}"]).factorization
+    return {field.name: getattr(composed, field.name) for field in fields(composed)}
+
+
+def _has(known: dict[str, object], override: str) -> bool:
+    """Whether a method has the setting; one inside a part that the method leaves out (``null``) it has not."""
+    field = _factorization_field(override)
+    inside = override.split("=")[0].count(".") > 1
+    return field in known and not (inside and known[field] is None)
 
 
 def _sensitivity(factorization: FactorizationConfig) -> dict[str, object]:
@@ -304,7 +323,9 @@ def _sensitivity(factorization: FactorizationConfig) -> dict[str, object]:
 
 
 def _place(text: TextConfig) -> tuple[str | None, ...]:
-    return text.source, text.dataset_config, text.split if text.parser == "dataset" else None
+    path = local_path(text.source)
+    source = text.source if path is None else str(path.resolve())
+    return source, text.dataset_config, text.split if text.parser == "dataset" else None
 
 
 def _state_on_disk(source: str) -> list[tuple[str, int, int]]:

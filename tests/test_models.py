@@ -1,6 +1,7 @@
 """Models: projections are found by their settings, read in one orientation, and put back without a trace."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -164,3 +165,24 @@ def test_weights_of_half_precision_are_read_without_loss(folders, tmp_path):
     p = find_projections(tmp_path / "half", config("llama"))[0]
     assert half.read(f"{p.name}.weight").dtype == torch.bfloat16
     assert half.weight(p).equal(Checkpoint(folders / "llama").weight(p).bfloat16().float())
+
+
+def test_a_checkpoint_that_transformers_cannot_load_is_refused_when_it_is_prepared(tmp_path):
+    settings_of_model = config("llama", architecture=dict(TINY))
+    for damage, told in (
+        (lambda settings: settings | {"hidden_size": 64}, "config.json makes it"),
+        (lambda settings: settings | {"num_hidden_layers": 4}, "config.json has 4 blocks, the weights have 3"),
+        (lambda settings: settings | {"model_type": "nonesuch"}, "transformers cannot load model.source="),
+        (lambda settings: settings | {"num_hidden_layers": "two"}, "transformers cannot load model.source="),
+    ):
+        folder = tmp_path / "checkpoint"
+        prepare_model(settings_of_model, folder)
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(damage(settings)))
+        with pytest.raises(UserError, match=re.escape(told)):
+            models.check_loadable(folder, settings_of_model)
+    prepare_model(settings_of_model, folder)
+    models.check_loadable(folder, settings_of_model)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer files"):
+        models.check_loadable(folder, settings_of_model)

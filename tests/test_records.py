@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from cospadi import cli, records, stages
 from cospadi.errors import UserError
-from cospadi.records import new_path, read_json, write_json, write_tensors
+from cospadi.records import new_path, read_json, write_json, write_tensors, write_text
 
 
 def names(folder) -> list[str]:
@@ -34,8 +34,41 @@ def test_a_folder_replaces_the_old_one_whole(tmp_path):
         with new_path(target) as partial:
             partial.mkdir()
             (partial / content).write_text(content)
-    assert names(target) == ["new"]
+    assert names(target) == [".cospadi", "new"]
     assert names(tmp_path) == ["folder"]
+
+
+def test_a_folder_of_somebody_else_is_never_touched(tmp_path):
+    target = tmp_path / "home"
+    target.mkdir()
+    (target / "thesis.txt").write_text("ten years of work")
+    ran = False
+    for write in (lambda path: path.mkdir(), lambda path: path.write_text("{}")):
+        with (
+            pytest.raises(UserError, match=r"home is a folder that this project did not write"),
+            new_path(target) as new,
+        ):
+            ran = True
+            write(new)
+    assert not ran, "refused only after the work was done"
+    assert names(target) == ["thesis.txt"]
+    assert names(tmp_path) == ["home"]
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with new_path(tmp_path / "folder") as partial:
+        partial.mkdir()
+    assert names(tmp_path / "folder") == [".cospadi"]
+
+
+def test_what_a_killed_process_left_is_swept_and_a_living_one_is_not(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".file.txt.{dead.pid}.partial").write_text("half")
+    (tmp_path / f".file.txt.{os.getppid()}.partial").write_text("still being written")
+    write_text(tmp_path / "file.txt", "whole")
+    assert names(tmp_path) == [f".file.txt.{os.getppid()}.partial", "file.txt"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -53,11 +86,12 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path):
     target = tmp_path / "folder"
     target.mkdir()
     (target / "old").write_text("old")
+    (target / ".cospadi").touch()
     with pytest.raises(RuntimeError), new_path(target) as partial:  # noqa: PT012
         partial.mkdir()
         (partial / "half").write_text("half")
         raise RuntimeError
-    assert names(target) == ["old"]
+    assert names(target) == [".cospadi", "old"]
     assert names(tmp_path) == ["folder"]
 
 

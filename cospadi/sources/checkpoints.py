@@ -56,6 +56,8 @@ def n_layers(config: ModelConfig) -> int:
         UserError: when it is nowhere to be found, or when two places disagree.
     """
     known = {"model.n_layers": config.n_layers}
+    if not config.source.startswith((RANDOM, WHEEL)) and local_path(config.source) is None:
+        check_hub_id(config.source, "model.source")
     if config.source.startswith(RANDOM):
         depth = config.architecture.get("num_hidden_layers")
         known["model.architecture.num_hidden_layers"] = None if depth is None else int(depth)
