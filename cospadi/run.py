@@ -17,16 +17,18 @@ from cospadi.progress import duration
 
 SECONDS = {
     "prepare_model": 40,
-    "prepare_text": 15,
-    "calibrate": 180,
+    "prepare_text": 10,
+    "calibrate": 420,
     "search_ranks": 600,
     "choose_ranks": 10,
-    "factorize": 60,
-    "evaluate_dense": 95,
-    "evaluate": 105,
+    "factorize": 36,
+    "evaluate_dense": 80,
+    "evaluate": 85,
     "tabulate": 15,
 }
 """A job's core-seconds relative to the others', measured on the default study; only their proportions matter."""
+PATIENCE = 120
+"""Seconds of running as expected that the first jobs are weighed against, before their pace is believed."""
 
 
 @dataclass
@@ -82,7 +84,7 @@ class Narrator:
         self.done += 1
         self.done_seconds += SECONDS.get(rule, 30)
         elapsed = time.perf_counter() - self.started
-        pace = elapsed / (self.done_seconds / self.cores)
+        pace = (elapsed + PATIENCE) / (self.done_seconds / self.cores + PATIENCE)
         width = len(str(self.total))
         told = self.jobs.get(job, rule)
         return f"{self.done:{width}}/{self.total}  {told:<60} {duration(elapsed)}  left {duration(self._left() * pace)}"

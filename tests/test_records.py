@@ -44,7 +44,7 @@ def test_a_folder_of_somebody_else_is_never_touched(tmp_path):
     (target / "thesis.txt").write_text("ten years of work")
     ran = False
     for write in (lambda path: path.mkdir(), lambda path: path.write_text("{}")):
-        with (
+        with (  # noqa: PT012
             pytest.raises(UserError, match=r"home is a folder that this project did not write"),
             new_path(target) as new,
         ):
