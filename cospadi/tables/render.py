@@ -321,6 +321,8 @@ def notes(cells: Sequence[Cell], model: str) -> list[str]:
     protocols: dict[str, list[str]] = {}
     for cell in cells:
         for name, measured in measurements(cell, tasks):
+            if cell.is_dense and name in ("kl_to_dense", "top1_agreement"):
+                continue  # 0 and 1 by definition
             if measured.get("protocol"):
                 title = METRIC_TITLES.get(name) or _task_title(name)
                 protocols.setdefault(str(measured["protocol"]).strip().rstrip("."), []).append(title)
