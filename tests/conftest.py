@@ -38,6 +38,7 @@ class TimeLeft:
             self.reporter.write_line(line)
 
 
+@pytest.hookimpl(trylast=True)  # after the terminal reporter has come
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput") and config.pluginmanager.has_plugin("terminalreporter"):
         config.pluginmanager.register(TimeLeft(config), "time-left")
