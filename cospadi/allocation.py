@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from cospadi import devices, models
-from cospadi.calibration import draw_samples, read_statistics
+from cospadi.calibration import read_statistics, samples
 from cospadi.config import ASVDConfig, Config
 from cospadi.errors import UserError
 from cospadi.evaluation import measure_tokens
@@ -27,7 +27,6 @@ from cospadi.factorization import budget
 from cospadi.factorization.methods import Problem, factorize
 from cospadi.models import Projection
 from cospadi.progress import Progress
-from cospadi.records import read_json
 
 
 def truncated_rank(projection: Projection, kept: float) -> int:
@@ -135,13 +134,7 @@ def _most_within_perplexity(
 ) -> int:
     """Bisect for the largest count whose joint perplexity on the calibration tokens stays within the budget."""
     search, calibration = _search(config), config.calibration
-    tokens = draw_samples(
-        models.load_tokenizer(folder),
-        read_json(documents),
-        min(search.n_samples, calibration.n_samples),
-        calibration.sample_length,
-        calibration.seed,
-    )
+    tokens = samples(calibration, folder, documents, at_most=search.n_samples)
     model = models.load(folder, config.model.dtype, devices.pick(calibration.device, "calibration.device"))
     low, high = 0, len(pairs)
     while low < high:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from cospadi import devices
 from cospadi.config import CalibrationConfig, ModelConfig
 from cospadi.errors import UserError
-from cospadi.models import BlockWalker
+from cospadi.models import BlockWalker, load_tokenizer
+from cospadi.records import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,6 +86,15 @@ def draw_samples(
         f"The calibration text has {len(tokens)} tokens, {wanted} are asked for. Set {shorter}"
         f" (n_samples={n_samples} of sample_length={sample_length} now), or take a longer calibration.text."
     )
+
+
+def samples(
+    calibration: CalibrationConfig, folder: Path, documents: Path, at_most: int | None = None
+) -> Int[Tensor, "n_samples sample_length"]:
+    """What ``draw_samples`` draws for these settings from a prepared text, ``at_most`` so many of them."""
+    n_samples = min(at_most or calibration.n_samples, calibration.n_samples)
+    length, seed = calibration.sample_length, calibration.seed
+    return draw_samples(load_tokenizer(folder), read_json(documents), n_samples, length, seed)
 
 
 def collect(

@@ -46,25 +46,19 @@ def prepare_text(config: TextConfig, documents: Path, record: Path) -> None:
 
 def calibrate(config: Config, model: Path, documents: Path, grams: Path, record: Path) -> None:
     """Room 2: tokens through the dense model, one gram per shared input, a file per layer."""
-    from cospadi.calibration import collect, draw_samples
-    from cospadi.models import find_projections, load_tokenizer
+    from cospadi.calibration import collect, samples, statistics_file
+    from cospadi.models import find_projections
 
     calibration = config.calibration
     settings = {"model": asdict(config.model), "calibration": asdict(calibration)}
     log = Record("calibration", settings, _hashes(documents) | _weights(model))
-    tokens = draw_samples(
-        load_tokenizer(model),
-        read_json(documents),
-        calibration.n_samples,
-        calibration.sample_length,
-        calibration.seed,
-    )
     longest = read_json(model / "config.json").get("max_position_embeddings")
     if longest and calibration.sample_length > longest:
         raise UserError(
             f"calibration.sample_length={calibration.sample_length} is longer than the model reads ({longest} tokens, "
             f"max_position_embeddings). Set it to {longest} or less."
         )
+    tokens = samples(calibration, model, documents)
     n_layers = 1 + max(p.layer for p in find_projections(model, config.model))
     progress = Progress(n_layers, f"Calibration: {tokens.numel()} tokens through {config.model.title}")
     conditioning = {}
@@ -76,7 +70,7 @@ def calibrate(config: Config, model: Path, documents: Path, grams: Path, record:
                 tensors[f"{shared_input}.absolute_mean"] = found.absolute_mean
                 diagonal = found.gram.diagonal()
                 conditioning[f"{layer}.{shared_input}"] = float(diagonal.max() / diagonal.mean())
-            write_tensors(partial / f"{layer:03d}.safetensors", tensors)
+            write_tensors(statistics_file(partial, layer), tensors)
             progress.step(f"layer {layer}", f"{len(statistics)} grams")
     log.finish(
         record,
@@ -90,21 +84,14 @@ def calibrate(config: Config, model: Path, documents: Path, grams: Path, record:
 def search_ranks(config: Config, model: Path, documents: Path, grams: Path, sensitivity: Path) -> None:
     """Room 3, asvd only: how much perplexity each projection costs when truncated alone."""
     from cospadi.allocation import perplexities_alone
-    from cospadi.calibration import draw_samples
-    from cospadi.models import load_tokenizer
+    from cospadi.calibration import samples
 
     factorization = config.factorization
     if not isinstance(factorization, ASVDConfig) or factorization.rank_search is None:
         raise UserError("factorization.rank_search is not set: there is nothing to search.")
     calibration, search = config.calibration, factorization.rank_search
     log = Record("factorization", {"factorization": asdict(factorization), "damping": calibration.damping})
-    tokens = draw_samples(
-        load_tokenizer(model),
-        read_json(documents),
-        min(search.n_samples, calibration.n_samples),
-        calibration.sample_length,
-        calibration.seed,
-    )
+    tokens = samples(calibration, model, documents, at_most=search.n_samples)
     found = perplexities_alone(config, model, grams, tokens)
     log.finish(sensitivity, n_tokens=tokens.numel(), **found)
 

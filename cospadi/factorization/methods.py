@@ -94,11 +94,9 @@ def cospadi(config: CoSpaDiConfig, problem: Problem) -> Factors:
 
 def _solve(config: CoSpaDiConfig, target: Tensor, atoms: int, sparsity: int) -> tuple[Tensor, Tensor]:
     if config.solver == "ksvd":
-        solution = ksvd(
-            target, atoms, sparsity, config.n_rounds or 60, power_iterations=config.power_iterations, seed=config.seed
-        )
-        return solution[0], solution[1]
-    fit = htp(target, atoms, sparsity, config.n_rounds or 12, config.step, config.cg_steps, config.tolerance)
+        fit = ksvd(target, atoms, sparsity, config.n_rounds or 60, config.power_iterations, config.seed)
+    else:
+        fit = htp(target, atoms, sparsity, config.n_rounds or 12, config.step, config.cg_steps, config.tolerance)
     return fit.dictionary, fit.coefficients
 
 
