@@ -28,7 +28,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 CONF = PROJECT / "conf" if (PROJECT / "conf").is_dir() else Path(__file__).parent / "conf"
 
 PARSERS = ("lines", "plain", "wikipedia_dump", "dataset")
-SOLVERS = ("htp", "ksvd")
+AUTO = "auto"
+SOLVERS = ("htp", "ksvd", "orthogonal", "one_shot")
 EMBEDDED_TASKS = ("heldout_perplexity", "heldout_cloze")
 ACCOUNTINGS = ("mask", "paper")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -256,34 +257,51 @@ class CoSpaDiConfig(FactorizationConfig):
     """Sparse dictionary learning on the whitened weight (CoSpaDi, arXiv:2509.22075)."""
 
     solver: str = "htp"
-    """``htp`` (default) or ``ksvd`` (the paper's)."""
-    rho: float = 2.0
-    """Atoms per non-zero coefficient of a column."""
+    """``htp`` (default), ``ksvd`` (the paper's), ``orthogonal`` (COMPOT's) or ``one_shot`` (ROCKET's)."""
+    rho: int | float | str = 2.0
+    """Atoms per non-zero coefficient of a column; ``auto`` (htp only) tries several and keeps the best."""
     n_rounds: int | None = None
-    """Alternations at most; ``null``: 60 for ksvd (the paper's), 12 for htp."""
+    """Alternations at most; ``null``: 20 for htp and orthogonal, 60 for ksvd (the paper's)."""
     power_iterations: int = 8
     """ksvd: per atom update."""
-    step: float = 1.7
-    """htp: length of the gradient step that ranks candidates for the support."""
+    first_step: float = 2.6
+    """htp: length of the first round's gradient step, which ranks candidates for the support."""
+    last_step: float = 1.3
+    """htp: length of the last round's."""
     cg_steps: int = 2
     """htp: conjugate-gradient steps of a round's least squares."""
     tolerance: float = 1e-3
-    """htp: stop when a round lowers the error by less than this fraction."""
+    """htp: stop early when a round lowers the error by less than this fraction."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("factorization.solver", self.solver, SOLVERS)
-        _at_least("factorization.rho", self.rho, 1)
+        self._check_rho()
         _at_least("factorization.n_rounds", self.n_rounds, 1)
         _at_least("factorization.power_iterations", self.power_iterations, 1)
         _at_least("factorization.cg_steps", self.cg_steps, 1)
-        _at_least("factorization.step", self.step, 1e-3)
+        _at_least("factorization.first_step", self.first_step, 1e-3)
+        _at_least("factorization.last_step", self.last_step, 1e-3)
+        _at_least("factorization.tolerance", self.tolerance, 0)
+
+    def _check_rho(self) -> None:
+        if self.rho == AUTO:
+            _require(
+                self.solver == "htp" and self.accounting == "mask",
+                "factorization.rho=auto needs factorization.solver=htp and factorization.accounting=mask. Set a number.",
+            )
+            return
+        _require(
+            not isinstance(self.rho, str),
+            f"factorization.rho={self.rho!r} is no number. Correct the setting: 1 or more, or auto.",
+        )
+        self.rho = float(self.rho)
+        _at_least("factorization.rho", self.rho, 1)
         _require(
             self.accounting != "paper" or self.rho <= 2,
             f"factorization.accounting=paper is only exact up to factorization.rho=2, and rho={self.rho:g}: 14-bit values "
             "would not pay for the mask. Set factorization.rho=2 too, or accounting=mask.",
         )
-        _at_least("factorization.tolerance", self.tolerance, 0)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Sequence
@@ -133,6 +134,7 @@ def factorize(
         tensors |= {f"{projection.name}.{part}": tensor for part, tensor in compact.tensors().items()}
         rows.append(row)
         progress.step(projection.name, _told(row), float(projection.d_in * projection.d_out))
+    rows.sort(key=lambda row: [p.name for p in projections].index(row["name"]))  # a GPU takes them by shape
     write_tensors(factors, tensors, {row["name"]: f"{row['kind']} {row['d_in']} {row['d_out']}" for row in rows})
     statistics = [statistics_file(grams, layer) for layer in sorted({p.layer for p in projections})]
     inputs = _hashes(*statistics, *([ranks] if ranks else [])) | _weights(model)
@@ -140,34 +142,62 @@ def factorize(
 
 
 def _factorized(config: Config, checkpoint: Any, projections: Sequence[Any], grams: Path, ranks: dict[str, Any] | None):
-    """Yield ``(projection, (factors, row of the record))``; projections that share an input share its whitener."""
+    """Yield ``(projection, (factors, row of the record))``; projections that share an input share its whitener.
+
+    ``seconds`` of a row are those since the one before: the first matrix of a batch carries the time of all.
+    """
     from cospadi import devices
     from cospadi.calibration import read_statistics
-    from cospadi.factorization.methods import Problem, factorize
+    from cospadi.factorization.methods import Problem, factorize_all
     from cospadi.factorization.whitening import whitener
 
     device = devices.pick(config.factorization.device, "factorization.device")
-    shared: tuple[int, str] | None = None
-    for projection in projections:
-        started = time.perf_counter()
+    last = time.perf_counter()
+    for batch in _batches(projections, device):
+        projection, shared, problems = batch[0], {}, []
         try:
-            if shared != (projection.layer, projection.shared_input):
-                shared = (projection.layer, projection.shared_input)
-                gram, absolute_mean = read_statistics(grams, *shared, device)
-                root = whitener(gram, config.calibration.damping)
-            weight = checkpoint.weight(projection).to(device)
-            rank = ranks[projection.name] if ranks else None
-            keep_dense = ranks is not None and rank is None
-            factors = factorize(config.factorization, Problem(weight, root, absolute_mean, rank, keep_dense))
+            for projection in batch:
+                key = projection.layer, projection.shared_input
+                if key not in shared:
+                    gram, absolute_mean = read_statistics(grams, *key, device)
+                    shared[key] = whitener(gram, config.calibration.damping), absolute_mean
+                weight = checkpoint.weight(projection).to(device)
+                rank = ranks[projection.name] if ranks else None
+                keep_dense = ranks is not None and rank is None
+                problems.append(Problem(weight, *shared[key], rank, keep_dense))
+            solved = factorize_all(config.factorization, problems)
+            for projection, problem in zip(batch, problems, strict=True):
+                factors = next(solved)
+                row = _row(projection, factors, problem, config.factorization.compression_ratio)
+                if ranks is not None and config.factorization.rank_search.perplexity_budget is not None:
+                    row["fallback"] = "rank chosen by factorization.rank_search.perplexity_budget, whatever the ratio"
+                row["seconds"], last = time.perf_counter() - last, time.perf_counter()
+                yield projection, (factors, row)
         except UserError as error:
             raise UserError(f"{projection.name}: {error}") from error
-        row = _row(projection, factors, root, weight, config.factorization.compression_ratio)
-        if ranks is not None and config.factorization.rank_search.perplexity_budget is not None:
-            row["fallback"] = "rank chosen by factorization.rank_search.perplexity_budget, whatever the ratio"
-        yield projection, (factors, row | {"seconds": time.perf_counter() - started})
 
 
-def _row(projection: Any, factors: Any, root: Any, weight: Any, compression_ratio: float) -> dict[str, Any]:
+def _batches(projections: Sequence[Any], device: Any):
+    """Projections to hold in memory together: those of one shared input, or of as many layers as a GPU has room for.
+
+    On a GPU those of one shape stand side by side, so that they are solved as one batch.
+    """
+    import torch
+
+    if device.type != "cuda":
+        yield from (list(run) for _, run in itertools.groupby(projections, lambda p: (p.layer, p.shared_input)))
+        return
+    layers = [list(run) for _, run in itertools.groupby(projections, lambda p: p.layer)]
+    free, _ = torch.cuda.mem_get_info(device)
+    # gram and whitener in float64, then weight, target, factors and the solver's state
+    needed = max(sum(16 * p.d_in**2 + 64 * p.d_in * p.d_out for p in layer) for layer in layers)
+    at_once = max(1, int(free / 2 // needed))
+    for first in range(0, len(layers), at_once):
+        window = itertools.chain.from_iterable(layers[first : first + at_once])
+        yield sorted(window, key=lambda p: (p.d_in, p.d_out))
+
+
+def _row(projection: Any, factors: Any, problem: Any, compression_ratio: float) -> dict[str, Any]:
     """What the record keeps of one projection."""
     from cospadi.factorization import budget
     from cospadi.factorization.factors import stored_bits
@@ -181,8 +211,8 @@ def _row(projection: Any, factors: Any, root: Any, weight: Any, compression_rati
         "dense_bits": budget.dense_bits(projection.d_in, projection.d_out),
         "budget_bits": budget.budget_bits(projection.d_in, projection.d_out, compression_ratio),
         "stored_bits": stored_bits(factors),
-        "output_error": output_error(root, weight, approximation),
-        "weight_error": weight_error(weight, approximation),
+        "output_error": output_error(problem.whitener, problem.weight, approximation),
+        "weight_error": weight_error(problem.weight, approximation),
         "fallback": None,
     }
 

@@ -22,7 +22,6 @@ from cospadi.factorization.factors import (
     stored_bits,
     unpack_bits,
 )
-from cospadi.factorization.htp import best_dictionary, first_atoms, htp, largest, least_squares
 from cospadi.factorization.low_rank import left_singular_vectors, truncated_svd
 from cospadi.factorization.methods import Problem, factorize
 from cospadi.factorization.whitening import output_error, unwhiten, weight_error, whitener
@@ -34,7 +33,10 @@ METHODS = {
     "cospadi": (CoSpaDiConfig, {}),
     "cospadi_rho_3": (CoSpaDiConfig, {"rho": 3.0}),
     "cospadi_paper": (CoSpaDiConfig, {"accounting": "paper"}),
+    "cospadi_rho_auto": (CoSpaDiConfig, {"rho": "auto"}),
     "cospadi_ksvd": (CoSpaDiConfig, {"solver": "ksvd", "n_rounds": 3}),
+    "cospadi_orthogonal": (CoSpaDiConfig, {"solver": "orthogonal"}),
+    "cospadi_one_shot": (CoSpaDiConfig, {"solver": "one_shot"}),
 }
 sides = st.integers(1, 90)
 ratios = st.floats(0.01, 0.99)
@@ -341,161 +343,6 @@ def test_cospadi_is_better_than_svd_llm_at_equal_bits(seed, ratio):
     assert error_of("cospadi", weight, inputs, ratio) < 0.95 * svd_llm
     assert error_of("cospadi_ksvd", weight, inputs, ratio, n_rounds=10) < svd_llm
     assert svd_llm < error_of("svd", weight, inputs, ratio)
-
-
-# --- hard thresholding pursuit
-
-
-@st.composite
-def pursuits(draw, dtype=torch.float64):
-    d_in, d_out, atoms = draw(st.integers(2, 12)), draw(st.integers(1, 20)), draw(st.integers(1, 24))
-    sparsity = draw(st.integers(1, min(atoms, d_in)))
-    target = normal(draw(seeds), d_in, d_out)
-    if draw(st.booleans()):  # singular targets: fewer directions than atoms
-        rank = draw(st.integers(1, min(d_in, d_out)))
-        target = low_rank(draw(seeds), d_in, d_out, rank)
-    return target.to(dtype), atoms, sparsity
-
-
-def error(target, dictionary, coefficients):
-    target, dictionary, coefficients = target.double(), dictionary.double(), coefficients.double()
-    return float((target - dictionary @ coefficients).norm() / target.norm())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@given(st.data())
-def test_htp_keeps_its_promises(dtype, data):
-    target, atoms, sparsity = data.draw(pursuits(dtype))
-    fit = htp(target, atoms, sparsity, n_rounds=8)
-    assert fit.dictionary.shape == (target.shape[0], atoms)
-    assert ((fit.coefficients != 0).sum(dim=0) <= sparsity).all()
-    norms = fit.dictionary.norm(dim=0)
-    assert (((norms - 1).abs() < 1e-5) | (norms == 0)).all()
-    noise = 1e-4 if dtype == torch.float32 else 1e-10
-    assert fit.errors[-1] == min(fit.errors)
-    assert error(target, fit.dictionary, fit.coefficients) == pytest.approx(fit.errors[-1], abs=noise, rel=1e-4)
-    again = htp(target, atoms, sparsity, n_rounds=8)
-    assert fit.dictionary.equal(again.dictionary)
-    assert fit.coefficients.equal(again.coefficients)
-
-
-@given(pursuits())
-def test_htp_is_no_worse_than_one_shot(pursuit):
-    target, atoms, sparsity = pursuit
-    basis = first_atoms(target, atoms, sparsity)
-    coefficients = references.hard_threshold_columns(basis.T @ target, sparsity)
-    if atoms <= min(target.shape):  # orthonormal: thresholding is already the best code
-        fit = htp(target, atoms, sparsity)
-        assert error(target, fit.dictionary, fit.coefficients) <= error(target, basis, coefficients) + 1e-7
-    exact = references.least_squares_on_support(basis, target, coefficients != 0)
-    fit = htp(target, atoms, sparsity, cg_steps=30)
-    assert error(target, fit.dictionary, fit.coefficients) <= error(target, basis, exact) + 1e-5
-
-
-@given(pursuits())
-def test_more_rounds_never_hurt(pursuit):
-    target, atoms, sparsity = pursuit
-    errors = [
-        htp(target, atoms, sparsity, n_rounds=n, tolerance=-9.0, final_cg_steps=0).errors[-1] for n in (1, 2, 4, 8)
-    ]
-    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(errors))
-
-
-@given(pursuits(), st.integers(0, 3))
-def test_a_round_is_the_reference_round(pursuit, rounds_before):
-    target, atoms, sparsity = pursuit
-    before = htp(target, atoms, sparsity, n_rounds=max(rounds_before, 1))
-    dictionary, codes = before.dictionary, before.coefficients.T
-    gradient = (target - dictionary @ codes.T).T @ dictionary
-    moved = codes + 1.7 * gradient
-    ordered = moved.abs().sort(dim=1, descending=True).values
-    if sparsity < atoms:  # ties are broken either way
-        assume((ordered[:, sparsity - 1] - ordered[:, sparsity] > 1e-6).all())
-    support = largest(moved, sparsity)
-    after = least_squares(dictionary.T @ dictionary, gradient, codes, support, steps=60)
-    expected = references.htp_round(dictionary, before.coefficients, target, sparsity, step=1.7)
-    assert (after[~support] == 0).all()
-    torch.testing.assert_close(dictionary @ after.T, dictionary @ expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@given(st.data())
-def test_least_squares_goes_down_to_the_reference(dtype, data):
-    target, atoms, sparsity = data.draw(pursuits(dtype))
-    dictionary = normal(data.draw(seeds), target.shape[0], atoms, dtype=dtype)
-    dictionary[:, atoms // 2] = dictionary[:, 0]  # singular on some supports
-    dictionary /= dictionary.norm(dim=0)
-    gram, correlations = dictionary.T @ dictionary, target.T @ dictionary
-    support = largest(normal(data.draw(seeds), target.shape[1], atoms), sparsity)
-    start = torch.where(support, correlations, 0.0)
-    gradient = correlations - start @ gram
-    expected = references.least_squares_on_support(dictionary.double(), target.double(), support.T)
-    best = error(target, dictionary, expected)
-    slack = 1e-4 if dtype == torch.float32 else 1e-8
-    last = error(target, dictionary, start.T)
-    for steps in (1, 2, 3, 8, 20, 50, 200):  # far beyond convergence: it must stay there
-        codes = least_squares(gram, gradient, start, support, steps)
-        assert (codes[~support] == 0).all()
-        now = error(target, dictionary, codes.T)
-        assert best - slack <= now <= last + slack
-        last = now
-    conditions = [torch.linalg.cond(dictionary[:, s].double()) for s in support]
-    if max(conditions) < 30:
-        torch.testing.assert_close(codes.T.double(), expected, rtol=1e-3, atol=2e-4)
-
-
-@given(pursuits(), seeds)
-def test_the_dictionary_is_the_reference_update(pursuit, seed):
-    target, atoms, sparsity = pursuit
-    codes = normal(seed, target.shape[1], atoms)
-    codes = torch.where(largest(codes, sparsity), codes, 0.0)
-    dictionary = normal(seed + 1, target.shape[0], atoms)
-    dictionary /= dictionary.norm(dim=0)
-    given_codes, given_dictionary = codes.clone(), dictionary.clone()
-    improved, rescaled = best_dictionary(target, dictionary, codes)
-    assert codes.equal(given_codes)
-    assert dictionary.equal(given_dictionary)
-    torch.testing.assert_close(improved.norm(dim=0), torch.ones(atoms).double())
-    assert ((rescaled != 0) <= (codes != 0)).all()
-    assert error(target, improved, rescaled.T) <= error(target, dictionary, codes.T) + 1e-9
-    unused = ~codes.any(dim=0)
-    torch.testing.assert_close(improved[:, unused], dictionary[:, unused])
-    if len(codes) >= atoms and torch.linalg.cond(codes) < 1e3:
-        expected = references.dictionary_update(target, codes.T)
-        torch.testing.assert_close(improved @ rescaled.T, expected @ codes.T, rtol=1e-5, atol=1e-6)
-
-
-@given(st.integers(2, 12), st.integers(1, 20), seeds, st.integers(0, 4))
-def test_enough_atoms_and_no_sparsity_recover_exactly(d_in, d_out, seed, spare):
-    rank = min(d_in, d_out, 4)
-    target = low_rank(seed, d_in, d_out, rank)
-    fit = htp(target, rank + spare, rank + spare)
-    assert error(target, fit.dictionary, fit.coefficients) < 1e-6
-
-
-def test_a_planted_sparse_code_is_found_better_than_by_one_shot():
-    planted = normal(0, 16, 24)
-    code = torch.where(largest(normal(1, 400, 24), 3), normal(2, 400, 24), 0.0).T
-    target = planted / planted.norm(dim=0) @ code
-    fit = htp(target, 24, 3, n_rounds=40, tolerance=0.0)
-    assert fit.errors[-1] < 0.75 * fit.errors[0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("d_in", "atoms", "d_out"), [(6, 20, 40), (6, 20, 1), (40, 30, 5), (1, 3, 7)])
-def test_more_atoms_than_inputs_or_outputs(d_in, atoms, d_out, dtype):
-    target = normal(3, d_in, d_out, dtype=dtype)
-    fit = htp(target, atoms, sparsity=1)
-    assert fit.dictionary.isfinite().all()
-    assert ((fit.coefficients != 0).sum(dim=0) <= 1).all()
-    if d_in == 1 or d_out == 1:
-        assert fit.errors[-1] < 2e-3
-
-
-def test_a_zero_target_is_coded_by_zeros():
-    fit = htp(torch.zeros(5, 7), atoms=9, sparsity=2)
-    assert fit.errors[-1] == 0.0
-    assert not (fit.dictionary @ fit.coefficients).any()
 
 
 # --- stored form

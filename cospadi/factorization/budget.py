@@ -115,6 +115,24 @@ def atoms_and_sparsity(
     return atoms, sparsity
 
 
+def sparsity_for(d_in: int, d_out: int, compression_ratio: float, atoms: int, accounting: str = "mask") -> int:
+    """Non-zeros per column that the budget has room for beside ``atoms`` atoms, at most ``atoms``.
+
+    >>> sparsity_for(576, 1536, 0.2, atoms=493)
+    245
+
+    Raises:
+        UserError: when there is no room for one.
+    """
+    budget, bits = budget_bits(d_in, d_out, compression_ratio), value_bits(accounting)
+    sparsity = min((budget - DENSE_BITS * d_in * atoms - mask_bits(atoms, d_out)) // (bits * d_out), atoms)
+    while sparsity > 0 and stored_bits(d_in, d_out, atoms, sparsity, bits) > budget:
+        sparsity -= 1  # values are filled up to bytes
+    if sparsity < 1:
+        raise _too_small(d_in, d_out, compression_ratio, f"{atoms} atoms with one non-zero per column")
+    return sparsity
+
+
 def value_bits(accounting: str) -> int:
     """Bits of a stored coefficient under an accounting."""
     return PAPER_VALUE_BITS if accounting == "paper" else DENSE_BITS

@@ -24,16 +24,20 @@ def truncated_svd(
     return matrix @ basis, basis.T
 
 
-def leading_eigenvectors(gram: Float[Tensor, "n n"], count: int) -> Float[Tensor, "n count"]:
+def leading_eigenvectors(gram: Float[Tensor, "*batch n n"], count: int) -> Float[Tensor, "*batch n count"]:
     """Eigenvectors of a symmetric matrix with the ``count`` largest eigenvalues, largest first."""
-    return torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
+    return torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :count]
 
 
-def left_singular_vectors(matrix: Float[Tensor, "rows columns"], count: int) -> Float[Tensor, "rows count"]:
-    """The first ``count`` left singular vectors; ``count`` is at most ``min(rows, columns)``."""
-    matrix = matrix.double()
-    rows, columns = matrix.shape
-    if rows <= columns:
-        return leading_eigenvectors(matrix @ matrix.T, count)
-    vectors = matrix @ leading_eigenvectors(matrix.T @ matrix, count)
-    return vectors / vectors.norm(dim=0).clamp_min(torch.finfo(matrix.dtype).tiny)
+def left_singular_vectors(
+    matrix: Float[Tensor, "*batch rows columns"], count: int
+) -> Float[Tensor, "*batch rows count"]:
+    """The first ``count`` left singular vectors, at most ``min(rows, columns)``, in the precision of ``matrix``.
+
+    Through the shorter side's Gram, so those of singular values below ``√ε`` of the largest are any orthonormal
+    completion. Good to start an iteration from.
+    """
+    if matrix.shape[-2] <= matrix.shape[-1]:
+        return leading_eigenvectors(matrix @ matrix.mT, count)
+    vectors = matrix @ leading_eigenvectors(matrix.mT @ matrix, count)
+    return vectors / vectors.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)

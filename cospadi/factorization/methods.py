@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cospadi.config import ASVDConfig, CoSpaDiConfig, FactorizationConfig, SVDConfig, SVDLLMConfig
+from cospadi.config import AUTO, ASVDConfig, CoSpaDiConfig, FactorizationConfig, SVDConfig, SVDLLMConfig
 from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.factorization.factors import STORAGE_DTYPES, Dense, Factors, LowRank, SparseDictionary, rounded
-from cospadi.factorization.htp import htp
+from cospadi.factorization.htp import Solution, first_atoms, htp_batch
 from cospadi.factorization.ksvd import ksvd
-from cospadi.factorization.low_rank import truncated_svd
+from cospadi.factorization.low_rank import left_singular_vectors, truncated_svd
+from cospadi.factorization.one_shot import one_shot
+from cospadi.factorization.orthogonal import orthogonal
 from cospadi.factorization.whitening import unwhiten
 
 
@@ -78,26 +83,105 @@ def asvd(config: ASVDConfig, problem: Problem) -> Factors:
 @factorize.register
 def cospadi(config: CoSpaDiConfig, problem: Problem) -> Factors:
     """Sparse dictionary learning on the whitened weight (CoSpaDi, arXiv:2509.22075, algorithm 1)."""
-    d_in, d_out = problem.weight.shape
-    atoms, sparsity = budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, config.rho, config.accounting)
+    return next(factorize_all(config, [problem]))
+
+
+def factorize_all(config: FactorizationConfig, problems: Sequence[Problem]) -> Iterator[Factors]:
+    """`factorize` for several projections, in their order; `htp` solves those of equal shape on a GPU as one batch."""
+    if not isinstance(config, CoSpaDiConfig):
+        yield from (factorize(config, problem) for problem in problems)
+        return
+    for batch in _batches(config, problems):
+        targets, scales = zip(*(_whitened(problem) for problem in batch), strict=True)
+        for problem, scale, fit in zip(batch, scales, _solve(config, batch, torch.stack(targets)), strict=True):
+            yield SparseDictionary.normalized(
+                unwhiten(problem.whitener, fit.dictionary.double() * scale),
+                fit.coefficients.double(),
+                STORAGE_DTYPES[config.storage_dtype],
+                budget.value_bits(config.accounting),
+            )
+
+
+def _batches(config: CoSpaDiConfig, problems: Sequence[Problem]) -> Iterator[list[Problem]]:
+    """Runs of projections that are solved together."""
+
+    def together(problem: Problem) -> tuple[Any, ...]:
+        batched = config.solver == "htp" and problem.weight.is_cuda
+        return (tuple(problem.weight.shape), problem.weight.device) if batched else (id(problem),)
+
+    return (list(run) for _, run in itertools.groupby(problems, together))
+
+
+def _whitened(problem: Problem) -> tuple[Tensor, Tensor]:
+    """``R W`` in float32 with entries near 1, whatever the calibration size, and its scale."""
     target = problem.whitener @ problem.weight.double()
-    scale = target.norm() / target.numel() ** 0.5  # near 1 in float32, whatever the calibration size
-    target = (target / torch.where(scale > 0, scale, 1.0)).float()
-    dictionary, coefficients = _solve(config, target, atoms, sparsity)
-    return SparseDictionary.normalized(
-        unwhiten(problem.whitener, dictionary.double() * scale),
-        coefficients.double(),
-        STORAGE_DTYPES[config.storage_dtype],
-        budget.value_bits(config.accounting),
-    )
+    scale = target.norm() / target.numel() ** 0.5
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (target / scale).float(), scale
 
 
-def _solve(config: CoSpaDiConfig, target: Tensor, atoms: int, sparsity: int) -> tuple[Tensor, Tensor]:
+def _solve(config: CoSpaDiConfig, batch: Sequence[Problem], targets: Float[Tensor, "batch d_in d_out"]) -> list[Any]:
+    _, d_in, d_out = targets.shape
+    if config.solver == "htp":
+        if config.rho == AUTO:
+            return _search_rho(config, targets)
+        sizes = budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, config.rho, config.accounting)
+        return htp_batch(targets, *sizes, **_htp_settings(config))
+    (problem,), target = batch, targets[0]
+    atoms, sparsity = budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, config.rho, config.accounting)
     if config.solver == "ksvd":
-        fit = ksvd(target, atoms, sparsity, config.n_rounds or 60, config.power_iterations, config.seed)
-    else:
-        fit = htp(target, atoms, sparsity, config.n_rounds or 12, config.step, config.cg_steps, config.tolerance)
-    return fit.dictionary, fit.coefficients
+        return [ksvd(target, atoms, sparsity, config.n_rounds or 60, config.power_iterations, config.seed)]
+    if atoms > min(d_in, d_out):  # an eigenbasis has no more: what the others would cost goes into the coefficients
+        atoms = min(d_in, d_out)
+        sparsity = budget.sparsity_for(d_in, d_out, config.compression_ratio, atoms, config.accounting)
+    if config.solver == "orthogonal":
+        return [orthogonal(target, atoms, sparsity, config.n_rounds or 20)]
+    return [one_shot(target, atoms, sparsity, problem.whitener)]
+
+
+def _htp_settings(config: CoSpaDiConfig) -> dict[str, Any]:
+    return {
+        "n_rounds": config.n_rounds or 20,
+        "first_step": config.first_step,
+        "last_step": config.last_step,
+        "cg_steps": config.cg_steps,
+        "tolerance": config.tolerance,
+    }
+
+
+RHO_CANDIDATES = (2.0, 2.5, 3.0, 3.5)
+PROBE_ROUNDS = 6
+"""Enough to tell which of the candidates ends lowest, to about a percent of the error."""
+
+
+def _search_rho(config: CoSpaDiConfig, targets: Float[Tensor, "batch d_in d_out"]) -> list[Solution]:
+    """A short run at equal bytes of every candidate, then a full one of each matrix' best; one eigenbasis for all.
+
+    Nothing else is worth reusing: a dictionary fitted at a neighbouring rho is a worse start than the eigenbasis
+    (docs/solver-log.md).
+    """
+    _, d_in, d_out = targets.shape
+    basis = left_singular_vectors(targets, min(d_in, d_out))
+    settings = _htp_settings(config)
+    errors, sizes, starts = [], [], []
+    for rho in RHO_CANDIDATES:
+        try:
+            atoms, sparsity = budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, rho)
+        except UserError:  # no room for one atom and one non-zero at this rho
+            if not sizes and rho == RHO_CANDIDATES[-1]:
+                raise
+            continue
+        sizes.append((atoms, sparsity))
+        starts.append(first_atoms(targets, atoms, sparsity, basis))
+        probe = htp_batch(targets, atoms, sparsity, **settings | {"n_rounds": PROBE_ROUNDS}, start=starts[-1])
+        errors.append([solution.errors[-1] for solution in probe])
+    chosen = torch.tensor(errors).argmin(dim=0).tolist()
+    solutions: dict[int, Solution] = {}
+    for candidate in sorted(set(chosen)):
+        members = [i for i, choice in enumerate(chosen) if choice == candidate]
+        found = htp_batch(targets[members], *sizes[candidate], **settings, start=starts[candidate][members])
+        solutions |= dict(zip(members, found, strict=True))
+    return [solutions[i] for i in range(len(targets))]
 
 
 def _rank(config: FactorizationConfig, problem: Problem) -> int:
