@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cospadi.bench import arguments
 from cospadi.errors import UserError
 
 
@@ -105,7 +106,19 @@ def _parser() -> argparse.ArgumentParser:
         record="record to write",
     )
     stage("tabulate", _tabulate, "tables and figures of a study", folder="folder to write")
+    _add_benches(stages)
     return parser
+
+
+def _add_benches(stages) -> None:
+    """``bench <what>``: no stage of a study, so without settings."""
+    summary = "measure on this machine"
+    bench = stages.add_parser("bench", help=summary, description=summary, allow_abbrev=False)
+    benches = bench.add_subparsers(title="what is measured", required=True, metavar="WHAT")
+    summary = "the solvers of cospadi: seconds and errors"
+    solver = benches.add_parser("solver", help=summary, description=summary, allow_abbrev=False)
+    arguments.add_solver_options(solver)
+    solver.set_defaults(run=_bench_solver)
 
 
 def _config(options: argparse.Namespace):
@@ -175,6 +188,12 @@ def _tabulate(o: argparse.Namespace) -> None:
     named = [v.removeprefix("study=") for v in o.overrides if v.startswith("study=")]
     rest = [v for v in o.overrides if not v.startswith("study=")]
     stages.tabulate(Study(named[0] if named else "default", rest), o.folder)
+
+
+def _bench_solver(o: argparse.Namespace) -> None:
+    from cospadi.bench import solver
+
+    solver.run(o)
 
 
 if __name__ == "__main__":

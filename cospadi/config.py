@@ -272,6 +272,7 @@ class CoSpaDiConfig(FactorizationConfig):
     """htp: conjugate-gradient steps of a round's least squares."""
     tolerance: float = 1e-3
     """htp: stop early when a round lowers the error by less than this fraction."""
+    revision: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,5 @@
 """Factorization: budgets are kept and filled, whitening is exact, every method agrees with a slow reference."""
 
-import itertools
 from fractions import Fraction
 
 import hypothesis.strategies as st

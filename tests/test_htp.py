@@ -88,7 +88,7 @@ def test_a_round_is_the_reference_round(pursuit, rounds_before):
     support = largest(moved, sparsity)
     after = least_squares((dictionary.T @ dictionary)[None], gradient[None], codes[None], support[None], steps=60)[0][0]
     expected = references.htp_round(dictionary, before.coefficients, target, sparsity, step=1.7)
-    assert (after[~support] == 0).all()
+    assert (after[support == 0] == 0).all()
     torch.testing.assert_close(dictionary @ after.T, dictionary @ expected, rtol=1e-4, atol=1e-5)
 
 
@@ -100,24 +100,24 @@ def test_least_squares_goes_down_to_the_reference(dtype, data):
     dictionary[:, atoms // 2] = dictionary[:, 0]  # singular on some supports
     dictionary /= dictionary.norm(dim=0)
     gram, correlations = dictionary.T @ dictionary, target.T @ dictionary
-    support = largest(normal(data.draw(seeds), target.shape[1], atoms), sparsity)
-    start = torch.where(support, correlations, 0.0)
+    support = largest(normal(data.draw(seeds), target.shape[1], atoms, dtype=dtype), sparsity)
+    start = correlations * support
     gradient = correlations - start @ gram
-    expected = references.least_squares_on_support(dictionary.double(), target.double(), support.T)
+    expected = references.least_squares_on_support(dictionary.double(), target.double(), support.T.bool())
     best = error(target, dictionary, expected)
     slack = 1e-4 if dtype == torch.float32 else 1e-8
     last = error(target, dictionary, start.T)
     for steps in (1, 2, 3, 8, 20, 50, 200):  # far beyond convergence: it must stay there
         codes, residual = (t[0] for t in least_squares(gram[None], gradient[None], start[None], support[None], steps))
-        assert (codes[~support] == 0).all()
+        assert (codes[support == 0] == 0).all()
         now = error(target, dictionary, codes.T)
         assert best - slack <= now <= last + slack
         last = now
-    conditions = [torch.linalg.cond(dictionary[:, s].double()) for s in support]
+    conditions = [torch.linalg.cond(dictionary[:, s].double()) for s in support.bool()]
     if max(conditions) < 30:
         torch.testing.assert_close(codes.T.double(), expected, rtol=1e-3, atol=2e-4)
         few, residual = (t[0] for t in least_squares(gram[None], gradient[None], start[None], support[None], steps=2))
-        wanted = torch.where(support, correlations - few @ gram, 0.0)
+        wanted = support * (correlations - few @ gram)
         torch.testing.assert_close(residual, wanted, rtol=1e-3, atol=1e-4)
 
 
@@ -125,7 +125,7 @@ def test_least_squares_goes_down_to_the_reference(dtype, data):
 def test_the_dictionary_is_the_reference_update(pursuit, seed):
     target, atoms, sparsity = pursuit
     codes = normal(seed, target.shape[1], atoms)
-    codes = torch.where(largest(codes, sparsity), codes, 0.0)
+    codes *= largest(codes, sparsity)
     dictionary = normal(seed + 1, target.shape[0], atoms)
     dictionary /= dictionary.norm(dim=0)
     products, moments = (target @ codes)[None], (codes.T @ codes)[None]
@@ -148,7 +148,7 @@ def test_enough_atoms_and_no_sparsity_recover_exactly(d_in, d_out, seed, spare):
 
 def test_a_planted_sparse_code_is_found_better_than_by_one_shot():
     planted = normal(0, 16, 24)
-    code = torch.where(largest(normal(1, 400, 24), 3), normal(2, 400, 24), 0.0).T
+    code = (largest(normal(1, 400, 24), 3) * normal(2, 400, 24)).T
     target = planted / planted.norm(dim=0) @ code
     fit = htp(target, 24, 3, n_rounds=40, tolerance=0.0)
     assert fit.errors[-1] < 0.75 * fit.errors[0]
@@ -195,6 +195,27 @@ def test_a_target_that_is_not_finite_is_refused(solve, bad):
     target[2, 3] = bad
     with pytest.raises(UserError, match="1 of 96 entries of the target are NaN or infinite"):
         solve(target, 6, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threads", [1, 3])
+@given(st.data())
+def test_the_largest_are_the_largest(dtype, threads, data):
+    rows, columns = data.draw(st.sampled_from([1, 5, 200])), data.draw(st.integers(1, 70))
+    sparsity = data.draw(st.integers(1, columns + 1))
+    values = normal(data.draw(seeds), rows, columns, dtype=dtype) * 10.0 ** data.draw(st.integers(-30, 30))
+    values[:, :: data.draw(st.integers(2, 9))] = data.draw(st.sampled_from([0.0, -0.0, 1.0, -float("inf")]))  # ties
+    given_values, before = values.clone(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        kept = largest(values, sparsity)
+    finally:
+        torch.set_num_threads(before)
+    assert values.equal(given_values)
+    assert (kept.sum(dim=1) == min(sparsity, columns)).all()
+    expected = references.hard_threshold_columns(torch.where(values == 0, 1e-300, values.abs().double()).T, sparsity).T
+    assert kept.equal((expected != 0).to(dtype))
+    assert kept.equal(largest(values[None], sparsity)[0])
 
 
 # --- batches, chunks, precision, memory

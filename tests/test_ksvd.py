@@ -1,4 +1,4 @@
-"""K-SVD: a sweep against full SVDs, and what a whole run must keep."""
+"""K-SVD: a sweep, compiled and in torch, against full SVDs, and what a whole run must keep."""
 
 import hypothesis.strategies as st
 import pytest
@@ -7,8 +7,20 @@ import torch
 from hypothesis import given
 
 from cospadi.errors import UserError
+from cospadi.factorization import ksvd as ksvd_module
 from cospadi.factorization.ksvd import first_atoms, ksvd, ksvd_sweep
 from cospadi.factorization.sparse_coding import sparse_code
+from cospadi.kernels.sweep import sweep
+
+
+def by_torch(*arguments, **settings):
+    """What `ksvd_sweep` does with tensors on a GPU, on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ksvd_module.sweep, "sweep", ksvd_module._sweep)
+        return ksvd_sweep(*arguments, **settings)
+
+
+either = pytest.mark.parametrize("refit", [ksvd_sweep, by_torch])
 
 
 def relative_error(target, dictionary, coefficients):
@@ -24,45 +36,80 @@ def problems(draw):
     return dictionary / dictionary.norm(dim=0), target, draw(st.integers(1, max(1, min(d_in, atoms) - 1)))
 
 
+@either
 @given(problems(), st.integers(0, 8))
-def test_a_sweep_never_hurts_and_keeps_supports_and_unit_atoms(problem, power_iterations):
+def test_a_sweep_never_hurts_and_keeps_supports_and_unit_atoms(refit, problem, power_iterations):
     dictionary, target, _ = problem
     before = sparse_code(*problem)
     dictionary = dictionary.T.contiguous().T  # either memory order: inputs must stay as they are
     given_dictionary, given_before = dictionary.clone(), before.clone()
-    improved, after = ksvd_sweep(dictionary, before, target, power_iterations)
+    improved, after, residual = refit(dictionary, before, target, power_iterations)
     assert (target - improved @ after).norm() <= (target - dictionary @ before).norm() + 1e-9
     assert ((after != 0) <= (before != 0)).all()
     torch.testing.assert_close(improved.norm(dim=0), torch.ones(dictionary.shape[1]).double())
     assert torch.equal(dictionary, given_dictionary)
     assert torch.equal(before, given_before)
+    torch.testing.assert_close(residual, target - improved @ after)
 
 
+@either
 @given(st.integers(0, 10**6))
-def test_a_converged_sweep_is_the_reference(seed):
+def test_a_converged_sweep_is_the_reference(refit, seed):
     draw = torch.Generator().manual_seed(seed)
     directions = torch.linalg.qr(torch.randn(12, 6, generator=draw, dtype=torch.float64)).Q
     coefficients = torch.randn(6, 40, generator=draw, dtype=torch.float64)
     coefficients *= torch.rand(6, 40, generator=draw) < 0.4
     target = directions @ coefficients + 0.1 * torch.randn(12, 40, generator=draw, dtype=torch.float64)
-    dictionary, after = ksvd_sweep(directions, coefficients, target, power_iterations=200)
+    dictionary, after, _ = refit(directions, coefficients, target, power_iterations=200)
     expected_dictionary, expected_after = references.ksvd_sweep(directions, coefficients, target)
     signs = (dictionary * expected_dictionary).sum(0).sign()
     torch.testing.assert_close(dictionary * signs, expected_dictionary, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(after * signs[:, None], expected_after, rtol=1e-5, atol=1e-6)
 
 
-def test_a_sweep_survives_a_perfect_fit_and_unused_atoms():
+@either
+def test_a_sweep_survives_a_perfect_fit_and_unused_atoms(refit):
     dictionary = torch.eye(4, dtype=torch.float64)
     coefficients = torch.zeros(4, 3, dtype=torch.float64)
     coefficients[0, 0], coefficients[1, 1] = 2.0, -3.0  # column 2 is zero, atoms 2 and 3 are unused
-    improved, after = ksvd_sweep(dictionary, coefficients, dictionary @ coefficients)
+    improved, after, residual = refit(dictionary, coefficients, dictionary @ coefficients)
+    torch.testing.assert_close(residual, torch.zeros(4, 3).double())
     torch.testing.assert_close(improved @ after, dictionary @ coefficients)
     assert improved[:, 2:].equal(dictionary[:, 2:])
     zeros = torch.zeros(4, 3, dtype=torch.float64)
-    improved, after = ksvd_sweep(dictionary, dictionary[:, :3], zeros)  # nothing to fit
+    improved, after, residual = refit(dictionary, dictionary[:, :3], zeros)  # nothing to fit
     assert improved.equal(dictionary)
     assert not after.any()
+    assert not residual.any()
+
+
+@pytest.mark.parametrize("power_iterations", [0, 1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_and_torch_sweeps_are_the_same(dtype, power_iterations):
+    draw = torch.Generator().manual_seed(5)
+    target = torch.randn(33, 150, generator=draw, dtype=torch.float64).to(dtype)
+    dictionary = first_atoms(target, 29, seed=1)
+    coefficients = sparse_code(dictionary, target, 7)
+    coefficients[3] = 0
+    results = [refit(dictionary, coefficients, target, power_iterations) for refit in (ksvd_sweep, by_torch)]
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    again = ksvd_sweep(dictionary, coefficients, target, power_iterations)
+    assert all(torch.equal(first, second) for first, second in zip(results[0], again, strict=True))
+
+
+@given(problems())
+def test_the_kernel_and_the_torch_loops_change_the_same_tensors(problem):
+    dictionary, target, _ = problem
+    coefficients = sparse_code(*problem)
+    state = [(target - dictionary @ coefficients).T, dictionary.T, coefficients]
+    compiled, plain = ([t.clone(memory_format=torch.contiguous_format) for t in state] for _ in range(2))
+    sweep(*compiled, 3)
+    ksvd_module._sweep(*plain, 3)
+    for actual, expected in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
 
 
 @given(problems())

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from cospadi.factorization.low_rank import left_singular_vectors
 from cospadi.factorization.sparse_coding import require_finite
+from cospadi.kernels import selection
 
-CPU_ROWS = 256
+CPU_ROWS = 192
 """Rows of codes worked on at once on a CPU: what a round computes between two products stays in its cache."""
 GPU_FRACTION = 0.25
 """Share of a GPU's free memory that what a round computes between two products may fill."""
@@ -155,11 +156,11 @@ class _Problem:
     ) -> Tensor:
         """One round of coding, in place; the relative error of every problem."""
         joint = self._joint(dictionary)
-        gram = joint.mT @ joint
+        gram = product(joint.mT, joint)
         explained = torch.zeros_like(self.energies[:, 0], dtype=torch.float64)
         for rows in self._rows(joint.shape[2]):
             old = codes[:, rows]
-            correlations = self.targets[:, :, rows].mT @ joint
+            correlations = product(self.targets[:, :, rows].mT, joint)
             gradient = torch.baddbmm(correlations, old, gram, alpha=-1)
             support = largest(torch.add(old, gradient, alpha=step), sparsity)
             new, residual = least_squares(gram, gradient, old, support, cg_steps)
@@ -178,13 +179,14 @@ class _Problem:
         if not dictionary.shape[2]:
             return dictionary
         learned = codes[..., self.n_fixed :]
-        moments = codes.mT @ learned
-        products = self.targets @ learned
+        moments = product(codes.mT, learned)
+        products = product(self.targets, learned)
         if self.n_fixed:
             products.baddbmm_(self.fixed, moments[:, : self.n_fixed], alpha=-1)
             moments = moments[:, self.n_fixed :]
         used = (moments.diagonal(dim1=1, dim2=2) > 0)[:, None]
-        improved = dictionary.lerp(best_dictionary(products, moments, dictionary), way)
+        improved = best_dictionary(products, moments, dictionary)
+        improved = torch.lerp(dictionary, improved, way, out=improved)
         lengths = torch.where(used, _lengths(improved), 1.0)
         learned *= lengths
         return torch.where(used, improved.div_(lengths), dictionary, out=improved)
@@ -194,13 +196,13 @@ class _Problem:
         codes = best.codes.clone()
         dictionary = self.update(best.dictionary, codes, 1.0)
         joint = self._joint(dictionary)
-        gram = joint.mT @ joint
+        gram = product(joint.mT, joint)
         squared = torch.zeros_like(best.error)
         for rows in self._rows(joint.shape[2]):
             old, columns = codes[:, rows], self.targets[:, :, rows].mT
-            gradient = torch.baddbmm(columns @ joint, old, gram, alpha=-1)
-            codes[:, rows], _ = least_squares(gram, gradient, old, old != 0, cg_steps)
-            squared += (columns - codes[:, rows] @ joint.mT).square().sum(dim=(1, 2), dtype=torch.float64)
+            gradient = torch.baddbmm(product(columns, joint), old, gram, alpha=-1)
+            codes[:, rows], _ = least_squares(gram, gradient, old, (old != 0).to(old), cg_steps)
+            squared += (columns - product(codes[:, rows], joint.mT)).square().sum(dim=(1, 2), dtype=torch.float64)
         error = self._relative(squared)
         worse = (error > best.error * (1 + 1e-6))[:, None, None]  # rounding: keep the round as it was
         torch.where(worse, best.dictionary, dictionary, out=dictionary)
@@ -260,29 +262,31 @@ def first_atoms(
     return basis
 
 
-def largest(values: Float[Tensor, "*batch d_out atoms"], sparsity: int) -> Bool[Tensor, "*batch d_out atoms"]:
-    """Where the ``sparsity`` largest magnitudes of every row are; everywhere, if a row has no more."""
-    chosen = values.abs().topk(min(sparsity, values.shape[-1]), dim=-1, sorted=False).indices
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, chosen, True)
+def largest(values: Float[Tensor, "*batch d_out atoms"], sparsity: int) -> Float[Tensor, "*batch d_out atoms"]:
+    """1 where the ``sparsity`` largest magnitudes of every row are, 0 elsewhere; all 1 if a row has no more."""
+    count = min(sparsity, values.shape[-1])
+    if values.device.type == "cpu" and values.numel():
+        return selection.keep_largest(values.flatten(end_dim=-2), count).view_as(values)
+    chosen = values.abs().topk(count, dim=-1, sorted=False).indices
+    return torch.zeros_like(values).scatter_(-1, chosen, 1.0)
 
 
 def least_squares(
     gram: Float[Tensor, "batch atoms atoms"],
     gradient: Float[Tensor, "batch d_out atoms"],
     codes: Float[Tensor, "batch d_out atoms"],
-    support: Bool[Tensor, "batch d_out atoms"],
+    support: Float[Tensor, "batch d_out atoms"],
     steps: int,
 ) -> tuple[Float[Tensor, "batch d_out atoms"], Float[Tensor, "batch d_out atoms"]]:
-    """``steps`` conjugate-gradient steps on every row's normal equations, restricted to its support.
+    """``steps`` conjugate-gradient steps on every row's normal equations, restricted to its support (0 or 1).
 
     Starts from ``codes`` cut down to ``support``; ``gradient`` is ``Dᵀ(Y − DS)`` at ``codes`` as they come in. Each step
     lowers every row's error or leaves it. A row stops for good once its residual is rounding noise, or points where the
     atoms of its support are dependent to working precision: a step there would be noise over nothing. Returns the codes
     and the gradient at them on the support.
     """
-    inside = support.to(gram.dtype)
-    start = codes * inside
-    residual = torch.baddbmm(gradient, codes - start, gram).mul_(inside)
+    start = codes * support
+    residual = torch.baddbmm(gradient, codes - start, gram).mul_(support)
     codes = start
     direction = residual
     length = residual.square().sum(dim=2, keepdim=True)
@@ -296,7 +300,7 @@ def least_squares(
         going = going & (length > noise) & (curvature > flat * length)
         step = torch.where(going, length / curvature, 0.0)
         codes = torch.addcmul(codes, step, direction)
-        residual = torch.addcmul(residual, image.mul_(inside), step, value=-1)
+        residual = torch.addcmul(residual, image.mul_(support), step, value=-1)
         shorter = residual.square().sum(dim=2, keepdim=True)
         direction = torch.addcmul(residual, shorter / length.clamp_min(_tiny(gram)), direction)
         length = shorter
@@ -317,8 +321,16 @@ def best_dictionary(
     ridge = 10 * torch.finfo(moments.dtype).eps * moments.shape[1] * diagonal.mean(dim=1, keepdim=True)
     diagonal.add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(moments)
-    solved = torch.cholesky_solve(products.addcmul_(ridge[..., None], dictionary).mT, factor).mT
+    # rather than cholesky_solve, which takes the transpose and half as long again on a CPU
+    products = products.addcmul_(ridge[..., None], dictionary)
+    solved = torch.linalg.solve_triangular(factor.mT, products, upper=True, left=False, out=products)
+    solved = torch.linalg.solve_triangular(factor, solved, upper=False, left=False, out=solved)
     return torch.where((failed > 0)[:, None, None], dictionary, solved, out=solved)
+
+
+def product(left: Float[Tensor, "batch n m"], right: Float[Tensor, "batch m p"]) -> Float[Tensor, "batch n p"]:
+    """``left @ right``. A single matrix goes through ``mm``, which takes a transpose as it is: ``bmm`` copies it first."""
+    return torch.mm(left[0], right[0])[None] if len(left) == 1 else torch.bmm(left, right)
 
 
 @contextmanager

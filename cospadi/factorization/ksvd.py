@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cospadi.errors import UserError
 from cospadi.factorization.sparse_coding import require_finite, sparse_code
+from cospadi.kernels import sweep
 
 
 class Learned(NamedTuple):
@@ -61,8 +62,7 @@ def ksvd(
     best, errors = None, []
     for done in range(1, n_rounds + 1):
         coefficients = sparse_code(dictionary, target, sparsity)
-        dictionary, coefficients = ksvd_sweep(dictionary, coefficients, target, power_iterations)
-        residual = target - dictionary @ coefficients
+        dictionary, coefficients, residual = ksvd_sweep(dictionary, coefficients, target, power_iterations)
         errors.append(float(residual.norm() / scale))
         if best is None or errors[-1] < best[0]:
             best = errors[-1], dictionary, coefficients
@@ -90,7 +90,7 @@ def ksvd_sweep(
     coefficients: Float[Tensor, "atoms d_out"],
     target: Float[Tensor, "d_in d_out"],
     power_iterations: int = 8,
-) -> tuple[Float[Tensor, "d_in atoms"], Float[Tensor, "atoms d_out"]]:
+) -> tuple[Float[Tensor, "d_in atoms"], Float[Tensor, "atoms d_out"], Float[Tensor, "d_in d_out"]]:
     """Refit every atom ``d_j`` together with its coefficients ``s_j``, one after another, supports kept.
 
     With ``E = Y − Σ_{i≠j} d_i s_iᵀ`` on the columns that use atom ``j`` (Aharon, Elad, Bruckstein 2006), ``(d_j, s_j)``
@@ -99,27 +99,43 @@ def ksvd_sweep(
         ``s ← Eᵀd``,    ``d ← E s / ‖E s‖``
 
     reach from the current atom, then ``s_j = Eᵀd_j``. No step raises ``‖Y − D S‖_F``. ``E`` is read off the
-    residual, which is kept up to date. Atoms nothing uses stay as they are. Returns new tensors.
+    residual, which is kept up to date. Atoms nothing uses stay as they are. On a CPU the loops are compiled
+    (`cospadi.kernels.sweep`).
+
+    Returns:
+        dictionary, coefficients and the residual ``Y − D S``, all new tensors.
     """
-    rows = target.T - coefficients.T @ dictionary.T  # the residual, a row per column of the target
-    dictionary = dictionary.T.clone(memory_format=torch.contiguous_format)
-    coefficients = coefficients.clone()
+    residual = (target.T - coefficients.T @ dictionary.T).contiguous()
+    dictionary, coefficients = (
+        old.clone(memory_format=torch.contiguous_format) for old in (dictionary.T, coefficients)
+    )
+    refit = sweep.sweep if target.device.type == "cpu" else _sweep
+    refit(residual, dictionary, coefficients, power_iterations)
+    return dictionary.T.contiguous(), coefficients, residual.T
+
+
+def _sweep(
+    residual: Float[Tensor, "d_out d_in"],
+    dictionary: Float[Tensor, "atoms d_in"],
+    coefficients: Float[Tensor, "atoms d_out"],
+    power_iterations: int,
+) -> None:
+    """What `cospadi.kernels.sweep.sweep` does, in nothing but torch: for a GPU."""
     used = coefficients != 0
     users = used.nonzero()[:, 1].split(used.sum(1).tolist())
     for j, columns in enumerate(users):
         if not len(columns):
             continue
         atom = dictionary[j]
-        error = torch.addr(rows[columns], coefficients[j, columns], atom)
+        error = torch.addr(residual[columns], coefficients[j, columns], atom)
         values = error @ atom
         for _ in range(power_iterations):
             direction = values @ error
             length = direction.norm()
             atom = torch.where(length > 0, direction / length, atom)  # no residual to fit: keep the atom
             values = error @ atom
-        rows[columns] = error.addr_(values, atom, alpha=-1)
+        residual[columns] = error.addr_(values, atom, alpha=-1)
         dictionary[j], coefficients[j, columns] = atom, values
-    return dictionary.T.contiguous(), coefficients
 
 
 def _replace_unused(

@@ -61,7 +61,7 @@ def _most_important(importance: Float[Tensor, "d_out atoms"], sparsity: int) -> 
     d_out, atoms = importance.shape
     per_row = min(sparsity, atoms)
     spare = min(round(SPARE * atoms), per_row)
-    kept = largest(importance, per_row - spare) if spare < per_row else torch.zeros_like(importance, dtype=torch.bool)
+    kept = largest(importance, per_row - spare).bool() if spare < per_row else torch.zeros_like(importance).bool()
     left = importance.masked_fill(kept, -1.0).flatten()
     return kept.flatten().scatter(0, left.topk(spare * d_out).indices, True).view_as(importance)
 

@@ -40,7 +40,7 @@ def orthogonal(
     errors = []
     for done in range(n_rounds + 1):
         codes = target.T @ dictionary
-        codes = torch.where(largest(codes, sparsity), codes, 0.0)
+        codes *= largest(codes, sparsity)
         errors.append(relative_error(target, dictionary @ codes.T))
         if progress is not None:
             progress(done, errors[-1])

@@ -1,4 +1,4 @@
-"""Sparse coding: batched orthogonal matching pursuit (OMP) on the Gram of the dictionary."""
+"""Sparse coding: orthogonal matching pursuit (OMP) on the Gram of the dictionary, compiled for CPUs, batched on GPUs."""
 
 import torch
 import torch.nn.functional as F
@@ -6,13 +6,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cospadi.errors import UserError
+from cospadi.kernels import pursuit
 
-CPU_BYTES = 16 * 2**20
-"""Working memory of one chunk of columns on a CPU, re-read by every step: beyond a cache it is half as fast."""
-CPU_COLUMNS = 16
-"""Fewer columns at a time than this and a CPU spends its time in calls."""
 GPU_FRACTION = 0.25
-"""Share of the free memory of a GPU that one chunk of columns may fill."""
+"""Share of the free memory of a CUDA GPU that one chunk of columns may fill."""
+CHUNK_BYTES = 2**30
+"""Memory that one chunk may fill on any other device."""
 
 
 @torch.no_grad()
@@ -26,24 +25,25 @@ def sparse_code(
 
     Orthogonal matching pursuit: take the atom with the largest ``|dᵀr|``, refit all values by least squares, repeat.
     The step in arXiv:2509.22075 that alternates with the K-SVD sweep. Work is on ``DᵀD`` and ``DᵀY`` only
-    (Batch-OMP: Rubinstein, Zibulevsky, Elad, Technion CS-2008-08), for many columns at a time, with the support's
-    basis made orthonormal one atom per step: with ``q`` the newest basis vector, the correlations move by
+    (Batch-OMP: Rubinstein, Zibulevsky, Elad, Technion CS-2008-08), with the support's basis made orthonormal one atom
+    per step: with ``q`` the newest basis vector, the correlations move by
 
-        ``Dᵀr ← Dᵀr − (Dᵀq)(qᵀr)``,    ``Dᵀq = (DᵀD)[:, support] · f``,    ``q = D[:, support] · f``
+        ``Dᵀr ← Dᵀr − (Dᵀq)(qᵀr)``
 
-    where ``f`` is the newest column of the inverse Cholesky factor of the support's Gram. A step costs a column
-    ``atoms · (support so far)`` multiplications; in float64 on a CPU ``atoms²``, for want of a fast kernel.
+    which costs a column about ``atoms · (support so far)`` multiplications, in the dtype of the inputs. On a CPU each
+    thread takes columns one by one in compiled loops (`cospadi.kernels.pursuit`), with ``sparsity · (atoms + sparsity)``
+    numbers of working memory; a GPU takes a chunk of them at a time, with as many numbers for each.
 
     A column gets exactly ``min(sparsity, atoms)`` non-zeros, or fewer if its residual vanishes or no atom outside its
     support is linearly independent of it, up to rounding. Zero columns of ``target`` get zeros, zero atoms are never
     used.
 
     Args:
-        dictionary: unit columns, float32 or float64 (the arithmetic is in this dtype; float64 is several times slower).
+        dictionary: unit columns, float32 or float64.
         target: the columns to code; same dtype and device.
         sparsity: non-zeros allowed in a column of the result.
-        chunk: columns coded at a time; by default what fits ``CPU_BYTES`` or ``GPU_FRACTION``. No effect on the result
-            but for rounding.
+        chunk: columns a GPU codes at a time, by default what fits ``GPU_FRACTION`` of its memory. No effect on the
+            result but for rounding, and none at all on a CPU.
 
     Raises:
         UserError: ``sparsity`` or ``chunk`` is below 1, or an input is not finite.
@@ -57,18 +57,13 @@ def sparse_code(
         raise UserError(f"chunk={chunk}: at least 1 column must be coded at a time. Leave it out to fit memory.")
     for name, tensor in (("dictionary", dictionary), ("target", target)):
         require_finite(name, tensor)
-    atoms, d_out = dictionary.shape[1], target.shape[1]
-    sparsity = min(sparsity, atoms)
-    gram = dictionary.T @ dictionary
-    correlations = target.T @ dictionary
-    coefficients = torch.zeros_like(correlations)
-    if coefficients.numel() == 0:
-        return coefficients.T
-    step = chunk or _columns_that_fit(gram, sparsity)
-    for first in range(0, d_out, step):
-        support, values = _pursue(gram, correlations[first : first + step], sparsity)
-        coefficients[first : first + step].scatter_(1, support, values)
-    return coefficients.T.contiguous()
+    sparsity = min(sparsity, dictionary.shape[1])
+    gram, correlations = dictionary.T @ dictionary, target.T @ dictionary
+    if correlations.numel() == 0:
+        return torch.zeros_like(correlations).T
+    if gram.device.type == "cpu":
+        return pursuit.pursue(gram, correlations, sparsity).T.contiguous()
+    return _pursue_in_chunks(gram, correlations, sparsity, chunk).T.contiguous()
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
@@ -85,9 +80,22 @@ def _columns_that_fit(gram: Tensor, sparsity: int) -> int:
     """How many columns `_pursue` may take at a time."""
     atoms = len(gram)
     bytes_per_column = gram.element_size() * (sparsity * (atoms + sparsity + 4) + 4 * atoms)
-    if gram.is_cuda:
-        return max(1, int(GPU_FRACTION * torch.cuda.mem_get_info(gram.device)[0] / bytes_per_column))
-    return max(CPU_COLUMNS, CPU_BYTES // bytes_per_column)
+    fillable = GPU_FRACTION * torch.cuda.mem_get_info(gram.device)[0] if gram.is_cuda else CHUNK_BYTES
+    return max(1, int(fillable / bytes_per_column))
+
+
+def _pursue_in_chunks(
+    gram: Float[Tensor, "atoms atoms"],
+    correlations: Float[Tensor, "columns atoms"],
+    sparsity: int,
+    chunk: int | None = None,
+) -> Float[Tensor, "columns atoms"]:
+    """What `cospadi.kernels.pursuit.pursue` does, in nothing but torch, many columns at a time: for a GPU."""
+    coefficients = torch.zeros_like(correlations)
+    chunk = chunk or _columns_that_fit(gram, sparsity)
+    for part, out in zip(correlations.split(chunk), coefficients.split(chunk), strict=True):
+        out.scatter_(1, *_pursue(gram, part, sparsity))
+    return coefficients
 
 
 def _pursue(
@@ -95,9 +103,10 @@ def _pursue(
 ) -> tuple[Tensor, Float[Tensor, "columns sparsity"]]:
     """OMP of one chunk: the ``(columns, sparsity)`` atoms taken, in order and without repeats, and their values.
 
-    Loop invariants for each column: ``inverse[:, i]`` holds ``f_i`` with ``q_i = D[:, support] f_i`` orthonormal,
-    ``basis[i] = Dᵀq_i`` (all columns in one row) and ``correlations = Dᵀr``. Nothing in the loop waits for a GPU, but
-    for one look in 32 steps whether any column is still open. A closed column goes on with zero steps.
+    Loop invariants for each column: ``inverse[:, i]`` holds ``f_i`` with ``q_i = D[:, support] f_i`` orthonormal (the
+    columns of the inverse Cholesky factor of the support's Gram), ``basis[i] = Dᵀq_i = (DᵀD)[:, support] f_i`` (all
+    columns in one row) and ``correlations = Dᵀr``. Nothing in the loop waits for a GPU, but for one look in 32 steps
+    whether any column is still open. A closed column goes on with zero steps.
     """
     columns, atoms = correlations.shape
     offset = atoms * torch.arange(columns, device=gram.device)
@@ -126,16 +135,7 @@ def _pursue(
         support[:, i] = atom
         steps[:, i] = scale * correlations.gather(1, atom[:, None])[:, 0]
         penalty.scatter_(1, atom[:, None], -torch.inf)
-        product = _combine_rows(gram, support[:, : i + 1], newest)
+        product = F.embedding_bag(support[:, : i + 1], gram, per_sample_weights=newest, mode="sum")
         basis[i] = product.view(-1)
         correlations.addcmul_(product, steps[:, i : i + 1], value=-1)
     return support, torch.bmm(steps[:, None], inverse)[:, 0]
-
-
-def _combine_rows(
-    rows: Float[Tensor, "atoms width"], indices: Tensor, values: Float[Tensor, "columns terms"]
-) -> Float[Tensor, "columns width"]:
-    """``out[c] = Σ_t values[c, t] · rows[indices[c, t]]``: a sparse times a dense matrix."""
-    if rows.dtype == torch.float64 and not rows.is_cuda:  # embedding_bag has no fast float64 kernel on a CPU
-        return rows.new_zeros(len(values), len(rows)).scatter_(1, indices, values) @ rows
-    return F.embedding_bag(indices, rows, per_sample_weights=values, mode="sum")

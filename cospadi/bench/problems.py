@@ -1,0 +1,170 @@
+"""What the solvers are given: real projections, random targets like them, and whole models of such targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cospadi.errors import UserError
+from cospadi.factorization import budget
+
+MODEL, CALIBRATION = "smollm2_135m", "news"
+"""Whose projections are taken from a finished run: those of the default study."""
+DECAY = 0.6
+"""Exponent of a random target's spectrum: fitted to whitened gate and down projections of the default model, which gave 0.48
+to 0.66; query and key projections fall faster and are easier."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A target and a budget."""
+
+    weight: str
+    """What the table calls it."""
+    target: Float[Tensor, "d_in d_out"]
+    """Whitened weight, float32, root mean square 1 as the pipeline hands it to a solver."""
+    ratio: float
+    """Fraction of the stored bits that goes."""
+    atoms: int
+    sparsity: int
+    """Non-zeros per column of the coefficients."""
+
+    @property
+    def d_in(self) -> int:
+        return self.target.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        return self.target.shape[1]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama-like model."""
+
+    hidden: int
+    intermediate: int
+    kv: int
+    """Columns of the key and value projections."""
+    blocks: int
+
+    @property
+    def sizes(self) -> dict[tuple[int, int], int]:
+        """How many projections of each ``(d_in, d_out)`` the model has."""
+        a_block = [
+            (self.hidden, self.hidden),  # q, o
+            (self.hidden, self.kv),  # k, v
+            (self.hidden, self.intermediate),  # gate, up
+        ] * 2 + [(self.intermediate, self.hidden)]  # down
+        return {size: self.blocks * a_block.count(size) for size in dict.fromkeys(a_block)}
+
+
+SHAPES = {
+    "llama-3.2-1b": Shape(hidden=2048, intermediate=8192, kv=512, blocks=16),
+    "llama-3-8b": Shape(hidden=4096, intermediate=14336, kv=1024, blocks=32),
+}
+
+
+def power_law(d_in: int, d_out: int, draw: torch.Generator) -> Float[Tensor, "d_in d_out"]:
+    """A random target ``U diag(i^-DECAY) Vᵀ`` with root mean square 1, float32, on the device of ``draw``.
+
+    ``U`` and ``V`` are orthonormal (QR of Gaussian matrices), so the spectrum is exactly the power law and everything else is
+    as random as it can be: what a calibration gram does to a weight, without its structure.
+    """
+    rank = min(d_in, d_out)
+    left, right = (
+        torch.linalg.qr(torch.randn(size, rank, generator=draw, device=draw.device)).Q for size in (d_in, d_out)
+    )
+    values = torch.arange(1, rank + 1, device=draw.device, dtype=torch.float32) ** -DECAY
+    return left * (values * (d_in * d_out) ** 0.5 / values.norm()) @ right.T
+
+
+def random_problems(size: str, ratios: Sequence[float], rho: float, seed: int, device: torch.device) -> list[Problem]:
+    """One random target at every ratio; drawn on the CPU, so it is the same on every device.
+
+    Raises:
+        UserError: when ``size`` is not like ``576x1536``.
+    """
+    parts = size.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"--matrix {size} is not a size. Write d_in and d_out with an x between them, as in 576x1536.")
+    target = power_law(*map(int, parts), torch.Generator().manual_seed(seed)).to(device)
+    return at_ratios(size.lower(), target, ratios, rho)
+
+
+def real_problems(
+    results: Path,
+    layers: Sequence[int],
+    projections: Sequence[str],
+    ratios: Sequence[float],
+    rho: float,
+    device: torch.device,
+) -> list[Problem]:
+    """Whitened projections of the default model (``q`` is ``self_attn.q_proj``) at every ratio.
+
+    Raises:
+        UserError: when ``results`` holds no checkpoint or no grams, or a layer or a projection does not exist.
+    """
+    checkpoint = results / "sources" / "models" / MODEL / "checkpoint"
+    grams = results / "calibration" / MODEL / CALIBRATION / "grams"
+    if not checkpoint.is_dir() or not grams.is_dir():
+        raise UserError(
+            f"{grams if checkpoint.is_dir() else checkpoint} is missing, and real projections come from there. Make it by "
+            f"`snakemake --cores all results/calibration/{MODEL}/{CALIBRATION}/grams`, or take --matrix 576x1536."
+        )
+    from cospadi import config, models
+    from cospadi.calibration import read_statistics
+    from cospadi.factorization.whitening import whitener
+
+    settings = config.load([f"model={MODEL}"])
+    found = {(p.layer, _short(p.projection)): p for p in models.find_projections(checkpoint, settings.model)}
+    _known("--layers", layers, [layer for layer, _ in found])
+    _known("--projections", projections, [name for _, name in found])
+    weights = models.Checkpoint(checkpoint)
+    problems = []
+    for key in ((layer, name) for layer in layers for name in projections):
+        projection = found[key]
+        gram, _ = read_statistics(grams, projection.layer, projection.shared_input, torch.device("cpu"))
+        target = whitener(gram, settings.calibration.damping) @ weights.weight(projection).double()
+        target = (target / target.square().mean().sqrt()).float().to(device)
+        problems += at_ratios(f"layer {key[0]} {key[1]}", target, ratios, rho)
+    return problems
+
+
+def at_ratios(weight: str, target: Float[Tensor, "d_in d_out"], ratios: Sequence[float], rho: float) -> list[Problem]:
+    """The same target under every budget."""
+    return [Problem(weight, target, ratio, *atoms_and_sparsity(*target.shape, ratio, rho)) for ratio in ratios]
+
+
+def atoms_and_sparsity(d_in: int, d_out: int, ratio: float, rho: float) -> tuple[int, int]:
+    """What fits the budget, masks counted.
+
+    Raises:
+        UserError: when ``ratio`` or ``rho`` is out of bounds.
+    """
+    if not 0 < ratio < 1:
+        raise UserError(f"--ratios {ratio:g} is not between 0 and 1. Set the fraction of the bits that is to go.")
+    if not rho >= 1:
+        raise UserError(
+            f"--rho {rho:g} is too small. Set 1 or more: no column has more non-zeros than there are atoms."
+        )
+    return budget.atoms_and_sparsity(d_in, d_out, ratio, rho)
+
+
+def _short(projection: str) -> str:
+    """
+    >>> _short("self_attn.q_proj")
+    'q'
+    """
+    return projection.rpartition(".")[2].removesuffix("_proj")
+
+
+def _known(option: str, asked: Sequence[object], known: Sequence[object]) -> None:
+    for name in asked:
+        if name not in known:
+            raise UserError(f"{option} {name} does not exist. {MODEL} has {', '.join(map(str, dict.fromkeys(known)))}.")

@@ -1,0 +1,280 @@
+"""The measurements as Markdown and as a picture."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cospadi import records
+from cospadi.errors import UserError
+
+Row = dict[str, Any]
+NONE = "–"
+YARDSTICKS = {"plain": "ksvd_plain", "ksvd": "ksvd"}
+"""Whose final error everyone else is timed to, by the name it has in ``seconds_to_…`` and ``time_to_…``."""
+PANELS = 12
+"""At most so many problems in the picture, evenly chosen."""
+_AS_METHOD = {"htp": "cospadi", "ksvd": "svd_llm", "ksvd_plain": "svd", "one_shot": "asvd"}
+"""Solvers get the colours that these methods have in the figures of a study."""
+
+
+def report(rows: Sequence[Row], machine: str) -> str:
+    """Every measurement, how ``htp`` used the machine, the comparison with scikit-learn and a summary, as Markdown."""
+    solved = [row for row in rows if "curve" in row]
+    parts = [f"Solvers, {machine}\n"]
+    if solved:
+        parts.append(_solved_table(solved))
+    if any("gflops" in row for row in solved):
+        parts.append(_machine_table([row for row in solved if "gflops" in row]))
+    parts += _omp_line(rows)
+    parts += _summary(solved)
+    return "\n".join(parts)
+
+
+def whole_model_report(shape: str, rows: Sequence[Row], machine: str, difference: float | None) -> str:
+    """Seconds per size and in all, as Markdown."""
+    parts = [f"{shape}, every projection by htp, {machine}\n"]
+    for ratio in dict.fromkeys(row["ratio"] for row in rows):
+        at_ratio = [row for row in rows if row["ratio"] == ratio]
+        parts += [f"Ratio {ratio:g}\n", _whole_model_table(at_ratio)]
+    parts.append(_PRODUCT_NOTE.format("seconds") + " Peak memory: beyond the targets, of one batch.")
+    if difference is not None:
+        parts.append(
+            f"\nOne matrix against float64 on the CPU: output errors differ by {difference:.1e} of their value."
+        )
+    return "\n".join(parts) + "\n"
+
+
+_PRODUCT_NOTE = (
+    "GFLOP/s: operations of all matrix products over {}. Peaks: the best that a product of target size (d_out × d_in "
+    "times d_in × atoms) reached on this machine in this run; reduced: with "
+    "the precision or library that htp's rounds may use. Products: share of the time that is spent in them."
+)
+
+
+def _solved_table(rows: Sequence[Row]) -> str:
+    header = ["Weight", "Size", "Ratio", "Solver", "Atoms", "Non-zeros", "Rounds", "Seconds", "Output error"]
+    yardsticks = [short for short in YARDSTICKS if any(f"seconds_to_{short}" in row for row in rows)]
+    for short in yardsticks:
+        header += [f"To {YARDSTICKS[short]}'s error, s", f"× {YARDSTICKS[short]}"]
+    lines = [
+        [
+            *(
+                row["weight"],
+                _size(row),
+                f"{row['ratio']:g}",
+                row["solver"],
+                row["atoms"],
+                row["sparsity"],
+                row["rounds"],
+            ),
+            *(seconds(row["seconds"]), f"{row['output_error']:.4f}"),
+            *(seconds(row[f"{what}_{short}"]) for short in yardsticks for what in ("seconds_to", "time_to")),
+        ]
+        for row in rows
+    ]
+    note = "Output error: ‖Y − DS‖ / ‖Y‖ of what is returned, Y the whitened weight."
+    if yardsticks:
+        note += (
+            f" To {YARDSTICKS[yardsticks[0]]}'s error: seconds until the error was as low as the one that "
+            f"{YARDSTICKS[yardsticks[0]]} ended with, and these as a part of all of its seconds; {NONE}: never."
+        )
+    return table(header, lines, left=(0, 1, 3)) + "\n" + note + "\n"
+
+
+def _machine_table(rows: Sequence[Row]) -> str:
+    header = ["Weight", "Ratio", *_flops_header(rows), "Memory × weight"]
+    lines = [[row["weight"], f"{row['ratio']:g}", *_flops(row), f"{row['memory_multiple']:.1f}"] for row in rows]
+    note = (
+        _PRODUCT_NOTE.format("all seconds")
+        + " Memory: most that was allocated beyond the target, in its float32 bytes."
+    )
+    return "How htp uses the machine\n\n" + table(header, lines, left=(0,)) + "\n" + note + "\n"
+
+
+def _whole_model_table(rows: Sequence[Row]) -> str:
+    header = ["Size", "Matrices", "At a time", "Atoms", "Non-zeros", "Seconds", "Matrices/s", "Output error"]
+    header += [*_flops_header(rows), "Peak memory, GiB"]
+    lines = [
+        [
+            *(_size(row), row["matrices"], row["batch"], row["atoms"], row["sparsity"], seconds(row["seconds"])),
+            *(f"{row['matrices'] / row['seconds']:.3g}", f"{row['output_error']:.4f}", *_flops(row)),
+            f"{row['peak_bytes'] / 2**30:.2f}",
+        ]
+        for row in rows
+    ]
+    matrices, total = sum(row["matrices"] for row in rows), sum(row["seconds"] for row in rows)
+    gflops = sum(row["gflops"] * row["seconds"] for row in rows) / total
+    lines.append(["All", matrices, "", "", "", seconds(total), f"{matrices / total:.3g}", "", f"{gflops:.0f}"])
+    lines[-1] += [""] * len(_flops_header(rows)[1:]) + [f"{max(row['peak_bytes'] for row in rows) / 2**30:.2f}"]
+    return table(header, lines, left=(0,))
+
+
+def _flops_header(rows: Sequence[Row]) -> list[str]:
+    return ["GFLOP/s", *(f"Of {kind} peak" for kind in rows[0]["peak_gflops"]), "Products", "GFLOP/s in them"]
+
+
+def _flops(row: Row) -> list[str]:
+    shares = [f"{100 * row['gflops'] / peak:.0f} % of {peak:.0f}" for peak in row["peak_gflops"].values()]
+    inside = row["gflops"] / max(row["product_share"], 1e-9)
+    return [f"{row['gflops']:.0f}", *shares, f"{100 * row['product_share']:.0f} %", f"{inside:.0f}"]
+
+
+def _omp_line(rows: Sequence[Row]) -> list[str]:
+    codings = {row["solver"]: row for row in rows if "equal_supports" in row}
+    if not codings:
+        return []
+    theirs, ours = codings["sklearn_omp"], codings["sparse_code"]
+    line = (
+        f"Orthogonal matching pursuit, {ours['weight']} ({_size(ours)}), {ours['atoms']} atoms, "
+        f"{ours['sparsity']} non-zeros: scikit-learn {seconds(theirs['seconds'])} s, sparse_code "
+        f"{seconds(ours['seconds'])} s, {theirs['seconds'] / ours['seconds']:.1f} times as fast; equal supports in "
+        f"{100 * ours['equal_supports']:.1f} % of the columns; errors {theirs['output_error']:.4f} and "
+        f"{ours['output_error']:.4f}.\n"
+    )
+    return [line]
+
+
+def _summary(rows: Sequence[Row]) -> list[str]:
+    solvers = list(dict.fromkeys(row["solver"] for row in rows))
+    lines = []
+    for short, yardstick in YARDSTICKS.items():
+        for solver in solvers:
+            shares = [row[f"time_to_{short}"] for row in rows if row["solver"] == solver and f"time_to_{short}" in row]
+            if shares and solver not in YARDSTICKS.values():
+                lines.append(f"- {solver} to the last error of {yardstick}, × its seconds: {_spread(shares)}.")
+    by_problem: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        by_problem.setdefault((row["weight"], row["ratio"]), {})[row["solver"]] = row["output_error"]
+    shares = _shares_of_plain(rows)
+    if shares:  # the same rounds but for rounding, which alone decides whose last error is the lower one
+        lines.append(f"- ksvd, all rounds, × the seconds of ksvd_plain: {_spread(shares)}.")
+    both = [errors for errors in by_problem.values() if "htp" in errors]
+    for other in dict.fromkeys(name for errors in both for name in errors if name != "htp"):
+        pairs = [(errors["htp"], errors[other]) for errors in both if other in errors]
+        better = sum(ours < theirs for ours, theirs in pairs)
+        lines.append(f"- htp ends below the error of {other} in {better} of {len(pairs)} problems.")
+    return ["Summary\n", *lines, ""] if lines else []
+
+
+def _shares_of_plain(rows: Sequence[Row]) -> list[float]:
+    """Seconds of ``ksvd`` over those of ``ksvd_plain`` where both were run."""
+    spent = {(row["weight"], row["ratio"], row["solver"]): row["seconds"] for row in rows}
+    both = [(*problem, "ksvd_plain") for *problem, solver in spent if solver == "ksvd"]
+    return [spent[(*plain[:2], "ksvd")] / spent[plain] for plain in both if plain in spent]
+
+
+def _spread(shares: Sequence[float | None]) -> str:
+    """
+    >>> _spread([0.01, 0.03, None])
+    'median 0.0300, worst 0.0300, never in 1 of 3'
+    """
+    reached = [share for share in shares if share is not None]
+    never = f", never in {len(shares) - len(reached)} of {len(shares)}" if len(reached) < len(shares) else ""
+    if not reached:
+        return never.removeprefix(", ")
+    middle = median(math.inf if share is None else share for share in shares)
+    middle = seconds(middle) if math.isfinite(middle) else "never"
+    return f"median {middle}, worst {seconds(max(reached))}{never}"
+
+
+def seconds(value: float | None) -> str:
+    """Three significant digits, never in powers of ten; seconds, or a ratio of them.
+
+    >>> [seconds(value) for value in (0.012345, 1.0, 123.456, 4321.0, None)]
+    ['0.0123', '1.00', '123', '4321', '–']
+    """
+    if value is None:
+        return NONE
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{max(digits, 0)}f}"
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[object]], left: Sequence[int]) -> str:
+    """Markdown, the columns in ``left`` aligned there and all others to the right."""
+    rule = [":--" if i in left else "--:" for i in range(len(header))]
+    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in (header, rule, *lines))
+
+
+def _size(row: Row) -> str:
+    return f"{row['d_in']}×{row['d_out']}"
+
+
+def check_figure(file: Path, drawn: bool) -> None:
+    """Refuse now what could only fail after everything was measured.
+
+    Raises:
+        UserError: when there is nothing to draw, or nothing to draw it with.
+    """
+    if not drawn:
+        raise UserError("--figure draws errors over seconds, and nothing of that is measured here. Leave it out.")
+    if file.suffix not in (".png", ".svg"):
+        raise UserError(f"--figure {file} is neither .png nor .svg. Give it one of these endings.")
+    for package in ("matplotlib", "pandas"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"--figure needs {package}. Install it, or leave the figure out.")
+
+
+def write_figure(rows: Sequence[Row], file: Path) -> None:
+    """Error over seconds: a panel per problem, a line per solver, its end marked."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    from cospadi.tables.figures import _STYLE, colours
+
+    solved = [row for row in rows if "curve" in row]
+    names = list(dict.fromkeys(row["solver"] for row in solved))
+    palette = dict(zip(names, colours([_AS_METHOD.get(name, name) for name in names]).values(), strict=True))
+    panels = _evenly(list(dict.fromkeys((row["weight"], row["ratio"]) for row in solved)), PANELS)
+    width = min(len(panels), 4)
+    height = math.ceil(len(panels) / width)
+    with rc_context(_STYLE | {"axes.titlesize": 10}):
+        figure = Figure(figsize=(max(5.0, 2.9 * width), 0.7 + 2.4 * height), layout="constrained")
+        axes = figure.subplots(height, width, squeeze=False)
+        for axis, (weight, ratio) in zip(axes.flat, panels, strict=False):
+            _draw(axis, [row for row in solved if (row["weight"], row["ratio"]) == (weight, ratio)], palette)
+            axis.set_title(f"{weight}, ratio {ratio:g}")
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for i in range(len(panels)):
+            axes.flat[i].set_xlabel("Seconds" if i + width >= len(panels) else "")
+            axes.flat[i].set_ylabel("" if i % width else "Output error ↓")
+        entries = [Line2D([], [], color=palette[name], marker="o", markersize=5, label=name) for name in names]
+        columns = min(len(entries), 3 if width < 3 else 6)
+        figure.legend(handles=entries, loc="outside lower center", ncols=columns)
+        with records.new_path(file) as partial:
+            figure.savefig(partial, format=file.suffix[1:], dpi=150, facecolor="white")
+
+
+def _draw(axis: Any, rows: Sequence[Row], palette: dict[str, str]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    for row in rows:
+        times, errors = zip(*row["curve"], strict=True)
+        look = {"color": palette[row["solver"]], "zorder": 4 if row["solver"] == "htp" else 3}
+        axis.plot(times, errors, **look)
+        axis.plot(times[-1], errors[-1], "o", markersize=5, markeredgecolor="white", markeredgewidth=0.8, **look)
+    axis.set_ylim(top=1.2 * max(row["output_error"] for row in rows))  # the ends matter, not where a round started
+    axis.xaxis.set_major_locator(LogLocator(10, (1.0,) if _decades(rows) > 1.5 else (1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _decades(rows: Sequence[Row]) -> float:
+    """How far the times are apart."""
+    times = [second for row in rows for second, _ in row["curve"]]
+    return math.log10(max(times) / min(times))
+
+
+def _evenly(items: list, count: int) -> list:
+    """
+    >>> _evenly(list(range(10)), 4), _evenly([1, 2], 4)
+    ([0, 2, 5, 7], [1, 2])
+    """
+    return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]

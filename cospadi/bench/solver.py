@@ -1,0 +1,244 @@
+"""``cospadi bench solver``: every solver on every problem, error against seconds."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import stat
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cospadi import devices
+from cospadi.bench import plain, render, whole_model
+from cospadi.bench.problems import Problem, at_ratios, power_law, random_problems, real_problems
+from cospadi.bench.solvers import (
+    EXPECTED,
+    OMP,
+    OMP_SPARSITY,
+    SOLVERS,
+    Settings,
+    Timed,
+    named,
+    omp_codings,
+    output_error,
+    suited,
+    timed,
+)
+from cospadi.bench.usage import machine, product_peaks, usage
+from cospadi.errors import UserError
+from cospadi.progress import Progress
+from cospadi.records import write_json, write_text
+
+Row = dict[str, Any]
+"""A measurement as it stands in the JSON file."""
+SLOW = 10.0
+"""Seconds: a run that took longer is not repeated."""
+ROUNDING = 1e-6
+"""By how much of itself an error that was computed in another way may be missed and still count as reached."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what the options of `cospadi.bench.arguments` ask for, and report.
+
+    Raises:
+        UserError: when an option names what does not exist, or an output is no regular file.
+    """
+    for file in filter(None, (options.json, options.markdown, options.figure)):
+        _refuse_irregular(file)
+    _refuse_counts(options)
+    names = named(_list("--solvers", options.solvers or ",".join([*SOLVERS, OMP])))
+    if options.figure:
+        render.check_figure(options.figure, drawn=not options.shape and names != [OMP])
+    device = devices.pick(options.device, "--device")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with contextlib.redirect_stdout(sys.stderr):  # the report alone goes to stdout
+        if options.shape:
+            report = _whole_model(options, device)
+        else:
+            report = _problems(options, names, device)
+    print(report, end="")
+    if options.markdown:
+        write_text(options.markdown, report)
+
+
+def _whole_model(options: argparse.Namespace, device: torch.device) -> str:
+    ratios = _numbers("--ratios", options.ratios or "0.2", float)
+    todo = whole_model.jobs(options.shape, ratios, options.rho)
+    rows: list[Row] = []
+    for row in whole_model.measure(options.shape, todo, options.seed, device, options.batch):
+        rows.append(row)
+        _keep(rows, options.json)
+    smallest = min(todo, key=lambda job: job.work / job.count)
+    difference = whole_model.check(smallest, options.seed, device) if options.check else None
+    return render.whole_model_report(options.shape, rows, machine(device), difference)
+
+
+def _problems(options: argparse.Namespace, names: Sequence[str], device: torch.device) -> str:
+    ratios = _numbers("--ratios", options.ratios or "0.2,0.3,0.4,0.5", float)
+    if options.matrix:
+        problems = random_problems(options.matrix, ratios, options.rho, options.seed, device)
+    else:
+        layers, projections = _numbers("--layers", options.layers, int), _list("--projections", options.projections)
+        problems = real_problems(options.results, layers, projections, ratios, options.rho, device)
+    settings = Settings(options.rounds, options.seed)
+    rows: list[Row] = []
+    for found in measure(problems, names, settings, options.repeats):
+        rows += found
+        _keep(rows, options.json)
+    if options.figure:
+        render.write_figure(rows, options.figure)
+    return render.report(rows, machine(device))
+
+
+def measure(problems: Sequence[Problem], names: Sequence[str], settings: Settings, repeats: int) -> Iterator[list[Row]]:
+    """The rows of one problem after the other, then those of the comparison with scikit-learn."""
+    solvers = [name for name in names if name != OMP]
+    device = problems[0].target.device
+    _warm_up(names, settings, device)
+    costs = {(i, name): _cost(p, name, settings) for i, p in enumerate(problems) for name in solvers}
+    progress = Progress(len(costs) + (OMP in names), "bench solver", sum(costs.values()) or 1)
+    for i, problem in enumerate(problems):
+        rows = []
+        for name in solvers:
+            rows.append(_solved(name, problem, settings, repeats))
+            seconds, error = rows[-1]["seconds"], rows[-1]["output_error"]
+            what = f"{problem.weight} at {problem.ratio:g}, {name}"
+            progress.step(what, f"{seconds:.3g} s, error {error:.4f}", costs[i, name])
+        _compare(rows)
+        yield rows
+    if OMP in names:
+        yield _omp_rows(max(problems, key=lambda p: p.target.numel()), settings)
+        progress.step(OMP, weight=0)
+
+
+def _warm_up(names: Sequence[str], settings: Settings, device: torch.device) -> None:
+    """Whatever is compiled, loaded or allocated on the first call is no part of any time."""
+    target = power_law(32, 48, torch.Generator().manual_seed(0)).to(device)
+    (tiny,) = at_ratios("warm-up", target, [0.3], rho=2.0)
+    for name in names:
+        if name == OMP:
+            _omp_rows(tiny, settings)
+        else:
+            timed(name, suited(name, tiny), replace(settings, rounds=2))
+
+
+def _cost(problem: Problem, solver: str, settings: Settings) -> float:
+    """For the time left: operations of a round, times what is known of the solver."""
+    rounds = settings.rounds / 60 if solver.startswith("ksvd") else 1.0
+    return problem.d_out * problem.atoms * (problem.d_in + problem.atoms) * rounds * EXPECTED.get(solver, 1.0)
+
+
+def _solved(solver: str, problem: Problem, settings: Settings, repeats: int) -> Row:
+    """The run that took the median time of all repeats."""
+    problem = suited(solver, problem)
+    runs: list[Timed] = []
+    while len(runs) < repeats and (not runs or runs[-1].seconds < SLOW):
+        runs.append(timed(solver, problem, settings))
+    middle = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+    row = _row(solver, problem, middle.rounds, middle.seconds, middle.output_error)
+    row |= {"repeats": len(runs), "curve": middle.curve}
+    return row | (_efficiency(problem, middle.seconds, settings) if solver == "htp" else {})
+
+
+def _row(solver: str, problem: Problem, rounds: int, seconds: float, error: float) -> Row:
+    return {
+        "solver": solver,
+        "weight": problem.weight,
+        "d_in": problem.d_in,
+        "d_out": problem.d_out,
+        "ratio": problem.ratio,
+        "atoms": problem.atoms,
+        "sparsity": problem.sparsity,
+        "rounds": rounds,
+        "seconds": seconds,
+        "output_error": error,
+    }
+
+
+def _efficiency(problem: Problem, seconds: float, settings: Settings) -> Row:
+    """How well ``htp`` uses the machine: see the notes under the table."""
+    device = problem.target.device
+    seen = usage(lambda: SOLVERS["htp"](problem, settings, lambda done, error: None), device)
+    return {
+        "gflops": seen.flops / seconds / 1e9,
+        "peak_gflops": {
+            k: v / 1e9 for k, v in product_peaks(problem.d_out, problem.d_in, problem.atoms, device).items()
+        },
+        "product_share": seen.product_share,
+        "memory_multiple": seen.peak_bytes / (problem.target.numel() * 4),
+    }
+
+
+def _compare(rows: list[Row]) -> None:
+    """Add to every row of a problem when it reached the yardsticks' final errors, and in what share of their time."""
+    by_solver = {row["solver"]: row for row in rows}
+    for short, name in render.YARDSTICKS.items():
+        if name not in by_solver:
+            continue
+        yardstick = by_solver[name]
+        for row in rows:
+            level = yardstick["output_error"] * (1 + ROUNDING)
+            reached = next((seconds for seconds, error in row["curve"] if error <= level), None)
+            row[f"seconds_to_{short}"] = reached
+            row[f"time_to_{short}"] = None if reached is None else reached / yardstick["seconds"]
+
+
+def _omp_rows(problem: Problem, settings: Settings) -> list[Row]:
+    problem = replace(problem, sparsity=min(OMP_SPARSITY, max(problem.atoms // 2, 1)))
+    dictionary = plain.random_columns(problem.target, problem.atoms, settings.seed)
+    codings = omp_codings(problem, dictionary)
+    supports = [coding.coefficients != 0 for coding in codings.values()]
+    equal = float((supports[0] == supports[1]).all(dim=0).float().mean())
+    return [
+        _row(name, problem, 1, coding.seconds, output_error(problem.target, dictionary, coding.coefficients))
+        | {"repeats": 1, "equal_supports": equal}
+        for name, coding in codings.items()
+    ]
+
+
+def _keep(rows: list[Row], file: Path | None) -> None:
+    """After each problem, so that a run that is killed keeps what it has."""
+    if file:
+        write_json(file, rows)
+
+
+def _refuse_irregular(file: Path) -> None:
+    try:
+        mode = file.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{file} is no regular file, so it is left alone. Name another path.")
+
+
+def _refuse_counts(options: argparse.Namespace) -> None:
+    for name in ("rounds", "repeats", "threads", "batch"):
+        count = getattr(options, name)
+        if count is not None and count < 1:
+            raise UserError(f"--{name} {count} is too small. Set 1 or more, or leave it out.")
+
+
+def _list(option: str, text: str) -> list[str]:
+    """
+    >>> _list("--solvers", "htp, ksvd")
+    ['htp', 'ksvd']
+    """
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise UserError(f"{option} is empty. Name one or more, with commas between.")
+    return found
+
+
+def _numbers(option: str, text: str, kind: type) -> list:
+    parts = _list(option, text)
+    try:
+        return [kind(part) for part in parts]
+    except ValueError as error:
+        message = f"{option} {text} is no list of numbers. Write them with commas between, as in 1,2."
+        raise UserError(message) from error

@@ -1,0 +1,130 @@
+"""What a machine did while something ran: operations, memory, and how fast it can multiply at best.
+
+Each is measured in a run of its own, since looking slows down what is looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode
+
+from cospadi.factorization.htp import reduced_precision
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell when it starts and stops
+PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of one run."""
+
+    flops: int
+    """In matrix products; a multiplication and an addition are two."""
+    product_share: float
+    """Time in matrix products over all time: of the run on a CPU, of the busy device on a GPU."""
+    peak_bytes: int
+    """Most that torch had allocated at once, beyond what was there before."""
+
+
+def usage(run: Callable[[], object], device: torch.device) -> Usage:
+    """Run twice, once counting operations, once under the profiler."""
+    with FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
+        run()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with (
+        _cuda_peak(device) as cuda_peak,
+        profile(activities=activities, profile_memory=True) as seen,
+        record_function("run"),  # whatever is no operation of torch counts as its own time
+    ):
+        run()
+        synchronize(device)
+    peak = cuda_peak[0] if device.type == "cuda" else _cpu_peak(seen)
+    return Usage(counter.get_total_flops(), _product_share(seen, device), peak)
+
+
+def product_peaks(rows: int, inner: int, columns: int, device: torch.device) -> dict[str, float]:
+    """Best floating-point operations per second of ``(rows × inner) @ (inner × columns)``, by arithmetic.
+
+    ``reduced`` is what htp's rounds may use (`reduced_precision`): TF32 on a GPU; on a CPU another library's float32.
+    """
+    kinds = {
+        "float32": (torch.float32, nullcontext()),
+        "reduced": (torch.float32, reduced_precision()),
+        "bfloat16": (torch.bfloat16, nullcontext()),
+    }
+    found = {}
+    for name, (dtype, precision) in kinds.items():
+        left, right = (torch.randn(size, device=device).to(dtype) for size in ((rows, inner), (inner, columns)))
+        with precision:
+            found[name] = 2 * rows * inner * columns / _best_seconds(lambda a=left, b=right: a @ b, device)
+    return found
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; a CPU is never ahead."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def machine(device: torch.device) -> str:
+    """Device, threads and version, for the head of a report."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    return f"{name}, torch {torch.__version__}"
+
+
+def _best_seconds(run: Callable[[], object], device: torch.device, trials: int = 10, calls: int = 5) -> float:
+    """Least mean of some calls in a row, over some trials; the first is only a warm-up."""
+    seconds = []
+    for _ in range(trials):
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronize(device)
+        seconds.append((time.perf_counter() - started) / calls)
+    return min(seconds[1:])
+
+
+def _product_share(seen: profile, device: torch.device) -> float:
+    on = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, on) for event in seen.key_averages()}
+    return sum(times[name] for name in PRODUCTS & times.keys()) / max(sum(times.values()), 1e-9)
+
+
+def _cpu_peak(seen: profile) -> int:
+    """The highest running sum of what was allocated and freed."""
+    events = (event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]")
+    held = peak = 0
+    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events):
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+def _product_flops(_: object, left: tuple, right: tuple, **__: object) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+_IN_PLACE = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _product_flops}
+"""What torch's counter does not count."""
+
+
+@contextmanager
+def _cuda_peak(device: torch.device) -> Iterator[list[int]]:
+    """A list that holds the peak once the block is over; empty on a CPU."""
+    found: list[int] = []
+    if device.type != "cuda":
+        yield found
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield found
+    found.append(torch.cuda.max_memory_allocated(device) - before)
