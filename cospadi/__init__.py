@@ -2,10 +2,31 @@
 
 Rooms, in the order data walks through them::
 
-    sources -> calibration -> factorization -> evaluation -> tables
+    sources -> calibration -> factorization -> checkpoint -> evaluation -> tables
 
 ``config`` holds their settings, ``study`` the grid of cells, ``stages`` reads and writes their files; rooms themselves are
-functions on tensors and records.
+functions on tensors and records. `compress` and `load` are for those who just want their model smaller; importing this
+package also makes ``AutoModelForCausalLM.from_pretrained`` understand compressed checkpoints.
 """
 
+from typing import Any
+
+from cospadi import registration
+
 __version__ = "0.1.0"
+__all__ = ["compress", "load"]
+
+registration.register()
+
+
+def __getattr__(name: str) -> Any:
+    """`compress` and `load`, imported when they are first asked for."""
+    if name == "compress":
+        from cospadi.compression import compress
+
+        return compress
+    if name == "load":
+        from cospadi.checkpoint import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

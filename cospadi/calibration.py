@@ -127,6 +127,51 @@ def collect(
         yield layer, statistics
 
 
+@torch.no_grad()
+def gather(
+    network: nn.Module,
+    model: ModelConfig,
+    calibration: CalibrationConfig,
+    tokens: Int[Tensor, "n_samples sample_length"],
+) -> Iterator[tuple[list[str], InputStatistics]]:
+    """Statistics of every shared input of a network in memory: ``(names of its projections, statistics)``.
+
+    All layers at once, in one pass over the tokens.
+
+    Raises:
+        UserError: a projection is missing or no linear layer, or the inputs of one are not finite.
+    """
+    gram_dtype = getattr(torch, calibration.gram_dtype)
+    try:
+        blocks = list(network.get_submodule(model.blocks))
+        layers = [[block.get_submodule(name) for name in group] for block in blocks for group in model.shared_inputs]
+    except (AttributeError, TypeError) as error:
+        raise UserError(
+            f"This {type(network).__name__} lacks a projection: {error}. Set model.blocks and model.shared_inputs to match."
+        ) from error
+    if not all(isinstance(layer, nn.Linear) for group in layers for layer in group):
+        raise UserError("A projection is no linear layer: is this model compressed already? Compress the original.")
+    found: list[dict[str, InputStatistics]] = [{} for _ in blocks]
+    hooks = [
+        _listen(block, group[0], statistics, gram_dtype)
+        for block, statistics in zip(blocks, found, strict=True)
+        for group in model.shared_inputs
+    ]
+    device = next(network.parameters()).device
+    try:
+        for batch in tokens.split(calibration.batch_size):
+            network(input_ids=batch.to(device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for layer, statistics in enumerate(found):
+        for group in model.shared_inputs:
+            names = [f"{model.blocks}.{layer}.{name}" for name in group]
+            if not torch.isfinite(statistics[group[0]].gram).all():
+                raise UserError(f"The calibration activations of {names[0]} are not finite (NaN or infinite).")
+            yield names, statistics.pop(group[0])
+
+
 def _listen(
     block: nn.Module, shared_input: str, statistics: dict[str, InputStatistics], dtype: torch.dtype
 ) -> torch.utils.hooks.RemovableHandle:

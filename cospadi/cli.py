@@ -106,8 +106,55 @@ def _parser() -> argparse.ArgumentParser:
         record="record to write",
     )
     stage("tabulate", _tabulate, "tables and figures of a study", folder="folder to write")
+    _add_tools(stages)
     _add_benches(stages)
     return parser
+
+
+def _add_tools(stages) -> None:
+    """``compress``, ``info``, ``densify``, ``generate``: one model, without a study."""
+
+    def tool(name: str, run, summary: str) -> argparse.ArgumentParser:
+        sub = stages.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    compress = tool("compress", _compress, "make one model smaller: load, calibrate, factorize, save")
+    compress.add_argument("model", help="a folder, a hub id, or the name of a file in conf/model")
+    compress.add_argument("out", type=Path, help="folder to write")
+    compress.add_argument("--ratio", type=float, default=0.2, help="fraction of bits to remove (default %(default)s)")
+    compress.add_argument("--method", default="cospadi", help="a file in conf/factorization (default %(default)s)")
+    compress.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
+    compress.add_argument(
+        "--calibration", metavar="TEXT", help="a text file, a document a line, or a file in conf/text"
+    )
+    compress.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a further setting, as Hydra takes it: --set calibration.n_samples=16; may be repeated",
+    )
+    compress.add_argument("--keep-work", action="store_true", help="leave <out>.work with grams and factors behind")
+
+    info = tool("info", _info, "the bytes of a compressed checkpoint, part by part")
+    info.add_argument("checkpoint", type=Path)
+    info.add_argument("--json", action="store_true", help="as JSON, with every projection")
+
+    densify = tool("densify", _densify, "an ordinary dense checkpoint from a compressed one, for any runtime")
+    densify.add_argument("checkpoint", type=Path)
+    densify.add_argument("out", type=Path, help="folder to write")
+    dtypes = ("float16", "bfloat16", "float32")
+    densify.add_argument("--dtype", default="float16", choices=dtypes, help="of all tensors (default %(default)s)")
+
+    generate = tool("generate", _generate, "let a compressed model write on")
+    generate.add_argument("checkpoint", type=Path)
+    generate.add_argument("prompt")
+    generate.add_argument("--tokens", type=int, default=100, help="at most (default %(default)s)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    generate.add_argument("--seed", type=int, default=42, help="of the sampling (default %(default)s)")
+    generate.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
 
 
 def _add_benches(stages) -> None:
@@ -188,6 +235,39 @@ def _tabulate(o: argparse.Namespace) -> None:
     named = [v.removeprefix("study=") for v in o.overrides if v.startswith("study=")]
     rest = [v for v in o.overrides if not v.startswith("study=")]
     stages.tabulate(Study(named[0] if named else "default", rest), o.folder)
+
+
+def _compress(o: argparse.Namespace) -> None:
+    from cospadi.checkpoint import ledger_text
+    from cospadi.compression import compress_to
+
+    overrides = [f"factorization={o.method}", f"factorization.compression_ratio={o.ratio}"]
+    overrides += [f"factorization.device={o.device}", f"calibration.device={o.device}", *o.overrides]
+    print(ledger_text(compress_to(o.model, o.out, overrides, o.calibration, o.keep_work)))
+
+
+def _info(o: argparse.Namespace) -> None:
+    import json
+
+    from cospadi.checkpoint import ledger, ledger_text
+
+    found = ledger(o.checkpoint)
+    print(json.dumps(found, indent=2, default=str) if o.json else ledger_text(found))
+
+
+def _densify(o: argparse.Namespace) -> None:
+    from cospadi.checkpoint import densify
+
+    densify(o.checkpoint, o.out, o.dtype)
+    print(f"{o.out}: an ordinary checkpoint in {o.dtype}.")
+
+
+def _generate(o: argparse.Namespace) -> None:
+    from cospadi import devices
+    from cospadi.checkpoint import load, write_on
+
+    device = devices.pick(o.device, "--device")
+    write_on(load(o.checkpoint).to(device), o.checkpoint, o.prompt, o.tokens, o.temperature, o.seed)
 
 
 def _bench_solver(o: argparse.Namespace) -> None:

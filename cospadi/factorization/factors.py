@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from cospadi.errors import UserError
-from cospadi.factorization.budget import PAPER_VALUE_BITS
+from cospadi.factorization.budget import PAPER_VALUE_BITS, mask_bits
 
 STORAGE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -62,11 +62,13 @@ class SparseDictionary:
     """``W ≈ dictionary @ coefficients``, at most ``sparsity`` non-zero coefficients in a column.
 
     Stored: the dictionary, the non-zero values column by column, and one bit per coefficient that says where they are.
+    With ``identity`` the atoms are ``[I, dictionary]``: the identity's come first, and are not stored.
     """
 
     dictionary: Float[Tensor, "d_in atoms"]
-    coefficients: Float[Tensor, "atoms d_out"]
+    coefficients: Float[Tensor, "all_atoms d_out"]
     value_bits: int = 16
+    identity: bool = False
     kind = "sparse_dictionary"
 
     @classmethod
@@ -87,22 +89,25 @@ class SparseDictionary:
         return {"rank": None, "atoms": self.dictionary.shape[1], "sparsity": int(nonzeros.max())}
 
     def weight(self) -> Float[Tensor, "d_in d_out"]:
-        return self.dictionary.float() @ self.coefficients.float()
+        n_fixed = len(self.dictionary) if self.identity else 0
+        learned = self.dictionary.float() @ self.coefficients[n_fixed:].float()
+        return learned + self.coefficients[:n_fixed].float() if self.identity else learned
 
     def tensors(self) -> dict[str, Tensor]:
         columns = self.coefficients.T.contiguous().cpu()  # column by column of the coefficients
         mask = columns != 0
         values = columns[mask]
         stored = values if self.value_bits == 16 else pack_bits(values.view(torch.int16), self.value_bits)
-        mask_bytes = torch.from_numpy(np.packbits(mask.numpy()))
+        mask_bytes = torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
         return {"dictionary": self.dictionary, "values": stored, "mask": mask_bytes}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SparseDictionary:
         dictionary, stored, mask_bytes = tensors["dictionary"], tensors["values"], tensors["mask"]
-        atoms = dictionary.shape[1]
-        d_out = int(tensors["d_out"])
-        bits = np.unpackbits(mask_bytes.numpy(), count=atoms * d_out).astype(bool)
+        (d_in, atoms), d_out = dictionary.shape, int(tensors["d_out"])
+        identity = len(mask_bytes) != mask_bits(atoms, d_out) // 8  # the mask is longer by d_in · d_out bits
+        atoms += d_in if identity else 0
+        bits = np.unpackbits(mask_bytes.numpy(), count=atoms * d_out, bitorder="little").astype(bool)
         mask = torch.from_numpy(bits).reshape(d_out, atoms)
         value_bits = 16
         if stored.dtype == torch.uint8:
@@ -110,7 +115,7 @@ class SparseDictionary:
             stored = unpack_bits(stored, value_bits, int(mask.sum())).view(dictionary.dtype)
         columns = torch.zeros(d_out, atoms, dtype=dictionary.dtype)
         columns[mask] = stored
-        return cls(dictionary, columns.T, value_bits)
+        return cls(dictionary, columns.T, value_bits, identity)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The largest magnitudes of every row, compiled: counting, where ``topk`` moves pairs of values and places about."""
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -30,7 +31,7 @@ def keep_largest(values: Float[Tensor, "rows columns"], count: int) -> Float[Ten
         _keep_largest(array, top_bit, count, kept.numpy())
         return kept
     bounds = np.linspace(0, len(array), pieces + 1).astype(int)
-    parts = [slice(first, last) for first, last in zip(bounds, bounds[1:], strict=False)]
+    parts = [slice(first, last) for first, last in itertools.pairwise(bounds)]
     list(_threads(pieces).map(lambda part: _keep_largest(array[part], top_bit, count, kept.numpy()[part]), parts))
     return kept
 

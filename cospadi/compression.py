@@ -1,0 +1,181 @@
+"""``cospadi compress`` and ``cospadi.compress``: one model, smaller, in one call."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cospadi.config import CONF, Config, load
+from cospadi.errors import UserError
+from cospadi.records import read_json, text_hash, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def compress_to(
+    source: str, out: Path, overrides: Sequence[str] = (), text: str | None = None, keep_work: bool = False
+) -> dict[str, Any]:
+    """Load, calibrate, factorize, save. What is finished waits in ``<out>.work`` until the checkpoint is written.
+
+    Args:
+        source: name of a file in ``conf/model``, a folder, a hub id or another address of `ModelConfig.source`.
+        out: folder to write.
+        overrides: settings, as Hydra takes them: ``factorization=cospadi factorization.compression_ratio=0.3``.
+        text: for calibration: name of a file in ``conf/text``, or a text file with a document a line.
+        keep_work: leave ``<out>.work`` behind.
+
+    Returns:
+        `cospadi.checkpoint.ledger` of what was written.
+
+    Raises:
+        UserError: a setting, the model, the text or the disk does not do.
+    """
+    from cospadi import checkpoint, stages
+    from cospadi.models import find_projections
+
+    config = configured(source, overrides, text)
+    out = Path(out)
+    work = out.with_name(f"{out.name}.work")
+    model, documents, grams = work / "model", work / "documents.json", work / "grams"
+    factors, record = work / "factors.safetensors", work / "factorization.json"
+    settings = asdict(config)
+    done = _Resumed(work)
+    done("model", settings["model"], model, lambda: stages.prepare_model(config, model, work / "model.json"))
+    calibration = config.calibration
+    done(
+        "text",
+        settings["calibration"]["text"],
+        documents,
+        lambda: stages.prepare_text(calibration.text, documents, work / "text.json"),
+    )
+    done(
+        "grams",
+        [settings["model"], settings["calibration"]],
+        grams,
+        lambda: stages.calibrate(config, model, documents, grams, work / "calibration.json"),
+    )
+    last = max(p.layer for p in find_projections(model, config.model))
+    done(
+        "factors",
+        [settings["model"], settings["calibration"], settings["factorization"]],
+        factors,
+        lambda: stages.factorize(config, model, grams, f"0-{last}", factors, record, None),
+    )
+    checkpoint.write(out, model, stages.read_factors([factors]), _summary(config, read_json(record)))
+    if not keep_work:
+        shutil.rmtree(work)
+    return checkpoint.ledger(out)
+
+
+def configured(source: str, overrides: Sequence[str], text: str | None) -> Config:
+    """The settings of one compression.
+
+    Raises:
+        UserError: naming the setting that does not do.
+    """
+    chosen = (
+        [f"model={source}"]
+        if (CONF / "model" / f"{source}.yaml").is_file()
+        else ["model=any", _set("model.source", source)]
+    )
+    if text is not None and (CONF / "text" / f"{text}.yaml").is_file():
+        chosen.append(f"text@calibration.text={text}")
+    elif text is not None:
+        chosen += ["text@calibration.text=file", _set("calibration.text.source", str(Path(text).resolve()))]
+    config = load([*chosen, *overrides])
+    if getattr(config.factorization, "rank_search", None) is not None:
+        raise UserError("compress has no rank search. Take factorization=asvd, or run the study that has asvd_search.")
+    return config
+
+
+def _set(setting: str, value: str) -> str:
+    """A Hydra override whose value is taken as it stands."""
+    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{setting}='{quoted}'"
+
+
+class _Resumed:
+    """Runs a step unless its output is there and was made with the same settings, those of earlier steps included."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.again = False
+
+    def __call__(self, step: str, settings: Any, output: Path, run: Callable[[], None]) -> None:
+        mark = self.work / f"{step}.settings.json"
+        key = {"settings": text_hash(json.dumps(settings, sort_keys=True, default=str))}
+        if not self.again and output.exists() and mark.is_file() and read_json(mark) == key:
+            return
+        self.again = self.again or step in ("model", "text", "grams")
+        mark.unlink(missing_ok=True)
+        run()
+        write_json(mark, key)
+
+
+def _summary(config: Config, record: dict[str, Any]) -> dict[str, Any]:
+    """How the checkpoint was made: what goes into its config."""
+    factorization = {k: v for k, v in asdict(config.factorization).items() if k != "device"}
+    calibration = {k: v for k, v in asdict(config.calibration).items() if k not in ("device", "text")}
+    return {
+        "factorization": factorization,
+        "calibration": calibration | {"text": config.calibration.text.source},
+        "inputs": record["inputs"],
+        "versions": record["versions"],
+        "output_error_mean": sum(p["output_error"] for p in record["projections"]) / len(record["projections"]),
+    }
+
+
+def compress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    compression_ratio: float = 0.2,
+    method: str = "cospadi",
+    texts: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+) -> PreTrainedModel:
+    """Compress a loaded model in place, and return it: ``save_pretrained`` then writes a compressed checkpoint.
+
+    The calibration tokens run through the whole model at once, with the grams of all its layers in memory; for a model
+    that hardly fits, ``cospadi compress`` goes block by block.
+
+    Args:
+        model: a causal language model in float32, bfloat16 or float16.
+        tokenizer: its tokenizer.
+        compression_ratio: fraction of the projections' bits removed.
+        method: name of a file in ``conf/factorization``.
+        texts: documents for calibration; by default those of ``conf/text/lee_news``.
+        overrides: further settings, as Hydra takes them: ``calibration.n_samples=16``.
+
+    Raises:
+        UserError: a setting or the text does not do, a projection is missing, or activations are not finite.
+    """
+    from cospadi.calibration import draw_samples, gather
+    from cospadi.factorization.factors import Dense
+    from cospadi.factorization.methods import Problem, factorize_all
+    from cospadi.factorization.whitening import whitener
+    from cospadi.layers import layer_of
+    from cospadi.quantizer import attach
+    from cospadi.sources import read_documents
+
+    settings = [f"factorization={method}", f"factorization.compression_ratio={compression_ratio}", *overrides]
+    config = configured("any", ["model.source=./in-memory", *settings], None)
+    calibration = config.calibration
+    texts = read_documents(calibration.text) if texts is None else list(texts)
+    tokens = draw_samples(tokenizer, texts, calibration.n_samples, calibration.sample_length, calibration.seed)
+    for names, statistics in gather(model, config.model, calibration, tokens):
+        root = whitener(statistics.gram, calibration.damping)
+        layers = [model.get_submodule(name) for name in names]
+        problems = [Problem(layer.weight.T.float(), root, statistics.absolute_mean) for layer in layers]
+        for name, layer, factors in zip(names, layers, factorize_all(config.factorization, problems), strict=True):
+            if isinstance(factors, Dense):
+                continue
+            parent, _, leaf = name.rpartition(".")
+            compressed = layer_of(factors, layer.bias).to(layer.weight.device)
+            setattr(model.get_submodule(parent), leaf, compressed)
+    attach(model, {"factorization": asdict(config.factorization)})
+    return model

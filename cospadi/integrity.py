@@ -1,0 +1,48 @@
+"""Checksums of a checkpoint's tensors: stored in the safetensors' own metadata, checked before a model is built."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cospadi.errors import UserError
+
+CHECKSUMS = "cospadi_checksums"
+"""Key of the metadata: JSON, tensor name -> checksum. Every shard carries those of all tensors."""
+
+
+def checksum(tensor: Tensor) -> str:
+    """The first 16 hexadecimal digits of the sha256 of a tensor's bytes, wherever it lies.
+
+    >>> checksum(torch.zeros(3)) == checksum(torch.zeros(3)[None]), checksum(torch.ones(3))
+    (True, '8a31a40ecac0ceb4')
+    """
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else torch.zeros(0)
+    return hashlib.sha256(memoryview(data.numpy())).hexdigest()[:16]
+
+
+def verify_files(files: Iterable[Path | str]) -> None:
+    """Read every tensor of these safetensors and compare it with its checksum.
+
+    Raises:
+        UserError: naming the file, when it is cut short or damaged, or carries no checksums.
+    """
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                expected = json.loads((tensors.metadata() or {}).get(CHECKSUMS, "{}"))
+                if not expected:
+                    raise UserError(f"{file} carries no checksums, so cospadi did not write it. Write it again.")
+                damaged = [name for name in tensors.keys() if checksum(tensors.get_tensor(name)) != expected.get(name)]  # noqa: SIM118
+        except FileNotFoundError as error:
+            raise UserError(f"{file} is missing. Copy or download the checkpoint again.") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{file} is damaged or cut short ({error}). Copy or download it again.") from error
+        if damaged:
+            raise UserError(f"{file} is damaged: {', '.join(damaged[:3])} differ from their checksums. Copy it again.")

@@ -1,0 +1,252 @@
+"""Linear layers that keep the compressed form in memory and multiply with it.
+
+Each holds exactly the tensors that a checkpoint stores. Few tokens at a time (decoding) go through kernels that read the
+packed form; many (prefill) through dense products of what is unpacked for the moment. Both compute the same product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cospadi.factorization.budget import mask_bits
+from cospadi.factorization.factors import Factors, LowRank, SparseDictionary, unpack_bits
+
+FEW = 16
+"""Rows up to which the packed form is read directly: beyond, unpacking it once is cheaper than reading it per row."""
+IDENTITY = "identity"
+NONE = "none"
+
+
+class CompressedLinear(nn.Module):
+    """What both kinds share: sizes, an optional bias, and the choice between few and many tokens."""
+
+    kind: str
+
+    def __init__(self, d_in: int, d_out: int, bias: bool, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = d_in, d_out
+        self.bias = _frozen(torch.empty(d_out, dtype=dtype)) if bias else None
+
+    def forward(self, inputs: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        rows = inputs.reshape(-1, self.in_features)
+        few = len(rows) <= FEW and not torch.is_grad_enabled() and rows.device.type == "cpu"
+        outputs = self._few(rows) if few else self._many(rows)
+        outputs = outputs if self.bias is None else outputs + self.bias
+        return outputs.view(*inputs.shape[:-1], self.out_features)
+
+    def weight(self) -> Float[Tensor, "d_in d_out"]:
+        """The weight multiplied out in float32: ``outputs = inputs @ weight``."""
+        raise NotImplementedError
+
+    def _few(self, rows: Tensor) -> Tensor:
+        return self._many(rows)
+
+    def _many(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What a checkpoint's config says of this layer: enough to build it empty."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.spec.items())
+
+
+class LowRankLinear(CompressedLinear):
+    """``y = (x L) R + b`` with ``L (d_in × rank)`` and ``R (rank × d_out)`` in 16 bits."""
+
+    kind = LowRank.kind
+
+    def __init__(
+        self, d_in: int, d_out: int, rank: int, storage_dtype: str, bias: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(d_in, d_out, bias, dtype)
+        storage = getattr(torch, storage_dtype)
+        self.left = _frozen(torch.empty(d_in, rank, dtype=storage))
+        self.right = _frozen(torch.empty(rank, d_out, dtype=storage))
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "d_in": self.in_features,
+            "d_out": self.out_features,
+            "rank": self.left.shape[1],
+            "storage_dtype": _name(self.left.dtype),
+            "bias": self.bias is not None,
+        }
+
+    def weight(self) -> Float[Tensor, "d_in d_out"]:
+        return self.left.float() @ self.right.float()
+
+    def _few(self, rows: Tensor) -> Tensor:
+        from cospadi.kernels.sparse_product import dense_product
+
+        return dense_product(dense_product(rows.float(), self.left), self.right).to(rows.dtype)
+
+    def _many(self, rows: Tensor) -> Tensor:
+        return rows @ self.left.to(rows.dtype) @ self.right.to(rows.dtype)
+
+
+class SparseDictionaryLinear(CompressedLinear):
+    """``y = x [I D] S + b``: learned atoms ``D`` in 16 bits, ``S`` as values and one bit per coefficient.
+
+    ``fixed_atoms`` is ``none``, or ``identity``: then the first ``d_in`` atoms are the inputs themselves and cost nothing.
+    """
+
+    kind = SparseDictionary.kind
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        atoms: int,
+        n_values: int,
+        storage_dtype: str,
+        fixed_atoms: str = NONE,
+        value_bits: int = 16,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(d_in, d_out, bias, dtype)
+        storage = getattr(torch, storage_dtype)
+        self.fixed_atoms, self.value_bits, self.n_values = fixed_atoms, value_bits, n_values
+        self.all_atoms = atoms + (d_in if fixed_atoms == IDENTITY else 0)
+        self.dictionary = _frozen(torch.empty(d_in, atoms, dtype=storage))
+        values = torch.empty(n_values, dtype=storage)
+        if value_bits != 16:
+            values = torch.empty((n_values * value_bits + 7) // 8, dtype=torch.uint8)
+        self.register_buffer("values", values)
+        self.register_buffer("mask", torch.empty(mask_bits(self.all_atoms, d_out) // 8, dtype=torch.uint8))
+        self._derived: dict[str, Tensor] = {}
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "d_in": self.in_features,
+            "d_out": self.out_features,
+            "atoms": self.dictionary.shape[1],
+            "n_values": self.n_values,
+            "storage_dtype": _name(self.dictionary.dtype),
+            "fixed_atoms": self.fixed_atoms,
+            "value_bits": self.value_bits,
+            "bias": self.bias is not None,
+        }
+
+    def weight(self) -> Float[Tensor, "d_in d_out"]:
+        codes = self._codes().float()
+        n_fixed = self.all_atoms - self.dictionary.shape[1]
+        learned = self.dictionary.float() @ codes[:, n_fixed:].T
+        return learned + codes[:, :n_fixed].T if n_fixed else learned
+
+    def _few(self, rows: Tensor) -> Tensor:
+        from cospadi.kernels.sparse_product import dense_product, sparse_product
+
+        rows, dtype = rows.float(), rows.dtype
+        projected = dense_product(rows, self.dictionary)
+        if self.fixed_atoms == IDENTITY:
+            projected = torch.cat([rows, projected], dim=1)
+        return sparse_product(projected, self.mask, self._values(), self._offsets()).to(dtype)
+
+    def _many(self, rows: Tensor) -> Tensor:
+        """Through the atoms, or through the weight multiplied out: whichever takes fewer operations."""
+        codes = self._codes().to(rows.dtype)
+        dictionary = self.dictionary.to(rows.dtype)
+        (d_in, atoms), d_out, n_fixed = dictionary.shape, self.out_features, self.all_atoms - dictionary.shape[1]
+        through_atoms = len(rows) * (d_in * atoms + self.all_atoms * d_out)
+        through_weight = d_in * d_out * (atoms + len(rows))
+        if through_atoms <= through_weight:
+            projected = rows @ dictionary
+            return F.linear(torch.cat([rows, projected], dim=1) if n_fixed else projected, codes)
+        weight = codes[:, n_fixed:] @ dictionary.T
+        return F.linear(rows, weight.add_(codes[:, :n_fixed]) if n_fixed else weight)
+
+    def _codes(self) -> Float[Tensor, "d_out all_atoms"]:
+        """The coefficients as a dense matrix, a row per output."""
+        if self.mask.device.type == "cpu":
+            from cospadi.kernels.sparse_product import unpack
+
+            return unpack(self.mask, self._values(), self._offsets(), self.all_atoms)
+        shifts = torch.arange(8, device=self.mask.device, dtype=torch.uint8)
+        bits = (self.mask[:, None] >> shifts & 1).flatten()[: self.out_features * self.all_atoms]
+        codes = torch.zeros(len(bits), dtype=self.dictionary.dtype, device=self.mask.device)
+        return codes.masked_scatter_(bits.bool(), self._values()).view(self.out_features, self.all_atoms)
+
+    def _values(self) -> Tensor:
+        """The values, 16 bits each."""
+        if self.value_bits == 16:
+            return self.values
+        return self._once(
+            "values",
+            lambda: unpack_bits(self.values.cpu(), self.value_bits, self.n_values).view(self.dictionary.dtype),
+        )
+
+    def _offsets(self) -> Tensor:
+        """Where the values of each output begin: counted once, from the mask."""
+        from cospadi.kernels.sparse_product import offsets
+
+        return self._once("offsets", lambda: offsets(self.mask.cpu(), self.out_features, self.all_atoms))
+
+    def _once(self, name: str, make: Any) -> Tensor:
+        """Derived tensors belong to the mask and values as they are: others, or another device, and they are made anew."""
+        key = (self.mask.data_ptr(), self.values.data_ptr(), str(self.mask.device))
+        if self._derived.get("key") != key:
+            self._derived = {"key": key}
+        if name not in self._derived:
+            self._derived[name] = make().to(self.mask.device)
+        return self._derived[name]
+
+
+KINDS: dict[str, type[CompressedLinear]] = {c.kind: c for c in (LowRankLinear, SparseDictionaryLinear)}
+
+
+def empty_layer(spec: dict[str, Any], dtype: torch.dtype | None = None) -> CompressedLinear:
+    """The layer that a checkpoint's config describes, its tensors not filled; ``dtype`` is that of a bias.
+
+    Raises:
+        KeyError, TypeError: when the description is not one of `CompressedLinear.spec`.
+    """
+    arguments = dict(spec)
+    return KINDS[arguments.pop("kind")](**arguments, dtype=dtype)
+
+
+def layer_of(factors: Factors, bias: Tensor | None = None) -> CompressedLinear:
+    """The layer that computes with ``factors``.
+
+    Raises:
+        TypeError: for a projection that was left dense, which stays an ordinary layer.
+    """
+    tensors = factors.tensors()
+    if isinstance(factors, LowRank):
+        (d_in, rank), d_out = factors.left.shape, factors.right.shape[1]
+        sizes = {"kind": factors.kind, "d_in": d_in, "d_out": d_out, "rank": rank}
+        sizes["storage_dtype"] = _name(factors.left.dtype)
+    elif isinstance(factors, SparseDictionary):
+        (d_in, atoms), d_out = factors.dictionary.shape, factors.coefficients.shape[1]
+        sizes = {"kind": factors.kind, "d_in": d_in, "d_out": d_out, "atoms": atoms}
+        sizes |= {"n_values": int((factors.coefficients != 0).sum()), "value_bits": factors.value_bits}
+        sizes |= {
+            "storage_dtype": _name(factors.dictionary.dtype),
+            "fixed_atoms": IDENTITY if factors.identity else NONE,
+        }
+    else:
+        raise TypeError(f"A {type(factors).__name__} projection has no compressed layer.")
+    layer = empty_layer(sizes | {"bias": bias is not None}, bias.dtype if bias is not None else None)
+    layer.load_state_dict(tensors | ({"bias": bias} if bias is not None else {}))
+    return layer
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter rather than a buffer, so that layers may share it; it is not trained."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

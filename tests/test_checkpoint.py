@@ -1,0 +1,438 @@
+"""Compressed checkpoints: smaller, whole, bit for bit, and refused in a sentence when something is wrong with them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import cospadi
+from cospadi import checkpoint, cli
+from cospadi.compression import compress_to
+from cospadi.config import CoSpaDiConfig, ModelConfig, SVDLLMConfig
+from cospadi.errors import UserError
+from cospadi.factorization import budget
+from cospadi.factorization.factors import LowRank, SparseDictionary, stored_bits
+from cospadi.factorization.methods import Problem, factorize_all
+from cospadi.layers import CompressedLinear, layer_of
+from cospadi.models import Checkpoint, find_projections
+from cospadi.sources import prepare_model
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+METHODS = {
+    "cospadi": CoSpaDiConfig(name="cospadi", title="", compression_ratio=0.3),
+    "paper": CoSpaDiConfig(
+        name="paper", title="", compression_ratio=0.3, solver="one_shot", accounting="paper", storage_dtype="bfloat16"
+    ),
+    "svd_llm": SVDLLMConfig(name="svd_llm", title="", compression_ratio=0.3),
+}
+
+
+def factors_of(folder, model, method):
+    """What ``method`` makes of every projection, inputs taken as white."""
+    dense = Checkpoint(folder)
+    for projection in find_projections(folder, model):
+        problem = Problem(dense.weight(projection), torch.eye(projection.d_in).double(), torch.ones(projection.d_in))
+        yield projection.name, next(factorize_all(METHODS[method], [problem]))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A function: family and method -> (dense folder, compressed folder), made once."""
+    parent, known = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def make(family="llama", method="cospadi", **options):
+        key = (family, method, *sorted(options.items()))
+        if key not in known:
+            model = ModelConfig(name=family, title=family, source=f"random:{family}", architecture=TINY)
+            dense, out = parent / family, parent / f"{family}-{method}-{len(known)}"
+            if not dense.exists():
+                prepare_model(model, dense)
+            record = {"factorization": asdict(METHODS[method])}
+            checkpoint.write(out, dense, factors_of(dense, model, method), record, **options)
+            known[key] = dense, out
+        return known[key]
+
+    return make
+
+
+@pytest.fixture
+def own(made, tmp_path):
+    """A compressed checkpoint to spoil."""
+    shutil.copytree(made()[1], tmp_path / "own")
+    return tmp_path / "own"
+
+
+def tokens(length=20):
+    return torch.randint(0, 256, (2, length), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model, ids=None):
+    with torch.inference_mode():
+        return model(input_ids=tokens() if ids is None else ids, use_cache=False).logits
+
+
+def in_memory(dense, model, method):
+    """The dense model with its projections multiplied out again: what the compressed one must compute."""
+    network = AutoModelForCausalLM.from_pretrained(dense)
+    for name, factors in factors_of(dense, model, method):
+        network.get_submodule(name).weight.data.copy_(factors.weight().T)
+    return network.eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_loaded_model_computes_what_its_factors_say(made, family, method):
+    dense, folder = made(family, method)
+    model = ModelConfig(name=family, title=family, source=f"random:{family}", architecture=TINY)
+    compressed = cospadi.load(folder)
+    assert sum(isinstance(m, CompressedLinear) for m in compressed.modules()) == 14
+    expected = logits(in_memory(dense, model, method))
+    torch.testing.assert_close(logits(compressed), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_few_tokens_and_many_give_the_same(made, method):
+    model = cospadi.load(made("llama", method)[1])
+    ids = tokens()
+    one_by_one, cache = [], None
+    with torch.inference_mode():
+        for position in range(ids.shape[1]):
+            out = model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            one_by_one.append(out.logits)
+    torch.testing.assert_close(torch.cat(one_by_one, dim=1), logits(model), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saving_and_loading_again_changes_no_bit(made, tmp_path, method):
+    _, folder = made("qwen2", method)
+    first = cospadi.load(folder)
+    first.save_pretrained(tmp_path / "again")
+    second = cospadi.load(tmp_path / "again")
+    assert logits(first).equal(logits(second))
+    before, after = first.state_dict(), second.state_dict()
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) and before[name].dtype == after[name].dtype for name in before)
+    old, new = (checkpoint.ledger(f) for f in (folder, tmp_path / "again"))
+    assert old["projection_bytes"] == new["projection_bytes"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_keep_the_stored_factors(made, tmp_path, dtype):
+    model = cospadi.load(made()[1], dtype=dtype)
+    layer = model.model.layers[0].mlp.up_proj
+    assert (layer.dictionary.dtype, layer.values.dtype) == (torch.float16, torch.float16)
+    assert model.model.embed_tokens.weight.dtype == dtype
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    model.save_pretrained(tmp_path / "again")
+    again = cospadi.load(tmp_path / "again")
+    assert logits(model).equal(logits(again))
+    expected = logits(cospadi.load(made()[1]))
+    assert (logits(model).float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_shards_hold_the_same_and_each_its_own_checksums(made):
+    whole, parts = made()[1], made(shard_bytes=20_000)[1]
+    assert len(list(parts.glob("model-*.safetensors"))) > 3
+    assert (parts / "model.safetensors.index.json").is_file()
+    assert logits(cospadi.load(whole)).equal(logits(cospadi.load(parts)))
+    assert checkpoint.ledger(whole)["projection_bytes"] == checkpoint.ledger(parts)["projection_bytes"]
+
+
+def test_plain_transformers_reads_it_wherever_cospadi_was_imported(made):
+    model = AutoModelForCausalLM.from_pretrained(made()[1], device_map="cpu")
+    assert logits(model.eval()).equal(logits(cospadi.load(made()[1])))
+    for order in ("import cospadi; import transformers", "import transformers; import cospadi"):
+        code = f"{order}\nfrom transformers import AutoModelForCausalLM as M\n"
+        code += f"m = M.from_pretrained({str(made()[1])!r})\nprint(type(m.model.layers[0].mlp.up_proj).__name__)"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == "SparseDictionaryLinear"
+
+
+def test_importing_cospadi_does_not_import_transformers():
+    code = "import sys, cospadi; print('transformers' in sys.modules, 'torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False False"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_densified_model_agrees(made, tmp_path, method):
+    _, folder = made("qwen2", method)
+    checkpoint.densify(folder, tmp_path / "dense", "float32")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert not any(isinstance(m, CompressedLinear) for m in plain.modules())
+    expected = logits(cospadi.load(folder))
+    assert (logits(plain.eval()) - expected).norm() <= 1e-4 * expected.norm()
+    unpacked = cospadi.load(folder).dequantize(torch.float32)
+    assert (logits(unpacked) - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_ledger_counts_the_files_and_keeps_the_budget(made, method):
+    dense, folder = made("llama", method)
+    found = checkpoint.ledger(folder)
+    with safe_open(folder / "model.safetensors", "pt") as tensors:
+        sizes = {n: t.numel() * t.element_size() for n in tensors.keys() for t in [tensors.get_tensor(n)]}  # noqa: SIM118
+    projections = sum(size for name, size in sizes.items() if "_proj." in name)
+    assert found["projection_bytes"] == projections
+    assert found["other_bytes"] == sum(sizes.values()) - projections
+    for row in found["projections"]:
+        assert 8 * row["bytes"] <= budget.budget_bits(row["d_in"], row["d_out"], 0.3)
+    assert found["file_bytes"] < sum(f.stat().st_size for f in dense.glob("*.safetensors"))
+
+
+def test_no_layer_keeps_more_in_memory_than_its_checkpoint_stores(made):
+    model = cospadi.load(made()[1])
+    held = sum(
+        tensor.numel() * tensor.element_size()
+        for layer in model.modules()
+        if isinstance(layer, CompressedLinear)
+        for tensor in [*layer.parameters(), *layer.buffers()]
+    )
+    assert held == checkpoint.ledger(made()[1])["projection_bytes"]
+
+
+# --- what is refused
+
+
+def edited(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"], config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def refused_by_both(folder, sentence):
+    """By `cospadi.load`, and by plain transformers before it returns a model."""
+    with pytest.raises(UserError, match=sentence):
+        cospadi.load(folder)
+    with pytest.raises(Exception, match=r".") as refusal:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert refusal.value is not None
+
+
+def test_a_truncated_shard_is_refused(own):
+    file = own / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused_by_both(own, "damaged or cut short")
+
+
+@pytest.mark.parametrize("place", [-1, -5000, -40000])
+def test_a_flipped_byte_is_refused(own, place):
+    file = own / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(bytes(data))
+    refused_by_both(own, "differ from their checksums")
+
+
+def test_a_damaged_header_is_refused(own):
+    file = own / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[30] ^= 255
+    file.write_bytes(bytes(data))
+    refused_by_both(own, "damaged")
+
+
+def test_a_missing_shard_is_refused(made, tmp_path):
+    shutil.copytree(made(shard_bytes=20_000)[1], tmp_path / "own")
+    next((tmp_path / "own").glob("model-00002-*")).unlink()
+    refused_by_both(tmp_path / "own", "is missing")
+
+
+def test_a_newer_format_is_refused(own):
+    edited(own, lambda found, _: found.update(format_version=99))
+    refused_by_both(own, "has format_version 99, this cospadi reads up to 1")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda m: m.update({"model.layers.7.mlp.up_proj": m["model.layers.1.mlp.up_proj"]}), "names model.layers.7"),
+        (lambda m: m.update({"model.norm": m["model.layers.1.mlp.up_proj"]}), "which is a LlamaRMSNorm, not a Linear"),
+        (lambda m: m["model.layers.1.mlp.up_proj"].update(d_in=31), "makes model.layers.1.mlp.up_proj 31×48"),
+        (lambda m: m["model.layers.1.mlp.up_proj"].update(kind="magic"), "in a way this cospadi does not know"),
+        (lambda m: m["model.layers.1.mlp.up_proj"].update(colour=3), "in a way this cospadi does not know"),
+        (lambda m: m["model.layers.1.mlp.up_proj"].update(atoms=5), "does not fill its model|size|shape"),
+        (lambda m: m.pop("model.layers.1.mlp.up_proj"), "does not fill its model"),
+        (lambda m: m.clear(), "names no compressed modules"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(own, change, sentence):
+    edited(own, lambda found, _: change(found["modules"]))
+    with pytest.raises((UserError, RuntimeError), match=sentence):
+        cospadi.load(own)
+
+
+@pytest.mark.parametrize("command", [["info"], ["generate", "PATH", "hello"], ["densify", "PATH", "OUT"]])
+@pytest.mark.parametrize("what", ["nowhere", "empty", "dense", "file"])
+def test_what_is_no_compressed_checkpoint_is_refused(made, tmp_path, command, what, capsys):
+    path = {"nowhere": tmp_path / "nowhere", "empty": tmp_path, "dense": made()[0], "file": tmp_path / "file"}[what]
+    (tmp_path / "file").write_text("{}")
+    words = [{"PATH": str(path), "OUT": str(tmp_path / "out")}.get(word, word) for word in command]
+    assert cli.main(words if "PATH" in command else [*words, str(path)]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert "no checkpoint" in told or "is not compressed by cospadi" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_factors_of_another_model_are_refused(made, tmp_path):
+    dense, _ = made()
+    stranger = LowRank(torch.ones(4, 1).half(), torch.ones(1, 4).half())
+    with pytest.raises(UserError, match=r"which .* does not hold"):
+        checkpoint.write(tmp_path / "out", dense, [("model.layers.9.mlp.up_proj", stranger)], {})
+    assert not (tmp_path / "out").exists()
+
+
+# --- layers
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(1, 40), st.booleans(),
+    st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from([14, 16]),
+)  # fmt: skip
+def test_a_layer_is_its_factors(d_in, d_out, atoms, density, rows, with_bias, dtype, value_bits):
+    draw = torch.Generator().manual_seed(d_in * 41 + d_out)
+    kept = torch.rand(atoms, d_out, generator=draw) < density
+    factors = SparseDictionary.normalized(
+        torch.randn(d_in, atoms, generator=draw), torch.randn(atoms, d_out, generator=draw) * kept, dtype, value_bits
+    )
+    bias = torch.randn(d_out, generator=draw) if with_bias else None
+    layer = layer_of(factors, bias)
+    inputs = torch.randn(rows, d_in, generator=draw)
+    expected = inputs @ factors.weight() + (bias if with_bias else 0)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(inputs), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer._many(inputs), inputs @ factors.weight(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.weight(), factors.weight(), rtol=1e-5, atol=1e-6)
+    bits = sum(8 * t.numel() * t.element_size() for n, t in layer.state_dict().items() if n != "bias")
+    assert bits == stored_bits(factors)
+
+
+@pytest.mark.parametrize("atoms", [0, 5])
+@pytest.mark.parametrize("rows", [1, 30])
+def test_identity_atoms_stand_before_the_learned_ones(atoms, rows):
+    d_in, d_out = 12, 9
+    draw = torch.Generator().manual_seed(atoms)
+    codes = torch.randn(d_in + atoms, d_out, generator=draw) * (torch.rand(d_in + atoms, d_out, generator=draw) < 0.4)
+    dictionary = torch.randn(d_in, atoms, generator=draw).half()
+    factors = SparseDictionary(dictionary, codes.half(), identity=True)
+    layer = layer_of(factors)
+    back = SparseDictionary.from_tensors(factors.tensors() | {"d_out": torch.tensor(d_out)})
+    assert back.identity
+    assert back.coefficients.equal(factors.coefficients)
+    weight = torch.cat([torch.eye(d_in), dictionary.float()], dim=1) @ codes.half().float()
+    inputs = torch.randn(rows, d_in, generator=draw)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(inputs), inputs @ weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.weight(), weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(factors.weight(), weight, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_flow_through_to_the_inputs(made):
+    layer = cospadi.load(made()[1]).model.layers[0].mlp.up_proj
+    inputs = torch.randn(3, 32, requires_grad=True)
+    layer(inputs).sum().backward()
+    torch.testing.assert_close(inputs.grad, layer.weight().sum(dim=1).expand(3, 32), rtol=1e-3, atol=1e-4)
+
+
+# --- the commands
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """``cospadi compress`` of a tiny model, its work kept."""
+    folder = tmp_path_factory.mktemp("compress")
+    command = ["compress", "tiny_llama", str(folder / "out"), "--ratio", "0.3", "--keep-work"]
+    assert cli.main([*command, "--set", "calibration=smoke"]) == 0
+    return folder
+
+
+def test_compress_writes_what_load_reads(compressed, capsys):
+    model = cospadi.load(compressed / "out")
+    assert sum(isinstance(m, CompressedLinear) for m in model.modules()) == 14
+    found = checkpoint.ledger(compressed / "out")
+    assert 0.3 <= found["removed"] < 0.35
+    assert found["record"]["factorization"]["name"] == "cospadi"
+    assert cli.main(["info", str(compressed / "out")]) == 0
+    assert "30." in capsys.readouterr().out
+    assert cli.main(["info", str(compressed / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["removed"] == found["removed"]
+
+
+def test_compress_goes_on_where_it_was_cut_off(compressed, monkeypatch):
+    from cospadi import stages
+
+    def refuse(*_):
+        raise AssertionError("this was finished")
+
+    settings = ["factorization=cospadi", "factorization.compression_ratio=0.3", "calibration=smoke"]
+    settings += ["factorization.device=auto", "calibration.device=auto"]
+    for stage in ("prepare_model", "prepare_text", "calibrate", "factorize"):
+        monkeypatch.setattr(stages, stage, refuse)
+    compress_to("tiny_llama", compressed / "out", settings, keep_work=True)
+    monkeypatch.undo()
+    for stage in ("prepare_model", "prepare_text", "calibrate"):
+        monkeypatch.setattr(stages, stage, refuse)
+    settings[1] = "factorization.compression_ratio=0.5"
+    found = compress_to("tiny_llama", compressed / "out", settings, keep_work=True)
+    assert found["removed"] > 0.5
+
+
+def test_compress_takes_a_folder_and_a_text_file(made, compressed, tmp_path):
+    text = tmp_path / "my text's.txt"
+    text.write_text("A line is a document, and this one is repeated.\n" * 60)
+    settings = ["factorization=svd_llm", "calibration.n_samples=8", "calibration.sample_length=32"]
+    found = compress_to(str(made()[0]), tmp_path / "out", [*settings, "calibration.damping=1e-3"], str(text))
+    assert found["removed"] >= 0.2
+    assert not (tmp_path / "out.work").exists()
+    cospadi.load(tmp_path / "out")
+
+
+def test_compress_leaves_a_strangers_folder_alone(made, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert cli.main(["compress", "tiny_llama", str(tmp_path / "mine"), "--set", "calibration=smoke"]) == 1
+    assert "left alone" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_generate_prints_the_prompt_and_more(compressed, capsys):
+    assert cli.main(["generate", str(compressed / "out"), "hello", "--tokens", "8"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("hello")
+    assert cli.main(["generate", str(compressed / "out"), "hello", "--tokens", "8"]) == 0
+    assert capsys.readouterr().out == first
+    assert cli.main(["generate", str(compressed / "out"), "", "--tokens", "8"]) == 1
+
+
+def test_compress_in_python(made, tmp_path):
+    from transformers import AutoTokenizer
+
+    dense = made("qwen2")[0]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
+    texts = ["The quick brown fox jumps over the lazy dog, again and again."] * 40
+    settings = ["calibration.n_samples=8", "calibration.sample_length=64", "calibration.damping=1e-3"]
+    smaller = cospadi.compress(model, tokenizer, compression_ratio=0.3, texts=texts, overrides=settings)
+    expected = logits(smaller.eval())
+    smaller.save_pretrained(tmp_path / "out")
+    assert checkpoint.ledger(tmp_path / "out")["removed"] >= 0.3
+    assert logits(cospadi.load(tmp_path / "out")).equal(expected)
+    with pytest.raises(UserError, match="compressed already"):
+        cospadi.compress(smaller, tokenizer, compression_ratio=0.3, texts=texts, overrides=settings)
