@@ -166,6 +166,10 @@ def _add_benches(stages) -> None:
     solver = benches.add_parser("solver", help=summary, description=summary, allow_abbrev=False)
     arguments.add_solver_options(solver)
     solver.set_defaults(run=_bench_solver)
+    summary = "compressed models beside the dense one: bytes, prefill and decode speed"
+    inference = benches.add_parser("inference", help=summary, description=summary, allow_abbrev=False)
+    arguments.add_inference_options(inference)
+    inference.set_defaults(run=_bench_inference)
 
 
 def _config(options: argparse.Namespace):
@@ -274,6 +278,12 @@ def _bench_solver(o: argparse.Namespace) -> None:
     from cospadi.bench import solver
 
     solver.run(o)
+
+
+def _bench_inference(o: argparse.Namespace) -> None:
+    from cospadi.bench import inference
+
+    inference.run(o)
 
 
 if __name__ == "__main__":

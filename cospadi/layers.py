@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cospadi.errors import UserError
 from cospadi.factorization.budget import mask_bits
 from cospadi.factorization.factors import Factors, LowRank, SparseDictionary, unpack_bits
 
@@ -34,7 +35,7 @@ class CompressedLinear(nn.Module):
 
     def forward(self, inputs: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         rows = inputs.reshape(-1, self.in_features)
-        few = len(rows) <= FEW and not torch.is_grad_enabled() and rows.device.type == "cpu"
+        few = len(rows) <= FEW and not torch.is_grad_enabled() and rows.device.type in ("cpu", "cuda")
         outputs = self._few(rows) if few else self._many(rows)
         outputs = outputs if self.bias is None else outputs + self.bias
         return outputs.view(*inputs.shape[:-1], self.out_features)
@@ -86,6 +87,8 @@ class LowRankLinear(CompressedLinear):
         return self.left.float() @ self.right.float()
 
     def _few(self, rows: Tensor) -> Tensor:
+        if rows.is_cuda:
+            return self._many(rows)
         from cospadi.kernels.sparse_product import dense_product
 
         return dense_product(dense_product(rows.float(), self.left), self.right).to(rows.dtype)
@@ -147,6 +150,17 @@ class SparseDictionaryLinear(CompressedLinear):
         return learned + codes[:, :n_fixed].T if n_fixed else learned
 
     def _few(self, rows: Tensor) -> Tensor:
+        return self._few_on_gpu(rows) if rows.is_cuda else self._few_on_cpu(rows)
+
+    def _few_on_gpu(self, rows: Tensor) -> Tensor:
+        from cospadi.kernels.triton_product import sparse_product
+
+        projected = rows @ self.dictionary.to(rows.dtype)
+        if self.fixed_atoms == IDENTITY:
+            projected = torch.cat([rows, projected], dim=1)
+        return sparse_product(projected, self.mask, self._values(), self._offsets(), self.out_features)
+
+    def _few_on_cpu(self, rows: Tensor) -> Tensor:
         from cospadi.kernels.sparse_product import dense_product, sparse_product
 
         rows, dtype = rows.float(), rows.dtype
@@ -174,6 +188,11 @@ class SparseDictionaryLinear(CompressedLinear):
             from cospadi.kernels.sparse_product import unpack
 
             return unpack(self.mask, self._values(), self._offsets(), self.all_atoms)
+        if self.mask.is_cuda:
+            from cospadi.kernels import triton_product
+
+            sizes = self.out_features, self.all_atoms
+            return triton_product.unpack(self.mask, self._values(), self._offsets(), *sizes)
         shifts = torch.arange(8, device=self.mask.device, dtype=torch.uint8)
         bits = (self.mask[:, None] >> shifts & 1).flatten()[: self.out_features * self.all_atoms]
         codes = torch.zeros(len(bits), dtype=self.dictionary.dtype, device=self.mask.device)
@@ -192,7 +211,15 @@ class SparseDictionaryLinear(CompressedLinear):
         """Where the values of each output begin: counted once, from the mask."""
         from cospadi.kernels.sparse_product import offsets
 
-        return self._once("offsets", lambda: offsets(self.mask.cpu(), self.out_features, self.all_atoms))
+        def count() -> Tensor:
+            found = offsets(self.mask.cpu(), self.out_features, self.all_atoms)
+            if int(found[-1]) != self.n_values:  # the kernels read where the mask tells them to
+                raise UserError(
+                    f"A mask has {int(found[-1])} bits set for {self.n_values} values. Get the checkpoint again."
+                )
+            return found
+
+        return self._once("offsets", count)
 
     def _once(self, name: str, make: Any) -> Tensor:
         """Derived tensors belong to the mask and values as they are: others, or another device, and they are made anew."""

@@ -345,6 +345,13 @@ def test_identity_atoms_stand_before_the_learned_ones(atoms, rows):
     torch.testing.assert_close(factors.weight(), weight, rtol=1e-5, atol=1e-6)
 
 
+def test_a_mask_that_disagrees_with_its_values_is_refused(made):
+    layer = cospadi.load(made()[1]).model.layers[0].mlp.up_proj
+    layer.mask[0] ^= 1
+    with pytest.raises(UserError, match="bits set for"), torch.inference_mode():
+        layer(torch.ones(1, 32))
+
+
 def test_gradients_flow_through_to_the_inputs(made):
     layer = cospadi.load(made()[1]).model.layers[0].mlp.up_proj
     inputs = torch.randn(3, 32, requires_grad=True)

@@ -34,3 +34,25 @@ def add_solver_options(parser: argparse.ArgumentParser) -> None:
     report.add_argument("--json", type=Path, metavar="FILE", help="a list of measurements, kept up to date")
     report.add_argument("--markdown", type=Path, metavar="FILE", help="what is printed")
     report.add_argument("--figure", type=Path, metavar="FILE", help="error over seconds, .png or .svg")
+
+
+def add_inference_options(parser: argparse.ArgumentParser) -> None:
+    """Everything `cospadi.bench.inference.run` reads."""
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("checkpoints", nargs="*", type=Path, help="folders written by cospadi compress")
+    what.add_argument("--dense", type=Path, metavar="FOLDER", help="the checkpoint that they were made from")
+    what.add_argument("--shape", metavar="NAME", help="instead: the projections of a model, random: smollm2-135m")
+    what.add_argument("--ratios", default="0.2,0.3,0.4,0.5", help="of --shape (default %(default)s)")
+    what.add_argument("--rho", type=float, default=3.0, help="of --shape: atoms per non-zero (default %(default)s)")
+    what.add_argument("--prefill", type=int, default=512, metavar="TOKENS", help="read at once (default %(default)s)")
+    what.add_argument("--tokens", type=int, default=32, help="decoded one by one (default %(default)s)")
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of activations")
+    how.add_argument("--rounds", type=int, default=5, help="whose median counts (default %(default)s)")
+    how.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
+    how.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's)")
+
+    report = parser.add_argument_group("reports, besides the Markdown on stdout")
+    report.add_argument("--json", type=Path, metavar="FILE", help="a list of measurements")
+    report.add_argument("--markdown", type=Path, metavar="FILE", help="what is printed")

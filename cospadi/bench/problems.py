@@ -65,6 +65,7 @@ class Shape:
 
 
 SHAPES = {
+    "smollm2-135m": Shape(hidden=576, intermediate=1536, kv=192, blocks=30),
     "llama-3.2-1b": Shape(hidden=2048, intermediate=8192, kv=512, blocks=16),
     "llama-3-8b": Shape(hidden=4096, intermediate=14336, kv=1024, blocks=32),
 }

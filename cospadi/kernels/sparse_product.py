@@ -1,0 +1,574 @@
+"""Products with weights as they are stored, compiled: 16-bit values and the bits of a mask, never a dense matrix.
+
+A decode step reads every weight once and multiplies it with a few rows, so its time is that of reading them. These loops
+take `LANES` weights at a time from memory to float32 registers and use them for up to eight rows. They are written in
+LLVM's own vectors, which numba has no types for: half precision, and expanding, which puts the next values into the
+lanes whose mask bit is set. That is one instruction where a CPU has AVX512-VBMI2, and a slow sequence elsewhere.
+
+Numbers are handed over as addresses: looking at an array takes numba as long as a small product.
+"""
+
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int32, UInt8
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+from torch import Tensor
+
+from cospadi.kernels.compiled import compiled
+
+LANES = 32
+"""Weights taken at a time: as many 16-bit values as a register of 512 bits holds."""
+
+BLOCKS = (8, 4, 2, 1)
+"""Rows multiplied at a time: as many as there are registers for their sums."""
+
+DEPTH = 8
+"""Rows of a dictionary read side by side, for each load and store of the sums."""
+
+LINE = 64
+"""Bytes of a cache line. A load across two of them takes twice as long."""
+
+AHEAD = 2048
+"""Bytes by which values and bits are asked for before their turn: these streams are too slow for a CPU to foresee."""
+
+WORTH = 1 << 19
+"""Multiplications that are worth another thread."""
+
+
+def sparse_product(
+    z: Float32[Tensor, "rows atoms"],
+    mask: UInt8[Tensor, " bytes"],
+    values: Float[Tensor, " nonzeros"],
+    offsets: Int32[Tensor, " d_out_and_one"],
+) -> Float32[Tensor, "rows d_out"]:
+    """``z @ S`` with the coefficients ``S`` in their packed form,
+
+        ``out[r, j] = Σ_{k in support(j)} z[r, k] S[k, j]``.
+
+    A row's result depends neither on the other rows nor on the number of threads.
+
+    Args:
+        z: on the CPU, as are the others.
+        mask: bit ``j · atoms + k``, the lowest of a byte first, is set where ``S[k, j]`` is stored.
+        values: float16 or bfloat16, column by column of ``S``.
+        offsets: what `offsets` says about this mask.
+    """
+    (rows, atoms), d_out = z.shape, len(offsets) - 1
+    z, mask, values, offsets = z.contiguous(), _padded(mask), values.contiguous(), offsets.contiguous()
+    out = z.new_empty(rows, d_out)
+    weight = (mask.data_ptr(), len(mask), values.data_ptr(), offsets.data_ptr())
+    for block, row in _blocks(rows):
+        there = (z.data_ptr() + 4 * atoms * row, atoms, *weight, out.data_ptr() + 4 * d_out * row, d_out)
+        _share(_sparse(block, values.dtype is torch.bfloat16), there, d_out, block * len(values))
+    return out
+
+
+def dense_product(
+    x: Float32[Tensor, "rows d_in"], dictionary: Float[Tensor, "d_in atoms"]
+) -> Float32[Tensor, "rows atoms"]:
+    """``x @ D`` in float32 with a dictionary in 16 bits.
+
+    Args:
+        x: on the CPU.
+        dictionary: float16 or bfloat16, on the CPU.
+    """
+    (rows, d_in), atoms = x.shape, dictionary.shape[1]
+    x, dictionary = x.contiguous(), dictionary.contiguous()
+    out = x.new_empty(rows, atoms)
+    for block, row in _blocks(rows):
+        there = (x.data_ptr() + 4 * d_in * row, d_in, dictionary.data_ptr(), out.data_ptr() + 4 * atoms * row, atoms)
+        _share(_dense(block, dictionary.dtype is torch.bfloat16), there, atoms, block * d_in * atoms, LANES)
+    return out
+
+
+def transposed_product(
+    x: Float32[Tensor, "rows d_in"], weight: Float[Tensor, "d_out d_in"]
+) -> Float32[Tensor, "rows d_out"]:
+    """``x @ Wᵀ`` in float32 with a weight in 16 bits.
+
+    Args:
+        x: on the CPU.
+        weight: float16 or bfloat16, on the CPU.
+    """
+    (rows, d_in), d_out = x.shape, len(weight)
+    x, weight = x.contiguous(), weight.contiguous()
+    out = x.new_empty(rows, d_out)
+    for block, row in _blocks(rows):
+        there = (x.data_ptr() + 4 * d_in * row, d_in, weight.data_ptr(), out.data_ptr() + 4 * d_out * row, d_out)
+        _share(_transposed(block, weight.dtype is torch.bfloat16), there, d_out, block * d_in * d_out)
+    return out
+
+
+def unpack(
+    mask: UInt8[Tensor, " bytes"],
+    values: Float[Tensor, " nonzeros"],
+    offsets: Int32[Tensor, " d_out_and_one"],
+    atoms: int,
+) -> Float32[Tensor, "d_out atoms"]:
+    """``Sᵀ`` in full, from the packed form that `sparse_product` takes."""
+    mask, values, offsets = _padded(mask), values.contiguous(), offsets.contiguous()
+    d_out = len(offsets) - 1
+    out = torch.empty(d_out, atoms)
+    there = (mask.data_ptr(), len(mask), values.data_ptr(), offsets.data_ptr(), out.data_ptr(), atoms)
+    _share(_unpack(values.dtype is torch.bfloat16), there, d_out, d_out * atoms)
+    return out
+
+
+def offsets(mask: UInt8[Tensor, " bytes"], d_out: int, atoms: int) -> Int32[Tensor, " d_out_and_one"]:
+    """Where the values of every output begin, and behind them where the last ones end.
+
+    >>> offsets(torch.tensor([0b10110, 0b1], dtype=torch.uint8), d_out=3, atoms=3).tolist()
+    [0, 2, 3, 4]
+    """
+    mask = _padded(mask)
+    starts = torch.zeros(d_out + 1, dtype=torch.int32)
+    _count(mask.data_ptr(), len(mask), starts.numpy(), atoms)
+    return starts
+
+
+def _padded(mask: Tensor) -> Tensor:
+    """A mask of eight bytes or more: the loops read eight at a time."""
+    return mask.contiguous() if len(mask) >= 8 else torch.nn.functional.pad(mask, (0, 8 - len(mask)))
+
+
+@cache
+def _blocks(rows: int) -> list[tuple[int, int]]:
+    """Sizes and first rows of the blocks that ``rows`` are multiplied in.
+
+    >>> _blocks(11)
+    [(8, 0), (2, 8), (1, 10)]
+    """
+    blocks, row = [], 0
+    for block in BLOCKS:
+        while rows - row >= block:
+            blocks.append((block, row))
+            row += block
+    return blocks
+
+
+def _share(loop: Callable, there: tuple[int, ...], count: int, work: int, unit: int = 1) -> None:
+    """``loop`` over ``count`` outputs, in pieces of whole ``unit``: one here, the others in threads of their own."""
+    units = -(-count // unit)
+    pieces = min(torch.get_num_threads(), work // WORTH, units)
+    if pieces <= 1:
+        loop(*there, 0, count)
+        return
+    bounds = [min(count, unit * (units * piece // pieces)) for piece in range(pieces + 1)]
+    (first, last), *others = itertools.pairwise(bounds)
+    waiting = [_threads(pieces - 1).submit(loop, *there, *part) for part in others]
+    loop(*there, first, last)
+    for other in waiting:
+        other.result()
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Kept for the life of the process: a call here is shorter than the start of a thread."""
+    return ThreadPoolExecutor(count)
+
+
+# --- LLVM's vectors -----------------------------------------------------------------------------------------------------
+
+FLOAT, HALF, SHORT, INT = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.IntType(32)
+
+
+class Lanes(types.Type):
+    """``rows`` times `LANES` float32 in registers."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        super().__init__(f"Lanes({rows})")
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, lanes):
+        super().__init__(manager, lanes, ir.VectorType(FLOAT, lanes.rows * LANES))
+
+
+# Helpers of the intrinsics below: they write LLVM instructions, ``builder`` says where.
+
+
+def _pointer(builder, address, kind):
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def _call(builder, name, result, *arguments, fastmath=()):
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, arguments, fastmath=fastmath)
+
+
+def _chosen(builder, bits):
+    """The lanes whose bit is set."""
+    return builder.bitcast(builder.trunc(bits, INT), ir.VectorType(ir.IntType(1), LANES))
+
+
+def _first(builder, count):
+    """A bit for each of the first ``count`` lanes."""
+    one = ir.Constant(count.type, 1)
+    return builder.sub(builder.shl(one, count), one)
+
+
+def _masked_load(builder, pointer, lanes, kind):
+    """The chosen lanes from memory, zero in the others, whose memory is not touched."""
+    name, size = ("f32", 4) if kind.element == FLOAT else ("i16", 2)
+    name = f"llvm.masked.load.v{LANES}{name}.p0"
+    return _call(builder, name, kind, pointer, ir.Constant(INT, size), lanes, ir.Constant(kind, None))
+
+
+def _has(context, feature):
+    """Whether the CPU that the code is for has an instruction set."""
+    return f"+{feature}" in context.codegen().magic_tuple()[2].split(",")
+
+
+def _widened(context, builder, words, brain):
+    """float32 from 16 bits, exactly."""
+    whole, floats = ir.VectorType(INT, LANES), ir.VectorType(FLOAT, LANES)
+    if not brain and _has(context, "f16c"):
+        return builder.fpext(builder.bitcast(words, ir.VectorType(HALF, LANES)), floats)
+
+    def constant(number):
+        return ir.Constant(whole, [number] * LANES)
+
+    wide = builder.zext(words, whole)
+    if brain:  # bfloat16 is the upper half
+        return builder.bitcast(builder.shl(wide, constant(16)), floats)
+    sign = builder.shl(builder.and_(wide, constant(0x8000)), constant(16))
+    size = builder.shl(builder.and_(wide, constant(0x7FFF)), constant(13))
+    endless = builder.icmp_signed(">=", size, constant(0x7C00 << 13))  # infinite, or not a number
+    size = builder.fmul(
+        builder.bitcast(size, floats), ir.Constant(floats, [2.0**112] * LANES)
+    )  # exponents begin elsewhere
+    size = builder.bitcast(size, whole)
+    size = builder.select(endless, builder.or_(size, constant(0x7F800000)), size)
+    return builder.bitcast(builder.or_(sign, size), floats)
+
+
+def _shuffled(builder, left, right, picks):
+    return builder.shuffle_vector(left, right, ir.Constant(ir.VectorType(INT, len(picks)), list(picks)))
+
+
+def _joined(builder, parts):
+    """Vectors of one length one behind the other; their number is a power of two."""
+    while len(parts) > 1:
+        picks = range(2 * parts[0].type.count)
+        parts = [_shuffled(builder, *pair, picks) for pair in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def _is(kind, value):
+    """Whether an argument is known when a loop is compiled, and to be ``value``."""
+    return isinstance(kind, types.Literal) and kind.literal_value == value
+
+
+@intrinsic(prefer_literal=True)
+def _zeros(context, rows):
+    def code(context, builder, signature, arguments):
+        return ir.Constant(context.get_value_type(signature.return_type), None)
+
+    return Lanes(rows.literal_value)(rows), code
+
+
+@intrinsic(prefer_literal=True)
+def _address(context, array):
+    """The first cache line that begins in an array. Ask again at each use: numba frees what it sees no more use of."""
+
+    def code(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        last = ir.Constant(ir.IntType(64), LINE - 1)
+        return builder.and_(builder.add(builder.ptrtoint(data, last.type), last), builder.not_(last))
+
+    return types.int64(array), code
+
+
+@intrinsic(prefer_literal=True)
+def _prefetch(context, address):
+    """Ask for a cache line. No address is wrong here."""
+
+    def code(context, builder, signature, arguments):
+        read, keep, data = (ir.Constant(INT, number) for number in (0, 3, 1))
+        pointer = _pointer(builder, arguments[0], SHORT)
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
+
+    return types.void(types.int64), code
+
+
+@intrinsic(prefer_literal=True)
+def _int32(context, address):
+    def code(context, builder, signature, arguments):
+        return builder.sext(builder.load(_pointer(builder, arguments[0], INT), align=4, typ=INT), ir.IntType(64))
+
+    return types.int64(address), code
+
+
+@intrinsic(prefer_literal=True)
+def _popcount(context, bits):
+    def code(context, builder, signature, arguments):
+        return builder.ctpop(arguments[0])
+
+    return types.int64(bits), code
+
+
+@intrinsic(prefer_literal=True)
+def _bits(context, mask, n_bytes, bit, count):
+    """The ``count`` bits of the mask from ``bit`` on, read from eight bytes that lie within it."""
+
+    def code(context, builder, signature, arguments):
+        mask, n_bytes, bit, count = arguments
+        start = builder.ashr(bit, ir.Constant(bit.type, 3))
+        latest = builder.sub(n_bytes, ir.Constant(bit.type, 8))
+        start = builder.select(builder.icmp_signed("<", start, latest), start, latest)
+        word = builder.load(_pointer(builder, builder.add(mask, start), bit.type), align=1, typ=bit.type)
+        skipped = builder.sub(bit, builder.shl(start, ir.Constant(bit.type, 3)))
+        return builder.and_(builder.lshr(word, skipped), _first(builder, count))
+
+    return types.int64(types.int64, types.int64, types.int64, types.int64), code
+
+
+@intrinsic(prefer_literal=True)
+def _expand(context, address, bits, brain):
+    """The next values where a bit is set, zero elsewhere."""
+
+    def code(context, builder, signature, arguments):
+        words = ir.VectorType(SHORT, LANES)
+        pointer, bits = _pointer(builder, arguments[0], words), _chosen(builder, arguments[1])
+        nothing = ir.Constant(words, None)
+        if _has(context, "avx512vbmi2"):  # `expandload` itself takes twice as long
+            next_ones = _chosen(builder, _first(builder, builder.ctpop(arguments[1])))
+            near = _masked_load(builder, pointer, next_ones, words)
+            taken = _call(builder, f"llvm.x86.avx512.mask.expand.v{LANES}i16", words, near, nothing, bits)
+        else:
+            taken = _call(builder, f"llvm.masked.expandload.v{LANES}i16", words, pointer, bits, nothing)
+        return _widened(context, builder, taken, brain.literal_value)
+
+    return Lanes(1)(types.int64, types.int64, brain), code
+
+
+@intrinsic(prefer_literal=True)
+def _load16(context, address, count, brain):
+    """The first ``count`` of `LANES` values."""
+
+    def code(context, builder, signature, arguments):
+        words = ir.VectorType(SHORT, LANES)
+        pointer = _pointer(builder, arguments[0], words)
+        if _is(count, LANES):
+            taken = builder.load(pointer, align=2, typ=words)
+        else:
+            taken = _masked_load(builder, pointer, _chosen(builder, _first(builder, arguments[1])), words)
+        return _widened(context, builder, taken, brain.literal_value)
+
+    return Lanes(1)(types.int64, count if _is(count, LANES) else types.int64, brain), code
+
+
+@intrinsic(prefer_literal=True)
+def _stack(context, address, stride, count, rows):
+    """The first ``count`` of `LANES` numbers of each row, rows ``stride`` bytes apart."""
+
+    def code(context, builder, signature, arguments):
+        floats = ir.VectorType(FLOAT, LANES)
+        address, stride, number, _ = arguments
+        parts = []
+        for _ in range(rows.literal_value):
+            pointer = _pointer(builder, address, floats)
+            if _is(count, LANES):
+                parts.append(builder.load(pointer, align=4, typ=floats))
+            else:
+                parts.append(_masked_load(builder, pointer, _chosen(builder, _first(builder, number)), floats))
+            address = builder.add(address, stride)
+        return _joined(builder, parts)
+
+    count_type = count if _is(count, LANES) else types.int64
+    return Lanes(rows.literal_value)(types.int64, types.int64, count_type, rows), code
+
+
+@intrinsic(prefer_literal=True)
+def _spread(context, address, stride, rows):
+    """A number of every row, in all lanes of its row."""
+
+    def code(context, builder, signature, arguments):
+        address, stride, _ = arguments
+        parts = []
+        for _ in range(rows.literal_value):
+            number = builder.load(_pointer(builder, address, FLOAT), align=4, typ=FLOAT)
+            one = builder.insert_element(ir.Constant(ir.VectorType(FLOAT, 1), None), number, ir.Constant(INT, 0))
+            parts.append(_shuffled(builder, one, one, [0] * LANES))
+            address = builder.add(address, stride)
+        return _joined(builder, parts)
+
+    return Lanes(rows.literal_value)(types.int64, types.int64, rows), code
+
+
+@intrinsic(prefer_literal=True)
+def _add(context, total, weights, others):
+    """``total + weights · others``, the same weights for every row."""
+
+    def code(context, builder, signature, arguments):
+        total, weights, others = arguments
+        repeated = _shuffled(builder, weights, weights, list(range(LANES)) * signature.args[0].rows)
+        name = f"llvm.fmuladd.v{total.type.count}f32"
+        return _call(builder, name, total.type, repeated, others, total)
+
+    return total(total, weights, others), code
+
+
+@intrinsic(prefer_literal=True)
+def _store(context, address, lanes):
+    def code(context, builder, signature, arguments):
+        builder.store(arguments[1], _pointer(builder, arguments[0], arguments[1].type), align=4)
+
+    return types.void(types.int64, lanes), code
+
+
+@intrinsic(prefer_literal=True)
+def _store_some(context, address, lanes, count):
+    """The first ``count`` lanes to memory."""
+
+    def code(context, builder, signature, arguments):
+        address, lanes, count = arguments
+        pointer, four = _pointer(builder, address, lanes.type), ir.Constant(INT, 4)
+        some = _chosen(builder, _first(builder, count))
+        _call(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), lanes, pointer, four, some)
+
+    return types.void(types.int64, lanes, types.int64), code
+
+
+@intrinsic(prefer_literal=True)
+def _store_sums(context, address, stride, lanes):
+    """The sum over its lanes for each row, ``stride`` bytes apart."""
+
+    def code(context, builder, signature, arguments):
+        address, stride, total = arguments
+        for row in range(lanes.rows):
+            part = _shuffled(builder, total, total, range(LANES * row, LANES * row + LANES))
+            name = f"llvm.vector.reduce.fadd.v{LANES}f32"
+            number = _call(builder, name, FLOAT, ir.Constant(FLOAT, 0.0), part, fastmath=["reassoc"])
+            builder.store(number, _pointer(builder, address, FLOAT), align=4)
+            address = builder.add(address, stride)
+
+    return types.void(types.int64, types.int64, lanes), code
+
+
+@compiled
+def _count(mask, n_bytes, starts, atoms):
+    """Bits in front of every output."""
+    count = 0
+    for j in range(len(starts) - 1):
+        starts[j] = count
+        for column in range(0, atoms, 56):
+            count += _popcount(_bits(mask, n_bytes, j * atoms + column, min(56, atoms - column)))
+    starts[-1] = count
+
+
+# --- loops --------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _sparse(rows, brain):
+    """The loop of `sparse_product` for a block of rows: a word of the mask is decoded once for all of them."""
+
+    def loop(z, atoms, mask, n_bytes, values, starts, out, d_out, first, last):
+        words = (atoms + LANES - 1) // LANES
+        padded = np.empty(rows * words * LANES + LINE // 4, np.float32)
+        stride = 4 * words * LANES
+        for row in range(rows):
+            for word in range(words):
+                part = _stack(z + 4 * (row * atoms + LANES * word), 0, min(LANES, atoms - LANES * word), 1)
+                _store(_address(padded) + row * stride + 4 * LANES * word, part)
+        for j in range(first, last):
+            total = _zeros(rows)
+            value = values + 2 * _int32(starts + 4 * j)
+            for word in range(words):
+                bits = _bits(mask, n_bytes, j * atoms + LANES * word, min(LANES, atoms - LANES * word))
+                total = _add(
+                    total, _expand(value, bits, brain), _stack(_address(padded) + 4 * LANES * word, stride, LANES, rows)
+                )
+                value += 2 * _popcount(bits)
+                _prefetch(value + AHEAD)
+            _prefetch(mask + j * atoms // 8 + AHEAD)
+            _store_sums(out + 4 * j, 4 * d_out, total)
+
+    return compiled(loop)
+
+
+@cache
+def _dense(rows, brain):
+    """The loop of `dense_product`: `DEPTH` rows of the dictionary at a time, so that memory is read in order.
+
+    One lane's sums over all of its rows would need no stores, but touch another page every few steps.
+    """
+
+    def loop(x, d_in, dictionary, out, atoms, first, last):
+        words = (last - first + LANES - 1) // LANES
+        sums = np.zeros(words * rows * LANES + LINE // 4, np.float32)
+        for top in range(0, d_in, DEPTH):
+            bottom = min(top + DEPTH, d_in)
+            for word in range(words):
+                place = _address(sums) + 4 * LANES * rows * word
+                column = first + LANES * word
+                count = min(LANES, last - column)
+                total = _stack(place, 4 * LANES, LANES, rows)
+                for i in range(bottom, bottom + DEPTH):
+                    _prefetch(dictionary + 2 * (i * atoms + column))
+                if count == LANES:
+                    for i in range(top, bottom):
+                        weights = _load16(dictionary + 2 * (i * atoms + column), LANES, brain)
+                        total = _add(total, weights, _spread(x + 4 * i, 4 * d_in, rows))
+                else:
+                    for i in range(top, bottom):
+                        weights = _load16(dictionary + 2 * (i * atoms + column), count, brain)
+                        total = _add(total, weights, _spread(x + 4 * i, 4 * d_in, rows))
+                _store(place, total)
+        for row in range(rows):
+            for word in range(words):
+                column = first + LANES * word
+                part = _stack(_address(sums) + 4 * LANES * (rows * word + row), 0, LANES, 1)
+                _store_some(out + 4 * (row * atoms + column), part, min(LANES, last - column))
+
+    return compiled(loop)
+
+
+@cache
+def _transposed(rows, brain):
+    """The loop of `transposed_product`: dot products."""
+
+    def loop(x, d_in, weight, out, d_out, first, last):
+        whole = d_in - d_in % LANES
+        for j in range(first, last):
+            total = _zeros(rows)
+            for i in range(0, whole, LANES):
+                _prefetch(weight + 2 * (j * d_in + i) + AHEAD)
+                total = _add(
+                    total, _load16(weight + 2 * (j * d_in + i), LANES, brain), _stack(x + 4 * i, 4 * d_in, LANES, rows)
+                )
+            if whole < d_in:
+                rest = _load16(weight + 2 * (j * d_in + whole), d_in - whole, brain)
+                total = _add(total, rest, _stack(x + 4 * whole, 4 * d_in, d_in - whole, rows))
+            _store_sums(out + 4 * j, 4 * d_out, total)
+
+    return compiled(loop)
+
+
+@cache
+def _unpack(brain):
+    """The loop of `unpack`."""
+
+    def loop(mask, n_bytes, values, starts, out, atoms, first, last):
+        for j in range(first, last):
+            value = values + 2 * _int32(starts + 4 * j)
+            for column in range(0, atoms, LANES):
+                count = min(LANES, atoms - column)
+                bits = _bits(mask, n_bytes, j * atoms + column, count)
+                _store_some(out + 4 * (j * atoms + column), _expand(value, bits, brain), count)
+                value += 2 * _popcount(bits)
+                _prefetch(value + AHEAD)
+
+    return compiled(loop)

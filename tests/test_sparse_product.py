@@ -1,0 +1,188 @@
+"""Products with packed weights: against dense arithmetic in double precision, at odd sizes, and at the end of memory."""
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+from cospadi.kernels import sparse_product as kernels
+from cospadi.kernels.sparse_product import dense_product, offsets, sparse_product, transposed_product, unpack
+
+either = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+def normal(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(columns):
+    """Mask, values and offsets of ``Sᵀ``, written out bit by bit."""
+    support = (columns != 0).numpy()
+    mask = np.packbits(support.reshape(-1), bitorder="little")
+    starts = np.concatenate([[0], support.sum(1).cumsum()]).astype(np.int32)
+    return torch.from_numpy(mask), columns[torch.from_numpy(support)], torch.from_numpy(starts)
+
+
+def sparse(seed, d_out, atoms, density, dtype):
+    chosen = torch.rand(d_out, atoms, generator=torch.Generator().manual_seed(seed)) < density
+    return torch.where(chosen, normal(seed, d_out, atoms).to(dtype), 0)
+
+
+def close(actual, inputs, weight):
+    """Equal to ``inputs @ weight`` up to the rounding of the terms."""
+    assert actual.dtype == torch.float32
+    inputs, weight = inputs.double(), weight.double()
+    assert ((actual.double() - inputs @ weight).abs() <= 1e-6 * (inputs.abs() @ weight.abs()) + 1e-37).all()
+
+
+shapes = st.tuples(
+    st.integers(1, 20),
+    st.integers(1, 80) | st.integers(1, 40).map(lambda count: 16 * count),
+    st.integers(1, 40),
+    st.sampled_from([0.0, 0.03, 0.3, 0.9, 1.0]),
+    st.integers(0, 10**6),
+)
+
+
+@either
+@given(shape=shapes)
+def test_agrees_with_dense_arithmetic(dtype, shape):
+    rows, atoms, d_out, density, seed = shape
+    columns, z, x = sparse(seed, d_out, atoms, density, dtype), normal(seed, rows, atoms), normal(seed, rows, d_out)
+    mask, values, starts = packed(columns)
+    assert torch.equal(offsets(mask, d_out, atoms), starts)
+    assert torch.equal(unpack(mask, values, starts, atoms), columns.float())
+    close(sparse_product(z, mask, values, starts), z, columns.T)
+    close(transposed_product(z, columns), z, columns.T)
+    close(dense_product(x, columns), x, columns)
+
+
+@either
+def test_empty_and_full_columns(dtype):
+    columns = normal(0, 6, 100).to(dtype)
+    columns[[0, 3, 5]] = 0
+    z = normal(1, 3, 100)
+    mask, values, starts = packed(columns)
+    assert torch.equal(offsets(mask, 6, 100), starts)
+    close(sparse_product(z, mask, values, starts), z, columns.T)
+    assert torch.equal(unpack(mask, values, starts, 100), columns.float())
+
+
+@either
+def test_no_rows_and_no_values(dtype):
+    mask, values, starts = packed(torch.zeros(5, 7, dtype=dtype))
+    assert torch.equal(sparse_product(normal(0, 2, 7), mask, values, starts), torch.zeros(2, 5))
+    assert sparse_product(normal(0, 0, 7), mask, values, starts).shape == (0, 5)
+    assert dense_product(normal(0, 0, 5), torch.zeros(5, 7, dtype=dtype)).shape == (0, 7)
+
+
+@either
+def test_every_finite_16_bit_number_is_widened_exactly(dtype):
+    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite() & (numbers != 0)]  # subnormals, the largest, both signs
+    columns = numbers[: len(numbers) - len(numbers) % 90].view(-1, 90)
+    mask, values, starts = packed(columns)
+    assert torch.equal(unpack(mask, values, starts, 90), columns.float())
+    one = torch.zeros(1, 90)
+    one[0, 77] = 1
+    assert torch.equal(sparse_product(one, mask, values, starts)[0], columns[:, 77].float())
+    assert torch.equal(transposed_product(one, columns)[0], columns[:, 77].float())
+    assert torch.equal(dense_product(one, columns[:90])[0], columns[77].float())
+
+
+@either
+def test_what_is_infinite_stays_in_its_column(dtype):
+    columns = sparse(0, 9, 43, 0.5, dtype)
+    columns[4, columns[4].nonzero()[0]] = torch.inf
+    z = normal(0, 3, 43)
+    for out in (sparse_product(z, *packed(columns)), transposed_product(z, columns)):
+        assert (out.isfinite() == torch.tensor([j != 4 for j in range(9)])).all()
+    assert (dense_product(z, columns.T.contiguous()).isfinite() == torch.tensor([j != 4 for j in range(9)])).all()
+
+
+@either
+def test_neither_threads_nor_other_rows_change_a_row(dtype, monkeypatch):
+    columns, z = sparse(0, 203, 77, 0.4, dtype), normal(1, 15, 77)
+    mask, values, starts = packed(columns)
+    calls = [
+        lambda rows: sparse_product(rows, mask, values, starts),
+        lambda rows: transposed_product(rows, columns),
+        lambda rows: dense_product(rows, columns.T.contiguous()),
+        lambda rows: unpack(mask, values, starts, 77),
+    ]
+    whole = [call(z) for call in calls]
+    monkeypatch.setattr(kernels, "WORTH", 1)
+    for threads in (2, 3, 64):
+        monkeypatch.setattr(kernels.torch, "get_num_threads", lambda threads=threads: threads)
+        assert all(torch.equal(call(z), expected) for call, expected in zip(calls, whole, strict=True))
+    for row in (0, 8, 14):
+        alone = [call(z[row : row + 1]) for call in calls[:3]]
+        assert all(torch.equal(one[0], expected[row]) for one, expected in zip(alone, whole, strict=False))
+
+
+def test_one_thread_needs_no_pool(monkeypatch):
+    monkeypatch.setattr(kernels, "WORTH", 1)
+    monkeypatch.setattr(kernels.torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(kernels, "_threads", None)
+    transposed_product(normal(0, 2, 64), normal(1, 64, 64).half())
+
+
+libc = ctypes.CDLL(None)
+libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def at_the_end(tensor):
+    """A copy, and right behind its last byte a page that nobody may read or write."""
+    size = tensor.numel() * tensor.element_size()
+    length = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, length + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(address + length, mmap.PAGESIZE, 0) == 0
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=length - size)
+    return copy.view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="protects pages as POSIX does")
+@either
+@pytest.mark.parametrize(("d_out", "atoms"), [(1, 1), (3, 5), (1, 100), (13, 37), (7, 64), (40, 523)])
+def test_nothing_behind_the_end_is_read(dtype, d_out, atoms):
+    columns = sparse(0, d_out, atoms, 0.5, dtype)
+    columns[-1, -1] = 1
+    z, x = at_the_end(normal(1, 3, atoms)), at_the_end(normal(1, 3, d_out))
+    mask, values, starts = map(at_the_end, packed(columns))
+    assert torch.equal(offsets(mask, d_out, atoms), starts)
+    assert torch.equal(unpack(mask, values, starts, atoms), columns.float())
+    close(sparse_product(z, mask, values, starts), z, columns.T)
+    close(transposed_product(z, at_the_end(columns)), z, columns.T)
+    close(dense_product(x, at_the_end(columns)), x, columns)
+
+
+@either
+def test_a_cpu_without_these_instructions_gives_the_same(tmp_path, dtype):
+    script = """
+import sys, torch
+from cospadi.kernels.sparse_product import sparse_product, unpack
+z, mask, values, starts = torch.load(sys.argv[1])
+torch.save((sparse_product(z, mask, values, starts), unpack(mask, values, starts, z.shape[1])), sys.argv[2])
+"""
+    columns, z = sparse(0, 9, 45, 0.5, dtype), normal(1, 1, 45)
+    columns[:4, 0] = torch.tensor([1e-7, -65504, 6e-5, 3e-6])  # subnormal and large in half precision
+    torch.save((z, *packed(columns)), tmp_path / "in.pt")
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": "",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    command = [sys.executable, "-c", script, tmp_path / "in.pt", tmp_path / "out.pt"]
+    subprocess.run(command, env=environment, check=True)
+    product, dense = torch.load(tmp_path / "out.pt")
+    close(product, z, columns.T)
+    assert torch.equal(dense, columns.float())
