@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 2 * 2**30
 INDEX = "model.safetensors.index.json"
+STUB = "modeling_cospadi"
+_STUB = '''"""Makes transformers understand this compressed checkpoint, when it is loaded with trust_remote_code=True."""
+
+try:
+    import cospadi  # noqa: F401
+except ImportError as error:
+    raise ImportError("This checkpoint is compressed with cospadi. Install the cospadi package to load it.") from error
+
+from transformers import {config}, {model}  # noqa: F401
+'''
 
 
 def write(
@@ -37,10 +47,13 @@ def write(
     factors: Iterable[tuple[str, Factors]],
     record: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
+    stub: bool = False,
 ) -> None:
     """The checkpoint ``source`` with the projections named in ``factors`` compressed, a shard in memory at a time.
 
-    Tensors that are not compressed keep their dtype, as do tokenizer and generation settings.
+    Tensors that are not compressed keep their dtype, as do tokenizer and generation settings. With ``stub`` a few lines of
+    Python are put beside them that import cospadi, for programs that load with ``trust_remote_code=True`` and cannot
+    import it themselves; nothing runs them unasked.
 
     Raises:
         UserError: ``folder`` is not ours to replace, the disk is full, or a name is not in ``source``.
@@ -58,8 +71,20 @@ def write(
             "modules": modules,
             "record": dict(record),
         }
+        if stub:
+            config["auto_map"] = _write_stub(partial, config)
         write_json(partial / "config.json", config)
         _copy_companions(source, partial)
+
+
+def _write_stub(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The ``auto_map`` that leads to it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind = type(AutoConfig.for_model(config["model_type"]))
+    model = AutoModelForCausalLM._model_mapping[kind].__name__
+    (folder / f"{STUB}.py").write_text(_STUB.format(config=kind.__name__, model=model), encoding="utf-8")
+    return {"AutoConfig": f"{STUB}.{kind.__name__}", "AutoModelForCausalLM": f"{STUB}.{model}"}
 
 
 def _compressed(

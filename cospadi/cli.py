@@ -136,6 +136,9 @@ def _add_tools(stages) -> None:
         metavar="KEY=VALUE",
         help="a further setting, as Hydra takes it: --set calibration.n_samples=16; may be repeated",
     )
+    compress.add_argument(
+        "--stub", action="store_true", help="add lines that import cospadi for trust_remote_code=True"
+    )
     compress.add_argument("--keep-work", action="store_true", help="leave <out>.work with grams and factors behind")
 
     info = tool("info", _info, "the bytes of a compressed checkpoint, part by part")
@@ -247,7 +250,7 @@ def _compress(o: argparse.Namespace) -> None:
 
     overrides = [f"factorization={o.method}", f"factorization.compression_ratio={o.ratio}"]
     overrides += [f"factorization.device={o.device}", f"calibration.device={o.device}", *o.overrides]
-    print(ledger_text(compress_to(o.model, o.out, overrides, o.calibration, o.keep_work)))
+    print(ledger_text(compress_to(o.model, o.out, overrides, o.calibration, o.keep_work, o.stub)))
 
 
 def _info(o: argparse.Namespace) -> None:

@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from cospadi.config import CONF, Config, load
 from cospadi.errors import UserError
-from cospadi.records import read_json, text_hash, write_json
+from cospadi.records import read_json, refuse_foreign_folder, text_hash, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def compress_to(
-    source: str, out: Path, overrides: Sequence[str] = (), text: str | None = None, keep_work: bool = False
+    source: str,
+    out: Path,
+    overrides: Sequence[str] = (),
+    text: str | None = None,
+    keep_work: bool = False,
+    stub: bool = False,
 ) -> dict[str, Any]:
     """Load, calibrate, factorize, save. What is finished waits in ``<out>.work`` until the checkpoint is written.
 
@@ -28,6 +33,7 @@ def compress_to(
         overrides: settings, as Hydra takes them: ``factorization=cospadi factorization.compression_ratio=0.3``.
         text: for calibration: name of a file in ``conf/text``, or a text file with a document a line.
         keep_work: leave ``<out>.work`` behind.
+        stub: see `cospadi.checkpoint.write`.
 
     Returns:
         `cospadi.checkpoint.ledger` of what was written.
@@ -40,6 +46,7 @@ def compress_to(
 
     config = configured(source, overrides, text)
     out = Path(out)
+    refuse_foreign_folder(out)
     work = out.with_name(f"{out.name}.work")
     model, documents, grams = work / "model", work / "documents.json", work / "grams"
     factors, record = work / "factors.safetensors", work / "factorization.json"
@@ -66,7 +73,8 @@ def compress_to(
         factors,
         lambda: stages.factorize(config, model, grams, f"0-{last}", factors, record, None),
     )
-    checkpoint.write(out, model, stages.read_factors([factors]), _summary(config, read_json(record)))
+    summary = _summary(config, read_json(record))
+    checkpoint.write(out, model, stages.read_factors([factors]), summary, stub=stub)
     if not keep_work:
         shutil.rmtree(work)
     return checkpoint.ledger(out)

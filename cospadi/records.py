@@ -37,7 +37,7 @@ def new_path(path: Path) -> Iterator[Path]:
             ``path`` before is untouched.
     """
     path = Path(path)
-    _refuse_foreign_folder(path)
+    refuse_foreign_folder(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,12 @@ def new_path(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def _refuse_foreign_folder(path: Path) -> None:
+def refuse_foreign_folder(path: Path) -> None:
+    """Before long work whose result goes there.
+
+    Raises:
+        UserError: when ``path`` is a folder with something in it that this project did not write.
+    """
     if path.is_dir() and not (path / _MARK).is_file() and next(path.iterdir(), None) is not None:
         raise UserError(f"{path} is a folder that this project did not write, so it is left alone. Name another path.")
 
@@ -69,7 +74,7 @@ def _refuse_foreign_folder(path: Path) -> None:
 def _step_aside(path: Path) -> None:
     """Take away a folder of our own that is about to be replaced."""
     if path.is_dir() and not path.is_symlink():
-        _refuse_foreign_folder(path)  # it may have come while the block ran
+        refuse_foreign_folder(path)  # it may have come while the block ran
         shutil.rmtree(path)
 
 

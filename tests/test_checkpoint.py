@@ -1,6 +1,7 @@
 """Compressed checkpoints: smaller, whole, bit for bit, and refused in a sentence when something is wrong with them."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -162,6 +163,31 @@ def test_plain_transformers_reads_it_wherever_cospadi_was_imported(made):
         code += f"m = M.from_pretrained({str(made()[1])!r})\nprint(type(m.model.layers[0].mlp.up_proj).__name__)"
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert run.stdout.strip() == "SparseDictionaryLinear"
+
+
+def test_the_stub_lets_a_stranger_load_it(made, tmp_path):
+    folder = made(stub=True)[1]
+    code = "from transformers import AutoModelForCausalLM as M\n"
+    code += f"m = M.from_pretrained({str(folder)!r}, trust_remote_code=True)\nprint(type(m.model.layers[0].mlp.up_proj).__name__)"
+    modules = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=modules, check=False)
+    assert run.stdout.strip() == "SparseDictionaryLinear", run.stderr
+    blind = code.replace("from", "import sys; sys.modules['cospadi'] = None\nfrom", 1)
+    run = subprocess.run([sys.executable, "-c", blind], capture_output=True, text=True, env=modules, check=False)
+    assert "cospadi" in run.stderr
+    assert run.returncode != 0
+
+
+def test_lm_eval_takes_it(made):
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(pretrained=str(made()[1]), device="cpu", batch_size=2)
+    assert isinstance(model.model.model.layers[0].mlp.up_proj, CompressedLinear)
+    run = subprocess.run(
+        [sys.executable, "-m", "cospadi.lm_eval", "--help"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0
+    assert "usage" in run.stdout.lower()
 
 
 def test_importing_cospadi_does_not_import_transformers():
