@@ -261,17 +261,17 @@ class CoSpaDiConfig(FactorizationConfig):
     rho: int | float | str = 2.0
     """Atoms per non-zero coefficient of a column; ``auto`` (htp only) tries several and keeps the best."""
     n_rounds: int | None = None
-    """Alternations at most; ``null``: 20 for htp and orthogonal, 60 for ksvd (the paper's)."""
+    """Alternations at most; ``null``: 24 for htp, 20 for orthogonal, 60 for ksvd (the paper's)."""
     power_iterations: int = 8
     """ksvd: per atom update."""
-    first_step: float = 2.6
+    first_step: float = 2.8
     """htp: length of the first round's gradient step, which ranks candidates for the support."""
     last_step: float = 1.3
     """htp: length of the last round's."""
     cg_steps: int = 2
     """htp: conjugate-gradient steps of a round's least squares."""
-    tolerance: float = 1e-3
-    """htp: stop early when a round lowers the error by less than this fraction."""
+    tolerance: float = 2e-4
+    """htp: stop early when two rounds lower the error by less than twice this fraction."""
     revision: int = 2
 
     def __post_init__(self) -> None:
@@ -284,6 +284,7 @@ class CoSpaDiConfig(FactorizationConfig):
         _at_least("factorization.first_step", self.first_step, 1e-3)
         _at_least("factorization.last_step", self.last_step, 1e-3)
         _at_least("factorization.tolerance", self.tolerance, 0)
+        _require(self.tolerance < 1, f"factorization.tolerance={self.tolerance:g} is no fraction. Set less than 1.")
 
     def _check_rho(self) -> None:
         if self.rho == AUTO:

@@ -58,8 +58,9 @@ def test_htp_keeps_its_promises(dtype, data):
     norms = fit.dictionary.norm(dim=0)
     assert (((norms - 1).abs() < 1e-5) | (norms == 0)).all()
     noise = 2e-3 if dtype == torch.float32 else 1e-7  # of a difference of squares, where the fit is exact
-    assert fit.errors[-1] == min(fit.errors)
-    assert error(target, fit.dictionary, fit.coefficients) == pytest.approx(fit.errors[-1], abs=noise, rel=1e-4)
+    assert fit.errors[-1] <= min(fit.errors) + noise
+    exact = 1e-5 if dtype == torch.float32 else 1e-12
+    assert error(target, fit.dictionary, fit.coefficients) == pytest.approx(fit.errors[-1], abs=exact, rel=1e-4)
     again = htp(target, atoms, sparsity, n_rounds=8)
     assert fit.dictionary.equal(again.dictionary)
     assert fit.coefficients.equal(again.coefficients)
@@ -188,6 +189,20 @@ def test_a_zero_column_gets_zeros(seed, column):
     assert fit.dictionary.isfinite().all()
 
 
+@pytest.mark.parametrize(("atoms", "sparsity"), [(0, 3), (-1, 3), (4, 0)])
+def test_counts_that_make_no_sense_are_refused(atoms, sparsity):
+    with pytest.raises(UserError, match="at least one atom"):
+        htp(normal(0, 8, 12), atoms, sparsity)
+
+
+def test_inputs_that_are_not_finite_are_named():
+    with pytest.raises(UserError, match="start"):
+        htp(normal(0, 8, 12), 4, 2, start=normal(1, 8, 4) * float("nan"))
+    with pytest.raises(UserError, match="fixed"):
+        htp(normal(0, 8, 12), 4, 2, fixed=normal(1, 8, 4) * float("inf"))
+    assert htp(normal(0, 8, 12), 4, 2, fixed=None, start=None).errors
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("solve", [htp, one_shot, orthogonal])
 def test_a_target_that_is_not_finite_is_refused(solve, bad):
@@ -226,7 +241,7 @@ def test_a_batch_gives_what_its_members_give():
     targets[2] = 0
     for together, target in zip(htp_batch(targets, 16, 6), targets, strict=True):
         alone = htp(target, 16, 6)
-        assert together.errors[-1] == pytest.approx(alone.errors[-1], rel=1e-3)
+        assert together.errors[-1] == pytest.approx(alone.errors[-1], rel=1e-3)  # each stops by itself
         torch.testing.assert_close(
             together.dictionary @ together.coefficients, alone.dictionary @ alone.coefficients, rtol=1e-2, atol=1e-2
         )
@@ -365,7 +380,9 @@ def test_one_shot_is_thresholding_and_a_ridge(pursuit):
         codes = references.hard_threshold_columns(basis.T @ target, min(sparsity, shortest))
         moments = codes @ codes.T
         expected = references.dictionary_update(target, codes, 1e-3 * float(moments.diagonal().mean()))
-        torch.testing.assert_close(fit.dictionary @ fit.coefficients, expected @ codes, rtol=1e-4, atol=1e-5)
+        if error(target, expected, codes) < error(target, basis, codes):  # else the basis itself is better
+            torch.testing.assert_close(fit.dictionary @ fit.coefficients, expected @ codes, rtol=1e-4, atol=1e-5)
+        assert fit.errors[-1] <= error(target, basis, codes) + 1e-9
 
 
 def test_one_shot_weighs_coefficients_by_the_weights_they_stand_for():

@@ -51,8 +51,8 @@ def whole_model_report(shape: str, rows: Sequence[Row], machine: str, difference
 
 _PRODUCT_NOTE = (
     "GFLOP/s: operations of all matrix products over {}. Peaks: the best that a product of target size (d_out × d_in "
-    "times d_in × atoms) reached on this machine in this run; reduced: with "
-    "the precision or library that htp's rounds may use. Products: share of the time that is spent in them."
+    "times d_in × atoms) reached on this machine in this run; fast: with "
+    "the precision or library that htp's rounds use. Products: share of the time that is spent in them."
 )
 
 

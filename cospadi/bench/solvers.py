@@ -90,11 +90,11 @@ def named(names: Sequence[str]) -> list[str]:
 
 
 def suited(solver: str, problem: Problem) -> Problem:
-    """The problem as this solver takes it: an orthogonal dictionary has at most ``d_in`` atoms, the rest goes to values."""
-    if solver != "orthogonal" or problem.atoms <= problem.d_in:
-        return problem
+    """The problem as the pipeline gives it to this solver: an eigenbasis has no more atoms, the rest goes to values."""
     size = problem.d_in, problem.d_out
-    return replace(problem, atoms=problem.d_in, sparsity=budget.sparsity_for(*size, problem.ratio, problem.d_in))
+    if solver not in ("orthogonal", "one_shot") or problem.atoms <= min(size):
+        return problem
+    return replace(problem, atoms=min(size), sparsity=budget.sparsity_for(*size, problem.ratio, min(size)))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from cospadi.factorization.htp import reduced_precision
+from cospadi.factorization.htp import products
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell when it starts and stops
 PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")}
@@ -53,11 +53,11 @@ def usage(run: Callable[[], object], device: torch.device) -> Usage:
 def product_peaks(rows: int, inner: int, columns: int, device: torch.device) -> dict[str, float]:
     """Best floating-point operations per second of ``(rows × inner) @ (inner × columns)``, by arithmetic.
 
-    ``reduced`` is what htp's rounds may use (`reduced_precision`): TF32 on a GPU; on a CPU another library's float32.
+    ``fast`` is what htp's rounds use (`products`): TF32 on a GPU; on a CPU another library's float32.
     """
     kinds = {
         "float32": (torch.float32, nullcontext()),
-        "reduced": (torch.float32, reduced_precision()),
+        "fast": (torch.float32, products(exact=False)),
         "bfloat16": (torch.bfloat16, nullcontext()),
     }
     found = {}
@@ -94,9 +94,14 @@ def _best_seconds(run: Callable[[], object], device: torch.device, trials: int =
 
 
 def _product_share(seen: profile, device: torch.device) -> float:
-    on = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    times = {event.key: getattr(event, on) for event in seen.key_averages()}
-    return sum(times[name] for name in PRODUCTS & times.keys()) / max(sum(times.values()), 1e-9)
+    events = seen.key_averages()
+    if device.type != "cuda":
+        times = {event.key: event.self_cpu_time_total for event in events}
+        return sum(times[name] for name in PRODUCTS & times.keys()) / max(sum(times.values()), 1e-9)
+    cuda = torch.autograd.DeviceType.CUDA  # a kernel is listed by itself, and again under the operation that started it
+    busy = sum(e.self_device_time_total for e in events if e.device_type == cuda and not e.is_user_annotation)
+    inside = sum(e.self_device_time_total for e in events if e.key in PRODUCTS and e.device_type != cuda)
+    return inside / max(busy, 1e-9)
 
 
 def _cpu_peak(seen: profile) -> int:

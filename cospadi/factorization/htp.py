@@ -15,14 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cospadi.errors import UserError
 from cospadi.factorization.low_rank import left_singular_vectors
 from cospadi.factorization.sparse_coding import require_finite
 from cospadi.kernels import selection
 
 CPU_ROWS = 192
 """Rows of codes worked on at once on a CPU: what a round computes between two products stays in its cache."""
-GPU_FRACTION = 0.25
-"""Share of a GPU's free memory that what a round computes between two products may fill."""
+GPU_BYTES = 4 * 2**30
+"""Memory on a GPU for the same: a constant, so that results do not depend on what else is in it."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,15 @@ class Solution:
     coefficients: Float[Tensor, "all_atoms d_out"]
     """Of the fixed atoms where there are any, then of the learned ones."""
     errors: Sequence[float]
-    """``‖Y − DS‖_F / ‖Y‖_F`` after the coding of every round, and of what is returned: the last is the least."""
+    """``‖Y − DS‖_F / ‖Y‖_F`` after the coding of every round, estimated, and last that of what is returned, exactly."""
 
 
 def htp(target: Float[Tensor, "d_in d_out"], atoms: int, sparsity: int, **settings: Any) -> Solution:
     """`htp_batch` for one problem; ``fixed``, ``fixed_codes`` and ``start`` without the batch dimension."""
-    batched = {name: settings[name][None] for name in ("fixed", "fixed_codes", "start") if name in settings}
-    return htp_batch(target[None], atoms, sparsity, **settings | batched)[0]
+    for name in ("fixed", "fixed_codes", "start"):
+        if settings.get(name) is not None:
+            settings[name] = settings[name][None]
+    return htp_batch(target[None], atoms, sparsity, **settings)[0]
 
 
 @torch.no_grad()
@@ -49,12 +52,12 @@ def htp_batch(
     atoms: int,
     sparsity: int,
     *,
-    n_rounds: int = 20,
-    first_step: float = 2.6,
+    n_rounds: int = 24,
+    first_step: float = 2.8,
     last_step: float = 1.3,
     relaxation: float = 0.3,
     cg_steps: int = 2,
-    tolerance: float = 1e-3,
+    tolerance: float = 2e-4,
     final_cg_steps: int = 4,
     fixed: Float[Tensor, "batch d_in n_fixed"] | None = None,
     fixed_codes: Float[Tensor, "batch d_out n_fixed"] | None = None,
@@ -71,15 +74,15 @@ def htp_batch(
     goes down from ``first_step`` to ``last_step`` as the rounds pass. The best round is kept, its dictionary fitted once
     more and its least squares continued.
 
-    The products of the rounds may run in TF32 or bfloat16 where the hardware has fast ones (`reduced_precision`); the
-    last dictionary, the last least squares and the error that is returned are in the precision of ``targets``.
+    On a GPU the products of all rounds but one last coding run in TF32; that one, the last dictionary and least squares and
+    the error that is returned are in full precision, as everything is on a CPU (`products`).
 
     Args:
-        targets: float32 or float64, the whitened weights ``R W``.
+        targets: float32 or float64, the whitened weights ``R W``, scaled to entries near 1.
         atoms: learned atoms of a problem; 0 with ``fixed`` codes over the fixed atoms alone.
         sparsity: non-zeros allowed in a column of the coefficients.
-        n_rounds: after the first coding. From half of them on, rounds stop when two in a row gained less than
-            ``tolerance`` of the error each.
+        n_rounds: after the first coding. From half of them on, a problem is done when its last two rounds together
+            gained less than twice ``tolerance`` of its error.
         first_step: of the ranking, in units of unit atoms.
         last_step: of the ranking in the last round.
         relaxation: fraction by which the dictionary is moved past its optimum.
@@ -94,18 +97,24 @@ def htp_batch(
         progress: called as ``progress(rounds_done, error)`` after each coding, with the largest error of the batch.
 
     Raises:
-        UserError: a target is not finite.
+        UserError: an input is not finite, or a count is below 1 (``atoms``: below 0).
     """
-    require_finite("target", targets)
+    given = {"target": targets, "fixed": fixed, "fixed_codes": fixed_codes, "start": start}
+    for name, tensor in given.items():
+        if tensor is not None:
+            require_finite(name, tensor)
+    if atoms < (0 if fixed is not None else 1) or sparsity < 1 or n_rounds < 0:
+        raise UserError(f"htp needs at least one atom and one non-zero, not atoms={atoms}, sparsity={sparsity}.")
     problem = _Problem(targets, fixed)
     codes = problem.first_codes(fixed_codes, atoms)
-    errors: list[list[float]] = []
-    with reduced_precision():
+    with products(exact=True):
         if start is None:
             dictionary = first_atoms(problem.left_by_fixed_atoms(codes, sparsity, cg_steps), atoms, sparsity)
         else:
             dictionary = start.clone()
-        best = _Best(dictionary, codes)
+    best = _Best(dictionary, codes)
+    errors: list[list[float]] = []
+    with products(exact=False):
         for done in range(n_rounds + 1):
             step = first_step + (last_step - first_step) * done / max(n_rounds, 1)
             error = problem.code(dictionary, codes, step, sparsity, cg_steps, keep_better=atoms == 0 and done > 0)
@@ -113,13 +122,20 @@ def htp_batch(
             errors.append(error.tolist())
             if progress is not None:
                 progress(done, max(errors[-1]))
-            if done == n_rounds or (2 * done >= n_rounds and _stalled(errors, tolerance)):
+            if 2 * done >= n_rounds:
+                best.stop([_stalled([e[i] for e in errors], tolerance) for i in range(len(targets))])
+            if done == n_rounds or best.all_stopped:
                 break
             dictionary = problem.update(dictionary, codes, 1 + relaxation)
-    del dictionary, codes  # the best ones are kept, and memory counts
-    refined = problem.refine(best, final_cg_steps)
+    with products(exact=True):
+        if targets.is_cuda and targets.dtype == torch.float32:  # what TF32 found, judged and finished in float32
+            dictionary, codes = best.dictionary, best.codes
+            best = _Best(dictionary, codes)
+            best.take(problem.code(dictionary, codes, last_step, sparsity, cg_steps), dictionary, codes)
+        del dictionary, codes  # the best ones are kept, and memory counts
+        refined = problem.refine(best, final_cg_steps)
     return [
-        Solution(dictionary, codes.mT, [e[i] for e in errors] + [min(error, *(e[i] for e in errors))])
+        Solution(dictionary, codes.mT, [*(e[i] for e in errors), error])
         for i, (dictionary, codes, error) in enumerate(zip(*refined, strict=True))
     ]
 
@@ -195,31 +211,30 @@ class _Problem:
         """The best round, its dictionary fitted to its codes and its least squares continued; supports stay."""
         codes = best.codes.clone()
         dictionary = self.update(best.dictionary, codes, 1.0)
-        joint = self._joint(dictionary)
+        joint, before = self._joint(dictionary), self._joint(best.dictionary)
         gram = product(joint.mT, joint)
-        squared = torch.zeros_like(best.error)
+        squared, squared_before = torch.zeros_like(best.error), torch.zeros_like(best.error)
         for rows in self._rows(joint.shape[2]):
             old, columns = codes[:, rows], self.targets[:, :, rows].mT
             gradient = torch.baddbmm(product(columns, joint), old, gram, alpha=-1)
             codes[:, rows], _ = least_squares(gram, gradient, old, (old != 0).to(old), cg_steps)
-            squared += (columns - product(codes[:, rows], joint.mT)).square().sum(dim=(1, 2), dtype=torch.float64)
-        error = self._relative(squared)
-        worse = (error > best.error * (1 + 1e-6))[:, None, None]  # rounding: keep the round as it was
+            squared += _squared(columns - product(codes[:, rows], joint.mT))
+            squared_before += _squared(columns - product(best.codes[:, rows], before.mT))
+        worse = (squared > squared_before)[:, None, None]  # rounding: keep the round as it was
         torch.where(worse, best.dictionary, dictionary, out=dictionary)
         torch.where(worse, best.codes, codes, out=codes)
         codes[..., : self.n_fixed] /= self.fixed_norms
-        return dictionary, codes, torch.minimum(error, best.error).tolist()
+        return dictionary, codes, self._relative(torch.minimum(squared, squared_before)).tolist()
 
     def _joint(self, dictionary: Tensor) -> Tensor:
         return torch.cat([self.fixed, dictionary], dim=2) if self.n_fixed else dictionary
 
     def _rows(self, atoms: int) -> Iterator[slice]:
-        """Slices of ``d_out`` whose intermediates (ten of ``rows × atoms`` at most) fit cache or memory."""
-        batch, _, d_out = self.targets.shape
-        rows = max(32, min(CPU_ROWS, d_out // 8))
+        """Slices of ``d_out`` whose intermediates (ten of ``rows × atoms`` at most) fit cache, or stay near the weight's size."""
+        batch, d_in, d_out = self.targets.shape
+        rows = max(32, min(CPU_ROWS, d_in * d_out // (8 * max(atoms, 1))))
         if self.targets.is_cuda:
-            free, _ = torch.cuda.mem_get_info(self.targets.device)
-            rows = max(1, int(GPU_FRACTION * free / (10 * batch * atoms * self.targets.element_size())))
+            rows = max(32, GPU_BYTES // (10 * batch * max(atoms, 1) * self.targets.element_size()))
         return (slice(first, first + rows) for first in range(0, d_out, rows))
 
     def _relative(self, squared: Tensor) -> Tensor:
@@ -228,17 +243,25 @@ class _Problem:
 
 
 class _Best:
-    """The best round so far of every problem."""
+    """The best round so far of every problem that still goes on."""
 
     def __init__(self, dictionary: Tensor, codes: Tensor) -> None:
         self.error = torch.full_like(codes[:, 0, 0], torch.inf, dtype=torch.float64)
+        self.stopped = torch.zeros_like(self.error, dtype=torch.bool)
         self.dictionary, self.codes = dictionary.clone(), codes.clone()
 
     def take(self, error: Tensor, dictionary: Tensor, codes: Tensor) -> None:
-        better = error < self.error
+        better = (error <= self.error) & ~self.stopped  # of rounds that rounding makes equal, the last
         self.error = torch.where(better, error, self.error)
         torch.where(better[:, None, None], dictionary, self.dictionary, out=self.dictionary)
         torch.where(better[:, None, None], codes, self.codes, out=self.codes)
+
+    def stop(self, which: Sequence[bool]) -> None:
+        self.stopped |= torch.tensor(which, device=self.stopped.device)
+
+    @property
+    def all_stopped(self) -> bool:
+        return bool(self.stopped.all())
 
 
 def first_atoms(
@@ -281,7 +304,7 @@ def least_squares(
     """``steps`` conjugate-gradient steps on every row's normal equations, restricted to its support (0 or 1).
 
     Starts from ``codes`` cut down to ``support``; ``gradient`` is ``Dᵀ(Y − DS)`` at ``codes`` as they come in. Each step
-    lowers every row's error or leaves it. A row stops for good once its residual is rounding noise, or points where the
+    lowers every row's error or leaves it, up to the rounding of the products. A row stops for good once its residual is rounding noise, or points where the
     atoms of its support are dependent to working precision: a step there would be noise over nothing. Returns the codes
     and the gradient at them on the support.
     """
@@ -334,28 +357,37 @@ def product(left: Float[Tensor, "batch n m"], right: Float[Tensor, "batch m p"])
 
 
 @contextmanager
-def reduced_precision() -> Iterator[None]:
-    """Allow float32 products in fewer mantissa bits where the hardware has fast ones: TF32 on NVIDIA, bfloat16 on AMX.
+def products(exact: bool) -> Iterator[None]:
+    """The fastest float32 products there are: with all their bits, or (not ``exact``) in TF32 on an NVIDIA GPU.
 
-    On other CPUs the products stay exact float32 and only change their library: oneDNN's, over twice as fast as MKL's
-    on AMD's AVX-512.
+    On a CPU they are exact either way, but oneDNN's: on AMD's AVX-512 over twice as fast as MKL's, which is torch's choice.
+    Asking for them by the name of bfloat16 gives float32 everywhere but on CPUs with AMX, which are left as they are.
     """
-    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [setting.fp32_precision for setting in settings]
+    settings = [(torch.backends.cuda.matmul, "ieee" if exact else "tf32")]
+    if not _has_amx():
+        settings.append((torch.backends.mkldnn.matmul, "bf16"))
+    before = [setting.fp32_precision for setting, _ in settings]
     try:
-        for setting, precision in zip(settings, ("tf32", "bf16"), strict=True):
+        for setting, precision in settings:
             setting.fp32_precision = precision
         yield
     finally:
-        for setting, precision in zip(settings, before, strict=True):
+        for (setting, _), precision in zip(settings, before, strict=True):
             setting.fp32_precision = precision
 
 
-def _stalled(errors: Sequence[Sequence[float]], tolerance: float) -> bool:
-    """Whether no problem gained ``tolerance`` of its error per round in the last two rounds."""
-    if len(errors) < 3:
-        return False
-    return all(now >= (1 - tolerance) ** 2 * then for then, now in zip(errors[-3], errors[-1], strict=True))
+def _has_amx() -> bool:
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return asked is None or asked()
+
+
+def _stalled(errors: Sequence[float], tolerance: float) -> bool:
+    """Whether the last two rounds together gained less than ``tolerance`` of the error each, on average."""
+    return len(errors) >= 3 and errors[-1] >= (1 - tolerance) ** 2 * errors[-3]
+
+
+def _squared(residual: Float[Tensor, "batch rows d_in"]) -> Float[Tensor, " batch"]:
+    return residual.square().sum(dim=(1, 2), dtype=torch.float64)
 
 
 def relative_error(target: Float[Tensor, "d_in d_out"], approximation: Float[Tensor, "d_in d_out"]) -> float:

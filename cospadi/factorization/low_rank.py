@@ -34,8 +34,8 @@ def left_singular_vectors(
 ) -> Float[Tensor, "*batch rows count"]:
     """The first ``count`` left singular vectors, at most ``min(rows, columns)``, in the precision of ``matrix``.
 
-    Through the shorter side's Gram, so those of singular values below ``√ε`` of the largest are any orthonormal
-    completion. Good to start an iteration from.
+    Through the shorter side's Gram, so those of singular values below ``√ε`` of the largest are noise: orthonormal all the
+    same for ``rows ≤ columns``, otherwise not even that. Good to start an iteration from.
     """
     if matrix.shape[-2] <= matrix.shape[-1]:
         return leading_eigenvectors(matrix @ matrix.mT, count)

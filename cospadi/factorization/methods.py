@@ -141,7 +141,7 @@ def _solve(config: CoSpaDiConfig, batch: Sequence[Problem], targets: Float[Tenso
 
 def _htp_settings(config: CoSpaDiConfig) -> dict[str, Any]:
     return {
-        "n_rounds": config.n_rounds or 20,
+        "n_rounds": config.n_rounds or 24,
         "first_step": config.first_step,
         "last_step": config.last_step,
         "cg_steps": config.cg_steps,
@@ -163,7 +163,7 @@ def _search_rho(config: CoSpaDiConfig, targets: Float[Tensor, "batch d_in d_out"
     _, d_in, d_out = targets.shape
     basis = left_singular_vectors(targets, min(d_in, d_out))
     settings = _htp_settings(config)
-    errors, sizes, starts = [], [], []
+    errors, sizes = [], []
     for rho in RHO_CANDIDATES:
         try:
             atoms, sparsity = budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, rho)
@@ -172,14 +172,16 @@ def _search_rho(config: CoSpaDiConfig, targets: Float[Tensor, "batch d_in d_out"
                 raise
             continue
         sizes.append((atoms, sparsity))
-        starts.append(first_atoms(targets, atoms, sparsity, basis))
-        probe = htp_batch(targets, atoms, sparsity, **settings | {"n_rounds": PROBE_ROUNDS}, start=starts[-1])
+        start = first_atoms(targets, atoms, sparsity, basis)
+        probe = htp_batch(targets, atoms, sparsity, **settings | {"n_rounds": PROBE_ROUNDS}, start=start)
         errors.append([solution.errors[-1] for solution in probe])
+        del probe, start
     chosen = torch.tensor(errors).argmin(dim=0).tolist()
     solutions: dict[int, Solution] = {}
     for candidate in sorted(set(chosen)):
         members = [i for i, choice in enumerate(chosen) if choice == candidate]
-        found = htp_batch(targets[members], *sizes[candidate], **settings, start=starts[candidate][members])
+        start = first_atoms(targets[members], *sizes[candidate], basis[members])
+        found = htp_batch(targets[members], *sizes[candidate], **settings, start=start)
         solutions |= dict(zip(members, found, strict=True))
     return [solutions[i] for i in range(len(targets))]
 

@@ -45,9 +45,11 @@ def one_shot(
         importance = importance * unwhiten(whitener, basis).norm(dim=0).to(target) ** balance
     codes = torch.where(_most_important(importance, sparsity), codes, 0.0)
     dictionary = _ridge_dictionary(target, codes, basis)
+    errors = [relative_error(target, found @ codes.T) for found in (basis, dictionary)]
+    if errors[1] > errors[0]:  # the ridge costs more than the fit gains: hardly anything was cut
+        dictionary, errors = basis, [errors[0]]
     lengths = dictionary.norm(dim=0)
     lengths = torch.where(lengths > 0, lengths, 1.0)
-    errors = [relative_error(target, basis @ codes.T), relative_error(target, dictionary @ codes.T)]
     missing = atoms - basis.shape[1]
     return Solution(
         torch.nn.functional.pad(dictionary / lengths, (0, missing)),
