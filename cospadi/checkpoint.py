@@ -22,12 +22,14 @@ from cospadi.factorization.factors import Dense, Factors
 from cospadi.integrity import CHECKSUMS, checksum, verify_files
 from cospadi.layers import CompressedLinear, empty_layer, layer_of
 from cospadi.models import Checkpoint
-from cospadi.records import new_path, read_json, write_json, write_tensors
+from cospadi.records import new_path, read_json, refuse_file, refuse_foreign_folder, write_json, write_tensors
+from cospadi.sources.addresses import brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHARD_BYTES = 2 * 2**30
+DTYPES = ("float32", "bfloat16", "float16")
 INDEX = "model.safetensors.index.json"
 STUB = "modeling_cospadi"
 _STUB = '''"""Makes transformers understand this compressed checkpoint, when it is loaded with trust_remote_code=True."""
@@ -64,7 +66,9 @@ def write(
     with new_path(folder) as partial:
         partial.mkdir()
         _write_shards(partial, _compressed(checkpoint, factors, modules), shard_bytes)
-        config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+        if not modules:
+            raise UserError("No projection was compressed: every one was left dense. Choose another ratio or method.")
+        config = _plain_config(checkpoint)
         config["quantization_config"] = {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
@@ -75,6 +79,11 @@ def write(
             config["auto_map"] = _write_stub(partial, config)
         write_json(partial / "config.json", config)
         _copy_companions(source, partial)
+
+
+def _plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config without what belongs to a compression or to code that is not copied."""
+    return {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
 
 
 def _write_stub(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -183,16 +192,20 @@ def load(folder: Path | str, dtype: str | torch.dtype = "auto", **options: Any) 
 
     folder = Path(folder)
     compression_of(folder)
+    if isinstance(dtype, str) and dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype={dtype} is not known. Choose auto, {', '.join(DTYPES)}.")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except SafetensorError as error:
         raise UserError(f"A safetensors file of {folder} is damaged or cut short ({error}). Copy it again.") from error
-    except OSError as error:
-        raise UserError(f"{folder} is not whole: {str(error).splitlines()[0]} Copy or download it again.") from error
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise UserError(f"transformers cannot load {folder}: {brief(error)}. Copy or download it again.") from error
     wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names and kind != "error_msgs"}
     if wrong:
         raise UserError(f"{folder} does not fill its model: {wrong}. Copy or download it again.")
+    if getattr(model.config, "auto_map", None):
+        del model.config.auto_map  # leads to a file that save_pretrained would not write
     return model.eval()
 
 
@@ -205,9 +218,9 @@ def ledger(folder: Path) -> dict[str, Any]:
     folder = Path(folder)
     found = compression_of(folder)
     rows = []
-    checkpoint = _readable(folder)
+    checkpoint = _readable(folder, found["modules"])
     for name, spec in found["modules"].items():
-        parts = {n.rpartition(".")[2]: n for n in checkpoint.names if n.rpartition(".")[0] == name}
+        parts = _parts(name, spec)
         sizes = {part: _bytes(checkpoint, full) for part, full in parts.items() if part != "bias"}
         dense = budget.dense_bits(spec["d_in"], spec["d_out"]) // 8
         rows.append({"name": name, **spec, "parts": sizes, "bytes": sum(sizes.values()), "dense_bytes": dense})
@@ -216,7 +229,7 @@ def ledger(folder: Path) -> dict[str, Any]:
     everything = sum(_bytes(checkpoint, name) for name in checkpoint.names)
     return {
         "folder": str(folder),
-        "format_version": found["format_version"],
+        "format_version": found.get("format_version", 1),
         "record": found.get("record", {}),
         "projection_bytes": compressed,
         "dense_projection_bytes": dense,
@@ -284,7 +297,12 @@ def write_on(
 
     if tokens < 1 or temperature < 0:
         raise UserError("--tokens must be 1 or more, --temperature 0 or more.")
-    tokenizer = load_tokenizer(folder)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} holds no tokenizer ({brief(error)}). Save it there: tokenizer.save_pretrained."
+        ) from error
     ids = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not ids["input_ids"].numel():
         raise UserError("The prompt is empty. Write a few words to start from.")
@@ -300,21 +318,32 @@ def write_on(
         )
 
 
-def densify(folder: Path, out: Path, dtype: str = "float16", shard_bytes: int = SHARD_BYTES) -> None:
+def densify(folder: Path, out: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
     """An ordinary dense checkpoint with the same outputs, for runtimes that know nothing of cospadi.
 
+    Args:
+        folder: a compressed checkpoint.
+        out: folder to write.
+        dtype: of all its tensors; by default that of the compressed checkpoint's config.
+        shard_bytes: at most, of a file.
+
     Raises:
-        UserError: see `compression_of`; or a shard is damaged.
+        UserError: see `compression_of`; a shard is damaged or missing; ``out`` cannot be written; a number does not fit.
     """
+    folder, out = Path(folder), Path(out)
     found = compression_of(folder)
-    verify_files(sorted(Path(folder).glob("*.safetensors")))
-    checkpoint = _readable(folder)
+    refuse_file(out)
+    refuse_foreign_folder(out)
+    if out.resolve() == folder.resolve():
+        raise UserError(f"{out} is the compressed checkpoint itself. Name another folder to write.")
+    checkpoint = _readable(folder, found["modules"])
+    verify_files(_files(folder))
+    dtype = dtype or str(checkpoint.config.get("dtype") or "float32")
     with new_path(out) as partial:
         partial.mkdir()
         _write_shards(partial, _dense(checkpoint, found["modules"], getattr(torch, dtype)), shard_bytes)
-        config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-        write_json(partial / "config.json", config | {"dtype": dtype})
-        _copy_companions(Path(folder), partial)
+        write_json(partial / "config.json", _plain_config(checkpoint) | {"dtype": dtype})
+        _copy_companions(folder, partial)
 
 
 def _dense(
@@ -323,23 +352,67 @@ def _dense(
     compressed = set()
     for name, spec in modules.items():
         layer: CompressedLinear = empty_layer(spec)
-        parts = {part: f"{name}.{part}" for part in layer.state_dict()}
+        parts = _parts(name, spec)
         layer.load_state_dict({part: checkpoint.read(full) for part, full in parts.items()})
+        layer.check()
         compressed |= set(parts.values())
-        yield f"{name}.weight", layer.weight().T.to(dtype)
+        yield f"{name}.weight", _cast(f"{name}.weight", layer.weight().T, dtype)
         if layer.bias is not None:
-            yield f"{name}.bias", layer.bias.detach().to(dtype)
+            yield f"{name}.bias", _cast(f"{name}.bias", layer.bias.detach(), dtype)
     for name in checkpoint.names:
         if name not in compressed:
             tensor = checkpoint.read(name)
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+            yield name, _cast(name, tensor, dtype) if tensor.is_floating_point() else tensor
 
 
-def _readable(folder: Path) -> Checkpoint:
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast).all():
+        largest = tensor.abs().max()
+        raise UserError(f"{name} holds {largest:.1e}, which does not fit {dtype}. Take --dtype bfloat16 or float32.")
+    return cast
+
+
+def _parts(name: str, spec: Mapping[str, Any]) -> dict[str, str]:
+    """The tensors of a compressed layer: part -> name in the checkpoint.
+
+    Raises:
+        UserError: when the description is not one of ours.
+    """
     try:
-        return Checkpoint(folder)
+        with torch.device("meta"):
+            return {part: f"{name}.{part}" for part in empty_layer(dict(spec)).state_dict()}
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"config.json describes {name} in a way this cospadi does not know ({error}).") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors of a checkpoint: those its index names."""
+    if not (folder / INDEX).is_file():
+        return [folder / "model.safetensors"]
+    return [folder / name for name in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
+
+
+def _readable(folder: Path, modules: Mapping[str, dict[str, Any]]) -> Checkpoint:
+    """The opened checkpoint, known to be whole.
+
+    Raises:
+        UserError: when a file or a tensor is missing, or a file is damaged.
+    """
+    missing = [file.name for file in _files(folder) if not file.is_file()]
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(missing)}. Copy or download it again.")
+    try:
+        checkpoint = Checkpoint(folder)
     except SafetensorError as error:
         raise UserError(f"A safetensors file of {folder} is damaged or cut short ({error}). Copy it again.") from error
+    wanted = {full for name, spec in modules.items() for full in _parts(name, spec).values()}
+    if (folder / INDEX).is_file():
+        wanted |= set(read_json(folder / INDEX)["weight_map"])
+    gaps = sorted(wanted - set(checkpoint.names))
+    if gaps:
+        raise UserError(f"{folder} lacks the tensors {', '.join(gaps[:3])}. Copy or download it again.")
+    return checkpoint
 
 
 def _bytes(checkpoint: Checkpoint, name: str) -> int:

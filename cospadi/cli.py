@@ -149,7 +149,7 @@ def _add_tools(stages) -> None:
     densify.add_argument("checkpoint", type=Path)
     densify.add_argument("out", type=Path, help="folder to write")
     dtypes = ("float16", "bfloat16", "float32")
-    densify.add_argument("--dtype", default="float16", choices=dtypes, help="of all tensors (default %(default)s)")
+    densify.add_argument("--dtype", choices=dtypes, help="of all tensors (default: that of the compressed checkpoint)")
 
     generate = tool("generate", _generate, "let a compressed model write on")
     generate.add_argument("checkpoint", type=Path)
@@ -266,7 +266,7 @@ def _densify(o: argparse.Namespace) -> None:
     from cospadi.checkpoint import densify
 
     densify(o.checkpoint, o.out, o.dtype)
-    print(f"{o.out}: an ordinary checkpoint in {o.dtype}.")
+    print(f"{o.out}: an ordinary checkpoint.")
 
 
 def _generate(o: argparse.Namespace) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from cospadi.config import CONF, Config, load
 from cospadi.errors import UserError
-from cospadi.records import read_json, refuse_foreign_folder, text_hash, write_json
+from cospadi.records import own_folder, read_json, refuse_file, refuse_foreign_folder, text_hash, versions, write_json
+from cospadi.sources.addresses import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,12 +46,17 @@ def compress_to(
     from cospadi.models import find_projections
 
     config = configured(source, overrides, text)
-    out = Path(out)
+    out = Path(out).absolute()
     refuse_foreign_folder(out)
-    work = out.with_name(f"{out.name}.work")
+    refuse_file(out)
+    if Path(source).exists() and Path(source).resolve() == out.resolve():
+        raise UserError(f"{out} is the model itself. Name another folder to write.")
+    work = own_folder(out.with_name(f"{out.name}.work"))
     model, documents, grams = work / "model", work / "documents.json", work / "grams"
     factors, record = work / "factors.safetensors", work / "factorization.json"
     settings = asdict(config)
+    settings["model"]["files"] = _stamps(config.model.source)
+    settings["calibration"]["text"]["files"] = _stamps(config.calibration.text.source)
     done = _Resumed(work)
     done("model", settings["model"], model, lambda: stages.prepare_model(config, model, work / "model.json"))
     calibration = config.calibration
@@ -107,6 +113,15 @@ def _set(setting: str, value: str) -> str:
     return f"{setting}='{quoted}'"
 
 
+def _stamps(source: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of what lies at a place on this disk, to notice when it changes; nothing for other places."""
+    place = local_path(source)
+    if place is None or not place.exists():
+        return []
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+
+
 class _Resumed:
     """Runs a step unless its output is there and was made with the same settings, those of earlier steps included."""
 
@@ -116,7 +131,7 @@ class _Resumed:
 
     def __call__(self, step: str, settings: Any, output: Path, run: Callable[[], None]) -> None:
         mark = self.work / f"{step}.settings.json"
-        key = {"settings": text_hash(json.dumps(settings, sort_keys=True, default=str))}
+        key = {"settings": text_hash(json.dumps([settings, versions()], sort_keys=True, default=str))}
         if not self.again and output.exists() and mark.is_file() and read_json(mark) == key:
             return
         self.again = self.again or step in ("model", "text", "grams")
@@ -175,15 +190,16 @@ def compress(
     calibration = config.calibration
     texts = read_documents(calibration.text) if texts is None else list(texts)
     tokens = draw_samples(tokenizer, texts, calibration.n_samples, calibration.sample_length, calibration.seed)
+    smaller = {}
     for names, statistics in gather(model, config.model, calibration, tokens):
         root = whitener(statistics.gram, calibration.damping)
         layers = [model.get_submodule(name) for name in names]
         problems = [Problem(layer.weight.T.float(), root, statistics.absolute_mean) for layer in layers]
         for name, layer, factors in zip(names, layers, factorize_all(config.factorization, problems), strict=True):
-            if isinstance(factors, Dense):
-                continue
-            parent, _, leaf = name.rpartition(".")
-            compressed = layer_of(factors, layer.bias).to(layer.weight.device)
-            setattr(model.get_submodule(parent), leaf, compressed)
+            if not isinstance(factors, Dense):
+                smaller[name] = layer_of(factors, layer.bias).to(layer.weight.device)
+    for name, layer in smaller.items():  # all at once: cut off before, the model is as it was
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
     attach(model, {"factorization": asdict(config.factorization)})
     return model

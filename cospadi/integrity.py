@@ -18,27 +18,31 @@ CHECKSUMS = "cospadi_checksums"
 
 
 def checksum(tensor: Tensor) -> str:
-    """The first 16 hexadecimal digits of the sha256 of a tensor's bytes, wherever it lies.
+    """The first 16 hexadecimal digits of the sha256 of a tensor's dtype, shape and bytes, wherever it lies.
 
-    >>> checksum(torch.zeros(3)) == checksum(torch.zeros(3)[None]), checksum(torch.ones(3))
-    (True, '8a31a40ecac0ceb4')
+    >>> checksum(torch.zeros(3)) == checksum(torch.zeros(3)[None]), checksum(torch.zeros(2)) == checksum(torch.zeros(2))
+    (False, True)
     """
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else torch.zeros(0)
-    return hashlib.sha256(memoryview(data.numpy())).hexdigest()[:16]
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    if tensor.numel():
+        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()[:16]
 
 
-def verify_files(files: Iterable[Path | str]) -> None:
-    """Read every tensor of these safetensors and compare it with its checksum.
+def verify_files(files: Iterable[Path | str]) -> set[str]:
+    """Read every tensor of these safetensors and compare it with its checksum; the names of all.
 
     Raises:
         UserError: naming the file, when it is cut short or damaged, or carries no checksums.
     """
+    names: set[str] = set()
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 expected = json.loads((tensors.metadata() or {}).get(CHECKSUMS, "{}"))
                 if not expected:
                     raise UserError(f"{file} carries no checksums, so cospadi did not write it. Write it again.")
+                names |= set(tensors.keys())
                 damaged = [name for name in tensors.keys() if checksum(tensors.get_tensor(name)) != expected.get(name)]  # noqa: SIM118
         except FileNotFoundError as error:
             raise UserError(f"{file} is missing. Copy or download the checkpoint again.") from error
@@ -46,3 +50,4 @@ def verify_files(files: Iterable[Path | str]) -> None:
             raise UserError(f"{file} is damaged or cut short ({error}). Copy or download it again.") from error
         if damaged:
             raise UserError(f"{file} is damaged: {', '.join(damaged[:3])} differ from their checksums. Copy it again.")
+    return names

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cospadi.errors import UserError
 from cospadi.factorization.budget import mask_bits
-from cospadi.factorization.factors import Factors, LowRank, SparseDictionary, unpack_bits
+from cospadi.factorization.factors import STORAGE_DTYPES, Factors, LowRank, SparseDictionary, unpack_bits
 
 FEW = 16
 """Rows up to which the packed form is read directly: beyond, unpacking it once is cheaper than reading it per row."""
@@ -30,6 +30,8 @@ class CompressedLinear(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, bias: bool, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        if min(d_in, d_out) < 1:
+            raise ValueError(f"a layer of {d_in}×{d_out}")
         self.in_features, self.out_features = d_in, d_out
         self.bias = _frozen(torch.empty(d_out, dtype=dtype)) if bias else None
 
@@ -55,6 +57,22 @@ class CompressedLinear(nn.Module):
         """What a checkpoint's config says of this layer: enough to build it empty."""
         raise NotImplementedError
 
+    def check(self) -> None:
+        """That the tensors fit each other.
+
+        Raises:
+            UserError: when they do not.
+        """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompressedLinear:
+        """Move anywhere, but keep the stored bits: ``.to(dtype)`` is for what is computed, and changes the bias alone."""
+
+        def same_bits(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if tensor is self.bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(same_bits, recurse)
+
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.spec.items())
 
@@ -68,7 +86,7 @@ class LowRankLinear(CompressedLinear):
         self, d_in: int, d_out: int, rank: int, storage_dtype: str, bias: bool = False, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(d_in, d_out, bias, dtype)
-        storage = getattr(torch, storage_dtype)
+        storage = _storage(storage_dtype)
         self.left = _frozen(torch.empty(d_in, rank, dtype=storage))
         self.right = _frozen(torch.empty(rank, d_out, dtype=storage))
 
@@ -118,7 +136,9 @@ class SparseDictionaryLinear(CompressedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(d_in, d_out, bias, dtype)
-        storage = getattr(torch, storage_dtype)
+        storage = _storage(storage_dtype)
+        if fixed_atoms not in (NONE, IDENTITY) or value_bits not in (14, 16):
+            raise ValueError(f"fixed_atoms={fixed_atoms}, value_bits={value_bits}")
         self.fixed_atoms, self.value_bits, self.n_values = fixed_atoms, value_bits, n_values
         self.all_atoms = atoms + (d_in if fixed_atoms == IDENTITY else 0)
         self.dictionary = _frozen(torch.empty(d_in, atoms, dtype=storage))
@@ -207,6 +227,9 @@ class SparseDictionaryLinear(CompressedLinear):
             lambda: unpack_bits(self.values.cpu(), self.value_bits, self.n_values).view(self.dictionary.dtype),
         )
 
+    def check(self) -> None:
+        self._offsets()
+
     def _offsets(self) -> Tensor:
         """Where the values of each output begin: counted once, from the mask."""
         from cospadi.kernels.sparse_product import offsets
@@ -222,13 +245,28 @@ class SparseDictionaryLinear(CompressedLinear):
         return self._once("offsets", count)
 
     def _once(self, name: str, make: Any) -> Tensor:
-        """Derived tensors belong to the mask and values as they are: others, or another device, and they are made anew."""
-        key = (self.mask.data_ptr(), self.values.data_ptr(), str(self.mask.device))
+        """Derived tensors belong to the mask and values as they are: changed, or on another device, they are made anew."""
+        key = tuple((t.data_ptr(), str(t.device), _version(t)) for t in (self.mask, self.values))
         if self._derived.get("key") != key:
             self._derived = {"key": key}
         if name not in self._derived:
             self._derived[name] = make().to(self.mask.device)
         return self._derived[name]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; those made for inference do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _storage(name: str) -> torch.dtype:
+    """
+    Raises:
+        ValueError: when the kernels cannot read it.
+    """
+    if name not in STORAGE_DTYPES:
+        raise ValueError(f"storage_dtype={name}")
+    return STORAGE_DTYPES[name]
 
 
 KINDS: dict[str, type[CompressedLinear]] = {c.kind: c for c in (LowRankLinear, SparseDictionaryLinear)}

@@ -67,7 +67,13 @@ class CoSpaDiQuantizer(HfQuantizer):
     ) -> None:
         put_empty_layers(model, self.quantization_config.modules)
         if checkpoint_files:
-            verify_files(checkpoint_files)
+            refuse_gaps(model, verify_files(checkpoint_files))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for layer in model.modules():
+            if isinstance(layer, CompressedLinear):
+                layer.check()
+        return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -126,6 +132,21 @@ def put_empty_layers(model: nn.Module, modules: dict[str, dict[str, Any]]) -> No
                 "Its config and its weights do not belong together: get the checkpoint again."
             )
         _put(model, name, layer)
+
+
+def refuse_gaps(model: nn.Module, stored: set[str]) -> None:
+    """Compare what a model needs with what its files hold: transformers would fill gaps with random numbers.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = sorted(set(model.state_dict()) - stored - tied)
+    if missing:
+        raise UserError(
+            f"The checkpoint's files lack {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}, which its "
+            "config.json asks for. Copy or download it again."
+        )
 
 
 def attach(model: nn.Module, record: dict[str, Any]) -> None:

@@ -67,8 +67,34 @@ def refuse_foreign_folder(path: Path) -> None:
     Raises:
         UserError: when ``path`` is a folder with something in it that this project did not write.
     """
+    path = Path(path)
     if path.is_dir() and not (path / _MARK).is_file() and next(path.iterdir(), None) is not None:
         raise UserError(f"{path} is a folder that this project did not write, so it is left alone. Name another path.")
+
+
+def own_folder(path: Path) -> Path:
+    """``path`` as a folder of this project's, made if need be: what is in it may be replaced or removed.
+
+    Raises:
+        UserError: when it is somebody else's folder, or no folder.
+    """
+    path = Path(path)
+    refuse_foreign_folder(path)
+    refuse_file(path)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / _MARK).write_text("Written by cospadi, which may replace this folder.\n")
+    return path
+
+
+def refuse_file(path: Path) -> None:
+    """Before long work that ends in a folder of this name.
+
+    Raises:
+        UserError: when ``path`` is a file or a link.
+    """
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"{path} is a file or a link, and a folder is to be written there. Name another path.")
 
 
 def _step_aside(path: Path) -> None:

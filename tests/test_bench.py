@@ -182,7 +182,7 @@ def test_a_finished_problem_is_kept_when_the_next_one_fails(tmp_path, monkeypatc
         (["--solvers", "htp,nope"], "--solvers nope does not exist. Choose from htp, ksvd, ksvd_plain,"),
         (["--matrix", "5by4"], "--matrix 5by4 is not a size."),
         (["--matrix", "0x4"], "--matrix 0x4 is not a size."),
-        (["--shape", "gpt"], "--shape gpt does not exist. Choose from llama-3.2-1b, llama-3-8b."),
+        (["--shape", "gpt"], "--shape gpt does not exist. Choose from smollm2-135m, llama-3.2-1b, llama-3-8b."),
         (["--matrix", "24x40", "--ratios", "2"], "--ratios 2 is not between 0 and 1."),
         (["--matrix", "24x40", "--ratios", "a"], "--ratios a is no list of numbers."),
         (["--matrix", "24x40", "--rho", "0.5"], "--rho 0.5 is too small."),

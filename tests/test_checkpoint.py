@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import cospadi
@@ -22,6 +23,8 @@ from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.factorization.factors import LowRank, SparseDictionary, stored_bits
 from cospadi.factorization.methods import Problem, factorize_all
+from cospadi.integrity import CHECKSUMS
+from cospadi.integrity import checksum as checksum_of
 from cospadi.layers import CompressedLinear, layer_of
 from cospadi.models import Checkpoint, find_projections
 from cospadi.sources import prepare_model
@@ -293,15 +296,65 @@ def test_a_newer_format_is_refused(own):
         (lambda m: m["model.layers.1.mlp.up_proj"].update(d_in=31), "makes model.layers.1.mlp.up_proj 31×48"),
         (lambda m: m["model.layers.1.mlp.up_proj"].update(kind="magic"), "in a way this cospadi does not know"),
         (lambda m: m["model.layers.1.mlp.up_proj"].update(colour=3), "in a way this cospadi does not know"),
-        (lambda m: m["model.layers.1.mlp.up_proj"].update(atoms=5), "does not fill its model|size|shape"),
-        (lambda m: m.pop("model.layers.1.mlp.up_proj"), "does not fill its model"),
+        (lambda m: m["model.layers.1.mlp.up_proj"].update(atoms=5), "transformers cannot load"),
+        (
+            lambda m: m["model.layers.1.mlp.up_proj"].update(storage_dtype="uint8"),
+            "in a way this cospadi does not know",
+        ),
+        (
+            lambda m: m["model.layers.1.mlp.up_proj"].update(fixed_atoms="idenity"),
+            "in a way this cospadi does not know",
+        ),
+        (lambda m: m["model.layers.1.mlp.up_proj"].update(value_bits=20), "in a way this cospadi does not know"),
+        (lambda m: m.pop("model.layers.1.mlp.up_proj"), "lack model.layers.1.mlp.up_proj.weight"),
         (lambda m: m.clear(), "names no compressed modules"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(own, change, sentence):
     edited(own, lambda found, _: change(found["modules"]))
-    with pytest.raises((UserError, RuntimeError), match=sentence):
-        cospadi.load(own)
+    refused_by_both(own, sentence)
+
+
+@pytest.mark.parametrize("lost", ["model.layers.0.mlp.up_proj.dictionary", "model.norm.weight"])
+def test_a_lost_tensor_is_refused_not_made_up(own, lost):
+    with safe_open(own / "model.safetensors", "pt") as tensors:
+        kept = {name: tensors.get_tensor(name) for name in tensors.keys() if name != lost}  # noqa: SIM118
+        save_file(kept, own / "model.safetensors.new", tensors.metadata())
+    (own / "model.safetensors.new").rename(own / "model.safetensors")
+    refused_by_both(own, f"lack {lost}")
+
+
+def test_values_that_do_not_match_their_mask_are_refused(own):
+    with safe_open(own / "model.safetensors", "pt") as tensors:
+        kept = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    kept["model.layers.0.mlp.up_proj.mask"][:] = 255
+    sums = {CHECKSUMS: json.dumps({name: checksum_of(tensor) for name, tensor in kept.items()}), "format": "pt"}
+    save_file(kept, own / "model.safetensors", sums)
+    refused_by_both(own, "bits set for")
+
+
+def test_densify_and_info_refuse_a_lost_shard(made, tmp_path, capsys):
+    shutil.copytree(made(shard_bytes=20_000)[1], tmp_path / "own")
+    next((tmp_path / "own").glob("model-00002-*")).unlink()
+    for words in (["info", str(tmp_path / "own")], ["densify", str(tmp_path / "own"), str(tmp_path / "out")]):
+        assert cli.main(words) == 1
+        assert "lacks model-00002" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_densify_refuses_what_does_not_fit_and_its_own_folder(made, tmp_path, capsys):
+    dense = tmp_path / "dense"
+    shutil.copytree(made()[0], dense)
+    weights = load_file(dense / "model.safetensors")
+    weights["model.embed_tokens.weight"][0, 0] = 1e5
+    save_file(weights, dense / "model.safetensors", {"format": "pt"})
+    model = ModelConfig(name="llama", title="llama", source="random:llama", architecture=TINY)
+    checkpoint.write(tmp_path / "small", dense, factors_of(dense, model, "svd_llm"), {})
+    assert cli.main(["densify", str(tmp_path / "small"), str(tmp_path / "out"), "--dtype", "float16"]) == 1
+    assert "does not fit torch.float16" in capsys.readouterr().err
+    assert cli.main(["densify", str(tmp_path / "small"), str(tmp_path / "small")]) == 1
+    assert "is the compressed checkpoint itself" in capsys.readouterr().err
+    cospadi.load(tmp_path / "small")
 
 
 @pytest.mark.parametrize("command", [["info"], ["generate", "PATH", "hello"], ["densify", "PATH", "OUT"]])
@@ -378,6 +431,28 @@ def test_a_mask_that_disagrees_with_its_values_is_refused(made):
         layer(torch.ones(1, 32))
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cast", [torch.float32, torch.float64, torch.bfloat16])
+def test_casting_a_layer_keeps_its_stored_bits(made, method, cast):
+    layer = cospadi.load(made("qwen2", method)[1]).model.layers[0].self_attn.q_proj
+    inputs, before = torch.randn(3, 32), {name: t.clone() for name, t in layer.state_dict().items() if name != "bias"}
+    expected = inputs @ layer.weight() + layer.bias
+    layer.to(cast)
+    assert layer.bias.dtype == cast
+    assert all(layer.state_dict()[name].equal(tensor) for name, tensor in before.items())
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(inputs.to(cast)).float(), expected, rtol=0.03, atol=0.03)
+
+
+def test_what_is_derived_follows_what_is_loaded(made):
+    first, second = (cospadi.load(made()[1]).model.layers[i].mlp.up_proj for i in (0, 1))
+    inputs = torch.ones(1, 32)
+    with torch.no_grad():
+        first(inputs)
+        first.load_state_dict(second.state_dict())
+        assert first(inputs).equal(second(inputs))
+
+
 def test_gradients_flow_through_to_the_inputs(made):
     layer = cospadi.load(made()[1]).model.layers[0].mlp.up_proj
     inputs = torch.randn(3, 32, requires_grad=True)
@@ -444,6 +519,41 @@ def test_compress_leaves_a_strangers_folder_alone(made, tmp_path, capsys):
     assert cli.main(["compress", "tiny_llama", str(tmp_path / "mine"), "--set", "calibration=smoke"]) == 1
     assert "left alone" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_compress_takes_no_strangers_work_folder(tmp_path, capsys):
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "thesis.txt").write_text("years of work")
+    assert cli.main(["compress", "tiny_llama", str(tmp_path / "out"), "--set", "calibration=smoke"]) == 1
+    assert (tmp_path / "out.work" / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "file").write_text("x")
+    assert cli.main(["compress", "tiny_llama", str(tmp_path / "file"), "--set", "calibration=smoke"]) == 1
+    assert "is a file or a link" in capsys.readouterr().err
+
+
+def test_compress_notices_new_weights_and_a_new_text(made, tmp_path):
+    shutil.copytree(made()[0], tmp_path / "dense")
+    text = tmp_path / "text.txt"
+    text.write_text("A line is a document, and this one is repeated.\n" * 60)
+    settings = ["factorization=svd_llm", "calibration.n_samples=8", "calibration.sample_length=32"]
+    settings.append("calibration.damping=1e-3")
+
+    def errors():
+        compress_to(str(tmp_path / "dense"), tmp_path / "out", settings, str(text), keep_work=True)
+        return [
+            row["output_error"]
+            for row in json.loads((tmp_path / "out.work/factorization.json").read_text())["projections"]
+        ]
+
+    first = errors()
+    assert errors() == first
+    text.write_text("Something else altogether stands here now, line by line.\n" * 60)
+    second = errors()
+    assert second != first
+    weights = load_file(tmp_path / "dense" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.randn(48, 32)
+    save_file(weights, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    assert errors() != second
 
 
 def test_generate_prints_the_prompt_and_more(compressed, capsys):

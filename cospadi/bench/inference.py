@@ -72,11 +72,15 @@ def run(options: argparse.Namespace) -> None:
 def _models(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Row]:
     from cospadi.checkpoint import ledger
 
-    folders = {DENSE: options.dense} | {folder.name: folder for folder in options.checkpoints}
+    named = [folder.name for folder in options.checkpoints]
+    folders = {DENSE: options.dense}
+    for folder in options.checkpoints:
+        unique = named.count(folder.name) == 1 and folder.name != DENSE
+        folders[folder.name if unique else str(folder)] = folder
     rows = {}
     for name, folder in folders.items():
         files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        memory = _apart(_resident, folder, options.dtype, str(device))
+        memory = _apart(_resident, folder, options.dtype, str(device), torch.get_num_threads())
         found = {} if name == DENSE else ledger(folder)
         rows[name] = {"model": name, "file_bytes": files, "removed": found.get("removed", 0.0), **memory}
     networks = {name: _opened(folder, dtype).to(device) for name, folder in folders.items()}
@@ -120,7 +124,7 @@ def _apart(work: Callable[..., Row], *arguments: Any) -> Row:
         return pool.apply(work, arguments)
 
 
-def _resident(folder: Path, dtype: str, device: str) -> Row:
+def _resident(folder: Path, dtype: str, device: str, threads: int) -> Row:
     """Bytes of the model's tensors, and by how much the process grew from before loading to after decoding."""
     import gc
 
@@ -128,6 +132,7 @@ def _resident(folder: Path, dtype: str, device: str) -> Row:
 
     import cospadi.checkpoint  # noqa: F401 - what loading imports is not the model's
 
+    torch.set_num_threads(threads)
     network = _opened(Path(folder), getattr(torch, dtype)).to(device)
     tensors = {t.data_ptr(): t.numel() * t.element_size() for t in [*network.parameters(), *network.buffers()]}
     _prefill(network, 32, torch.device(device))
