@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cospadi.errors import UserError
 from cospadi.factorization.budget import mask_bits
 from cospadi.factorization.factors import STORAGE_DTYPES, Factors, LowRank, SparseDictionary, unpack_bits
+from cospadi.kernels.products import products
 
 FEW = 16
 """Rows up to which the packed form is read directly: beyond, unpacking it once is cheaper than reading it per row."""
@@ -37,8 +38,13 @@ class CompressedLinear(nn.Module):
 
     def forward(self, inputs: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         rows = inputs.reshape(-1, self.in_features)
-        few = len(rows) <= FEW and not torch.is_grad_enabled() and rows.device.type in ("cpu", "cuda")
-        outputs = self._few(rows) if few else self._many(rows)
+        if len(rows) <= FEW and not torch.is_grad_enabled() and rows.device.type in ("cpu", "cuda"):
+            outputs = self._few(rows)
+        elif rows.device.type == "cpu":
+            with products(exact=True):
+                outputs = self._many(rows)
+        else:
+            outputs = self._many(rows)
         outputs = outputs if self.bias is None else outputs + self.bias
         return outputs.view(*inputs.shape[:-1], self.out_features)
 

@@ -7,7 +7,6 @@ Everything takes a batch of problems of equal shape, which a GPU solves as one. 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from cospadi.errors import UserError
 from cospadi.factorization.low_rank import left_singular_vectors
 from cospadi.factorization.sparse_coding import require_finite
 from cospadi.kernels import selection
+from cospadi.kernels.products import products
 
 CPU_ROWS = 192
 """Rows of codes worked on at once on a CPU: what a round computes between two products stays in its cache."""
@@ -304,9 +304,9 @@ def least_squares(
     """``steps`` conjugate-gradient steps on every row's normal equations, restricted to its support (0 or 1).
 
     Starts from ``codes`` cut down to ``support``; ``gradient`` is ``Dᵀ(Y − DS)`` at ``codes`` as they come in. Each step
-    lowers every row's error or leaves it, up to the rounding of the products. A row stops for good once its residual is rounding noise, or points where the
-    atoms of its support are dependent to working precision: a step there would be noise over nothing. Returns the codes
-    and the gradient at them on the support.
+    lowers every row's error or leaves it, up to the rounding of the products. A row stops for good once its residual is
+    rounding noise, or points where the atoms of its support are dependent to working precision: a step there would be
+    noise over nothing. Returns the codes and the gradient at them on the support.
     """
     start = codes * support
     residual = torch.baddbmm(gradient, codes - start, gram).mul_(support)
@@ -354,31 +354,6 @@ def best_dictionary(
 def product(left: Float[Tensor, "batch n m"], right: Float[Tensor, "batch m p"]) -> Float[Tensor, "batch n p"]:
     """``left @ right``. A single matrix goes through ``mm``, which takes a transpose as it is: ``bmm`` copies it first."""
     return torch.mm(left[0], right[0])[None] if len(left) == 1 else torch.bmm(left, right)
-
-
-@contextmanager
-def products(exact: bool) -> Iterator[None]:
-    """The fastest float32 products there are: with all their bits, or (not ``exact``) in TF32 on an NVIDIA GPU.
-
-    On a CPU they are exact either way, but oneDNN's: on AMD's AVX-512 over twice as fast as MKL's, which is torch's choice.
-    Asking for them by the name of bfloat16 gives float32 everywhere but on CPUs with AMX, which are left as they are.
-    """
-    settings = [(torch.backends.cuda.matmul, "ieee" if exact else "tf32")]
-    if not _has_amx():
-        settings.append((torch.backends.mkldnn.matmul, "bf16"))
-    before = [setting.fp32_precision for setting, _ in settings]
-    try:
-        for setting, precision in settings:
-            setting.fp32_precision = precision
-        yield
-    finally:
-        for (setting, _), precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
-
-
-def _has_amx() -> bool:
-    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return asked is None or asked()
 
 
 def _stalled(errors: Sequence[float], tolerance: float) -> bool:
