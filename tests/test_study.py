@@ -108,7 +108,7 @@ def test_tables_are_made_of_every_cell(plain):
         ("calibration.revision=2", {"calibration"}),
         ("calibration.damping=0.01", {"factorization"}),
         ("calibration.text.max_documents=5", {"text"}),
-        ("factorization.revision=2", {"factorization", "sensitivity"}),
+        ("factorization.revision=9", {"factorization", "sensitivity"}),
         ("factorization.seed=1", {"factorization", "sensitivity"}),
         ("model.revision=2", {"model"}),
         ("model.seed=1", {"model"}),
