@@ -186,7 +186,7 @@ def test_another_rho_touches_only_cospadi(finished):
 
 
 def test_a_revision_makes_factors_and_what_follows_stale(finished):
-    jobs = planned(finished, f"{TRIMMED} factorization.revision=2")
+    jobs = planned(finished, f"{TRIMMED} factorization.revision=9")
     assert {rule: len(found) for rule, found in jobs.items()} == {
         "search_ranks": 2,
         "choose_ranks": 2,
