@@ -307,3 +307,8 @@ def test_usage_counts_operations_and_memory():
     assert seen.flops == 2 * 64 * 32 * 16 + 2 * 64 * 8 * 16
     assert 0 < seen.product_share < 1
     assert seen.peak_bytes == 4 * (64 * 32 + 32 * 16 + 64 * 16)
+
+
+def test_the_comparison_with_scikit_learn_runs_alone(capsys):
+    assert cli.main(["bench", "solver", "--matrix", "24x32", "--ratios", "0.3", "--solvers", "sklearn_omp"]) == 0
+    assert "scikit-learn" in capsys.readouterr().out

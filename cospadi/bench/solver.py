@@ -114,7 +114,7 @@ def measure(problems: Sequence[Problem], names: Sequence[str], settings: Setting
         yield rows
     if OMP in names:
         yield _omp_rows(max(problems, key=lambda p: p.target.numel()), settings)
-        progress.step(OMP, weight=0)
+        progress.step(OMP, weight=0.0 if costs else 1.0)
 
 
 def _warm_up(names: Sequence[str], settings: Settings, device: torch.device) -> None:
