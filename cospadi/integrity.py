@@ -14,7 +14,7 @@ from torch import Tensor
 from cospadi.errors import UserError
 
 CHECKSUMS = "cospadi_checksums"
-"""Key of the metadata: JSON, tensor name -> checksum. Every shard carries those of all tensors."""
+"""Key of the metadata: JSON, tensor name -> checksum, at least of the tensors in the same file."""
 
 
 def checksum(tensor: Tensor) -> str:

@@ -125,7 +125,7 @@ def _apart(work: Callable[..., Row], *arguments: Any) -> Row:
 
 
 def _resident(folder: Path, dtype: str, device: str, threads: int) -> Row:
-    """Bytes of the model's tensors, and by how much the process grew from before loading to after decoding."""
+    """Bytes of the model's tensors, and those that the process gives back when the model is dropped after decoding."""
     import gc
 
     import psutil

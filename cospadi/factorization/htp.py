@@ -357,7 +357,7 @@ def product(left: Float[Tensor, "batch n m"], right: Float[Tensor, "batch m p"])
 
 
 def _stalled(errors: Sequence[float], tolerance: float) -> bool:
-    """Whether the last two rounds together gained less than ``tolerance`` of the error each, on average."""
+    """Whether the last two rounds together gained no more than twice ``tolerance`` of the error."""
     return len(errors) >= 3 and errors[-1] >= (1 - tolerance) ** 2 * errors[-3]
 
 
