@@ -16,20 +16,20 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from cospadi.config import DTYPES
 from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.factorization.factors import Dense, Factors
 from cospadi.integrity import CHECKSUMS, checksum, verify_files
 from cospadi.layers import CompressedLinear, empty_layer, layer_of
 from cospadi.models import Checkpoint
-from cospadi.records import new_path, read_json, refuse_file, refuse_foreign_folder, write_json, write_tensors
+from cospadi.records import check_output_folder, new_path, read_json, write_json, write_tensors
 from cospadi.sources.addresses import brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHARD_BYTES = 2 * 2**30
-DTYPES = ("float32", "bfloat16", "float16")
 INDEX = "model.safetensors.index.json"
 STUB = "modeling_cospadi"
 _STUB = '''"""Makes transformers understand this compressed checkpoint, when it is loaded with trust_remote_code=True."""
@@ -332,8 +332,7 @@ def densify(folder: Path, out: Path, dtype: str | None = None, shard_bytes: int 
     """
     folder, out = Path(folder), Path(out)
     found = compression_of(folder)
-    refuse_file(out)
-    refuse_foreign_folder(out)
+    check_output_folder(out)
     if out.resolve() == folder.resolve():
         raise UserError(f"{out} is the compressed checkpoint itself. Name another folder to write.")
     checkpoint = _readable(folder, found["modules"])

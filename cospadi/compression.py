@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cospadi.config import CONF, Config, load
 from cospadi.errors import UserError
-from cospadi.records import own_folder, read_json, refuse_file, refuse_foreign_folder, text_hash, versions, write_json
+from cospadi.records import check_output_folder, own_folder, read_json, text_hash, versions, write_json
 from cospadi.sources.addresses import local_path
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def compress_to(
 
     config = configured(source, overrides, text)
     out = Path(out).absolute()
-    refuse_foreign_folder(out)
-    refuse_file(out)
+    check_output_folder(out)
     if Path(source).exists() and Path(source).resolve() == out.resolve():
         raise UserError(f"{out} is the model itself. Name another folder to write.")
     work = own_folder(out.with_name(f"{out.name}.work"))
@@ -199,7 +198,6 @@ def compress(
             if not isinstance(factors, Dense):
                 smaller[name] = layer_of(factors, layer.bias).to(layer.weight.device)
     for name, layer in smaller.items():  # all at once: cut off before, the model is as it was
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
+        model.set_submodule(name, layer)
     attach(model, {"factorization": asdict(config.factorization)})
     return model

@@ -61,6 +61,12 @@ class CompressedLinear(nn.Module):
     @property
     def spec(self) -> dict[str, Any]:
         """What a checkpoint's config says of this layer: enough to build it empty."""
+        shape = {"kind": self.kind, "d_in": self.in_features, "d_out": self.out_features}
+        return shape | self._sizes | {"bias": self.bias is not None}
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        """What `spec` says of this kind alone."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -97,15 +103,8 @@ class LowRankLinear(CompressedLinear):
         self.right = _frozen(torch.empty(rank, d_out, dtype=storage))
 
     @property
-    def spec(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "d_in": self.in_features,
-            "d_out": self.out_features,
-            "rank": self.left.shape[1],
-            "storage_dtype": _name(self.left.dtype),
-            "bias": self.bias is not None,
-        }
+    def _sizes(self) -> dict[str, Any]:
+        return {"rank": self.left.shape[1], "storage_dtype": _name(self.left.dtype)}
 
     def weight(self) -> Float[Tensor, "d_in d_out"]:
         return self.left.float() @ self.right.float()
@@ -146,7 +145,8 @@ class SparseDictionaryLinear(CompressedLinear):
         if fixed_atoms not in (NONE, IDENTITY) or value_bits not in (14, 16):
             raise ValueError(f"fixed_atoms={fixed_atoms}, value_bits={value_bits}")
         self.fixed_atoms, self.value_bits, self.n_values = fixed_atoms, value_bits, n_values
-        self.all_atoms = atoms + (d_in if fixed_atoms == IDENTITY else 0)
+        self.n_fixed = d_in if fixed_atoms == IDENTITY else 0
+        self.all_atoms = self.n_fixed + atoms
         self.dictionary = _frozen(torch.empty(d_in, atoms, dtype=storage))
         values = torch.empty(n_values, dtype=storage)
         if value_bits != 16:
@@ -154,26 +154,22 @@ class SparseDictionaryLinear(CompressedLinear):
         self.register_buffer("values", values)
         self.register_buffer("mask", torch.empty(mask_bits(self.all_atoms, d_out) // 8, dtype=torch.uint8))
         self._derived: dict[str, Tensor] = {}
+        self._derived_from: Any = None
 
     @property
-    def spec(self) -> dict[str, Any]:
+    def _sizes(self) -> dict[str, Any]:
         return {
-            "kind": self.kind,
-            "d_in": self.in_features,
-            "d_out": self.out_features,
             "atoms": self.dictionary.shape[1],
             "n_values": self.n_values,
             "storage_dtype": _name(self.dictionary.dtype),
             "fixed_atoms": self.fixed_atoms,
             "value_bits": self.value_bits,
-            "bias": self.bias is not None,
         }
 
     def weight(self) -> Float[Tensor, "d_in d_out"]:
         codes = self._codes().float()
-        n_fixed = self.all_atoms - self.dictionary.shape[1]
-        learned = self.dictionary.float() @ codes[:, n_fixed:].T
-        return learned + codes[:, :n_fixed].T if n_fixed else learned
+        learned = self.dictionary.float() @ codes[:, self.n_fixed :].T
+        return learned + codes[:, : self.n_fixed].T if self.n_fixed else learned
 
     def _few(self, rows: Tensor) -> Tensor:
         return self._few_on_gpu(rows) if rows.is_cuda else self._few_on_cpu(rows)
@@ -181,32 +177,31 @@ class SparseDictionaryLinear(CompressedLinear):
     def _few_on_gpu(self, rows: Tensor) -> Tensor:
         from cospadi.kernels.triton_product import sparse_product
 
-        projected = rows @ self.dictionary.to(rows.dtype)
-        if self.fixed_atoms == IDENTITY:
-            projected = torch.cat([rows, projected], dim=1)
+        projected = self._beside_fixed(rows, rows @ self.dictionary.to(rows.dtype))
         return sparse_product(projected, self.mask, self._values(), self._offsets(), self.out_features)
 
     def _few_on_cpu(self, rows: Tensor) -> Tensor:
         from cospadi.kernels.sparse_product import dense_product, sparse_product
 
         rows, dtype = rows.float(), rows.dtype
-        projected = dense_product(rows, self.dictionary)
-        if self.fixed_atoms == IDENTITY:
-            projected = torch.cat([rows, projected], dim=1)
+        projected = self._beside_fixed(rows, dense_product(rows, self.dictionary))
         return sparse_product(projected, self.mask, self._values(), self._offsets()).to(dtype)
 
     def _many(self, rows: Tensor) -> Tensor:
         """Through the atoms, or through the weight multiplied out: whichever takes fewer operations."""
         codes = self._codes().to(rows.dtype)
         dictionary = self.dictionary.to(rows.dtype)
-        (d_in, atoms), d_out, n_fixed = dictionary.shape, self.out_features, self.all_atoms - dictionary.shape[1]
+        (d_in, atoms), d_out = dictionary.shape, self.out_features
         through_atoms = len(rows) * (d_in * atoms + self.all_atoms * d_out)
         through_weight = d_in * d_out * (atoms + len(rows))
         if through_atoms <= through_weight:
-            projected = rows @ dictionary
-            return F.linear(torch.cat([rows, projected], dim=1) if n_fixed else projected, codes)
-        weight = codes[:, n_fixed:] @ dictionary.T
-        return F.linear(rows, weight.add_(codes[:, :n_fixed]) if n_fixed else weight)
+            return F.linear(self._beside_fixed(rows, rows @ dictionary), codes)
+        weight = codes[:, self.n_fixed :] @ dictionary.T
+        return F.linear(rows, weight.add_(codes[:, : self.n_fixed]) if self.n_fixed else weight)
+
+    def _beside_fixed(self, rows: Tensor, learned: Tensor) -> Tensor:
+        """``x [I D]`` from ``x`` and ``x D``; without fixed atoms ``x D``."""
+        return torch.cat([rows, learned], dim=1) if self.n_fixed else learned
 
     def _codes(self) -> Float[Tensor, "d_out all_atoms"]:
         """The coefficients as a dense matrix, a row per output."""
@@ -253,8 +248,8 @@ class SparseDictionaryLinear(CompressedLinear):
     def _once(self, name: str, make: Any) -> Tensor:
         """Derived tensors belong to the mask and values as they are: changed, or on another device, they are made anew."""
         key = tuple((t.data_ptr(), str(t.device), _version(t)) for t in (self.mask, self.values))
-        if self._derived.get("key") != key:
-            self._derived = {"key": key}
+        if self._derived_from != key:
+            self._derived, self._derived_from = {}, key
         if name not in self._derived:
             self._derived[name] = make().to(self.mask.device)
         return self._derived[name]

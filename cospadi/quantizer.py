@@ -95,7 +95,7 @@ class CoSpaDiQuantizer(HfQuantizer):
                 dense.weight = nn.Parameter(weight.T.to(dtype or torch.float32).contiguous(), requires_grad=False)
                 if layer.bias is not None:
                     dense.bias = nn.Parameter(layer.bias.to(dense.weight.dtype), requires_grad=False)
-                _put(model, name, dense)
+                model.set_submodule(name, dense)
         return model
 
 
@@ -131,7 +131,7 @@ def put_empty_layers(model: nn.Module, modules: dict[str, dict[str, Any]]) -> No
                 f"The checkpoint's config.json makes {name} {sizes[0]}×{sizes[1]}, the model {expected[0]}×{expected[1]}. "
                 "Its config and its weights do not belong together: get the checkpoint again."
             )
-        _put(model, name, layer)
+        model.set_submodule(name, layer)
 
 
 def refuse_gaps(model: nn.Module, stored: set[str]) -> None:
@@ -157,8 +157,3 @@ def attach(model: nn.Module, record: dict[str, Any]) -> None:
     model.hf_quantizer = CoSpaDiQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = METHOD
-
-
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)

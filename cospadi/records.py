@@ -37,7 +37,7 @@ def new_path(path: Path) -> Iterator[Path]:
             ``path`` before is untouched.
     """
     path = Path(path)
-    refuse_foreign_folder(path)
+    _refuse_foreign_folder(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,13 +61,7 @@ def new_path(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def refuse_foreign_folder(path: Path) -> None:
-    """Before long work whose result goes there.
-
-    Raises:
-        UserError: when ``path`` is a folder with something in it that this project did not write.
-    """
-    path = Path(path)
+def _refuse_foreign_folder(path: Path) -> None:
     if path.is_dir() and not (path / _MARK).is_file() and next(path.iterdir(), None) is not None:
         raise UserError(f"{path} is a folder that this project did not write, so it is left alone. Name another path.")
 
@@ -79,20 +73,20 @@ def own_folder(path: Path) -> Path:
         UserError: when it is somebody else's folder, or no folder.
     """
     path = Path(path)
-    refuse_foreign_folder(path)
-    refuse_file(path)
+    check_output_folder(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / _MARK).write_text("Written by cospadi, which may replace this folder.\n")
     return path
 
 
-def refuse_file(path: Path) -> None:
+def check_output_folder(path: Path) -> None:
     """Before long work that ends in a folder of this name.
 
     Raises:
-        UserError: when ``path`` is a file or a link.
+        UserError: when ``path`` is a file or a link, or a folder with something in it that this project did not write.
     """
     path = Path(path)
+    _refuse_foreign_folder(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UserError(f"{path} is a file or a link, and a folder is to be written there. Name another path.")
 
@@ -100,7 +94,7 @@ def refuse_file(path: Path) -> None:
 def _step_aside(path: Path) -> None:
     """Take away a folder of our own that is about to be replaced."""
     if path.is_dir() and not path.is_symlink():
-        refuse_foreign_folder(path)  # it may have come while the block ran
+        _refuse_foreign_folder(path)  # it may have come while the block ran
         shutil.rmtree(path)
 
 

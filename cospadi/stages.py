@@ -134,7 +134,8 @@ def factorize(
         tensors |= {f"{projection.name}.{part}": tensor for part, tensor in compact.tensors().items()}
         rows.append(row)
         progress.step(projection.name, _told(row), float(projection.d_in * projection.d_out))
-    rows.sort(key=lambda row: [p.name for p in projections].index(row["name"]))  # a GPU takes them by shape
+    order = {p.name: i for i, p in enumerate(projections)}
+    rows.sort(key=lambda row: order[row["name"]])  # a GPU takes them by shape
     write_tensors(factors, tensors, {row["name"]: f"{row['kind']} {row['d_in']} {row['d_out']}" for row in rows})
     statistics = [statistics_file(grams, layer) for layer in sorted({p.layer for p in projections})]
     inputs = _hashes(*statistics, *([ranks] if ranks else [])) | _weights(model)

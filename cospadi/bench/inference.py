@@ -25,7 +25,7 @@ from cospadi.bench.usage import machine, synchronize
 from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.progress import Progress
-from cospadi.records import write_json, write_text
+from cospadi.records import read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,11 +89,7 @@ def _models(options: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         "decode_1": lambda m: _decode(m, 1, options.tokens, device),
         "decode_16": lambda m: _decode(m, 16, options.tokens, device),
     }
-    for key, value in _in_turn(networks, jobs, options.rounds).items():
-        rows[key[0]][f"{key[1]}_tokens_per_s"] = value
-    for row in rows.values():
-        for job in jobs:
-            row[f"{job}_to_dense"] = row[f"{job}_tokens_per_s"] / rows[DENSE][f"{job}_tokens_per_s"]
+    _add_speeds(rows, networks, jobs, options.rounds)
     return list(rows.values())
 
 
@@ -103,14 +99,12 @@ def _opened(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         UserError: when it is neither.
     """
-    import json
-
     from transformers import AutoModelForCausalLM
 
     from cospadi.checkpoint import load
 
     try:
-        compressed = "quantization_config" in json.loads((folder / "config.json").read_text())
+        compressed = "quantization_config" in read_json(folder / "config.json")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no readable config.json, so it is no checkpoint. Correct the path.") from error
     if compressed:
@@ -226,11 +220,8 @@ def _stacks(options: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         "decode_16": lambda stack: _pass_rate(stack, 16, device, dtype),
         "prefill": lambda stack: _pass_rate(stack, options.prefill, device, dtype),
     }
-    for (kind, job), value in _in_turn(stacks, jobs, options.rounds).items():
-        rows[kind][f"{job}_tokens_per_s"] = value
+    _add_speeds(rows, stacks, jobs, options.rounds)
     for row in rows.values():
-        for job in jobs:
-            row[f"{job}_to_dense"] = row[f"{job}_tokens_per_s"] / rows[DENSE, 0.0][f"{job}_tokens_per_s"]
         row["decode_1_gb_per_s"] = row["tensor_bytes"] * row["decode_1_tokens_per_s"] / 1e9
     return list(rows.values())
 
@@ -323,6 +314,18 @@ def _stack_report(options: argparse.Namespace, rows: Sequence[Row], device: torc
         + "\nRandom factors of the right sizes, one layer after the other; attention, norms and head are not in it. GB/s: bytes "
         "of the layers' tensors read per second in decoding.\n"
     )
+
+
+def _add_speeds(
+    rows: dict[Any, Row], models: dict[Any, Any], jobs: dict[str, Callable[[Any], float]], rounds: int
+) -> None:
+    """Tokens per second of every job into the row of every model, and what they are of the first one's, the dense."""
+    for (name, job), value in _in_turn(models, jobs, rounds).items():
+        rows[name][f"{job}_tokens_per_s"] = value
+    dense = next(iter(rows.values()))
+    for row in rows.values():
+        for job in jobs:
+            row[f"{job}_to_dense"] = row[f"{job}_tokens_per_s"] / dense[f"{job}_tokens_per_s"]
 
 
 def _in_turn(models: dict[Any, Any], jobs: dict[str, Callable[[Any], float]], rounds: int) -> dict[Any, float]:
