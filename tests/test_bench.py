@@ -8,9 +8,11 @@ import references
 import torch
 
 from cospadi import cli
-from cospadi.bench import plain, problems, render, solver
+from cospadi.bench import problems, render, solver
 from cospadi.bench.solvers import SOLVERS, Settings, suited, timed
 from cospadi.bench.usage import usage
+from cospadi.factorization.ksvd import first_atoms, ksvd
+from cospadi.factorization.sparse_coding import sparse_code
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -276,8 +278,8 @@ def test_an_orthogonal_dictionary_takes_no_more_atoms_than_inputs():
 
 def test_plain_coding_is_orthogonal_matching_pursuit():
     (problem,) = problems.random_problems("20x30", [0.3], 2.0, 3, CPU)
-    dictionary = plain.random_columns(problem.target, 24, seed=0)
-    found = plain.omp(dictionary, problem.target, 5)
+    dictionary = first_atoms(problem.target, 24, seed=0)
+    found = sparse_code(dictionary, problem.target, 5, compiled=False)
     assert (found != 0).sum(dim=0).max() == 5
     torch.testing.assert_close(found, references.sparse_code(dictionary, problem.target, 5), rtol=1e-3, atol=1e-4)
 
@@ -285,7 +287,8 @@ def test_plain_coding_is_orthogonal_matching_pursuit():
 def test_plain_ksvd_improves_and_replaces_unused_atoms():
     (problem,) = problems.random_problems("20x30", [0.3], 2.0, 3, CPU)
     errors = []
-    dictionary, coefficients = plain.ksvd_plain(problem.target, 40, 4, 8, progress=lambda done, e: errors.append(e))
+    fit = ksvd(problem.target, 40, 4, 8, progress=lambda done, e: errors.append(e), compiled=False)
+    dictionary, coefficients = fit.dictionary, fit.coefficients
     assert min(errors) < errors[0]
     assert (coefficients != 0).sum(dim=0).max() <= 4
     torch.testing.assert_close(dictionary.norm(dim=0), torch.ones(40))

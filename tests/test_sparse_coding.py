@@ -34,8 +34,7 @@ def problems(draw):
 
 def by_torch(dictionary, target, sparsity, chunk=None):
     """What `sparse_code` does with tensors on a GPU, on the CPU."""
-    gram, correlations = dictionary.T @ dictionary, target.T @ dictionary
-    return sparse_coding._pursue_in_chunks(gram, correlations, min(sparsity, len(gram)), chunk).T
+    return sparse_code(dictionary, target, sparsity, chunk, compiled=False)
 
 
 either = pytest.mark.parametrize("code", [sparse_code, by_torch])
@@ -213,7 +212,7 @@ def test_memory_is_bounded_by_chunks(dtype, monkeypatch):
     whole = by_torch(dictionary, target, 8)
     widths = []
     pursue = sparse_coding._pursue
-    monkeypatch.setattr(sparse_coding, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(sparse_coding, "CPU_BYTES", 20_000)
     monkeypatch.setattr(sparse_coding, "_pursue", lambda g, c, s: (widths.append(len(c)), pursue(g, c, s))[1])
     torch.testing.assert_close(by_torch(dictionary, target, 8), whole)
     assert len(widths) > 1

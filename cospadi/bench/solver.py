@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cospadi import devices
-from cospadi.bench import plain, render, whole_model
+from cospadi.bench import render, whole_model
 from cospadi.bench.problems import Problem, at_ratios, power_law, random_problems, real_problems
 from cospadi.bench.solvers import (
     EXPECTED,
@@ -31,6 +31,7 @@ from cospadi.bench.solvers import (
 )
 from cospadi.bench.usage import machine, product_peaks, usage
 from cospadi.errors import UserError
+from cospadi.factorization.ksvd import first_atoms
 from cospadi.progress import Progress
 from cospadi.records import write_json, write_text
 
@@ -191,7 +192,7 @@ def _compare(rows: list[Row]) -> None:
 
 def _omp_rows(problem: Problem, settings: Settings) -> list[Row]:
     problem = replace(problem, sparsity=min(OMP_SPARSITY, max(problem.atoms // 2, 1)))
-    dictionary = plain.random_columns(problem.target, problem.atoms, settings.seed)
+    dictionary = first_atoms(problem.target, problem.atoms, settings.seed)
     codings = omp_codings(problem, dictionary)
     supports = [coding.coefficients != 0 for coding in codings.values()]
     equal = float((supports[0] == supports[1]).all(dim=0).float().mean())

@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cospadi.bench import plain
 from cospadi.bench.problems import Problem
 from cospadi.bench.usage import synchronize
 from cospadi.errors import UserError
@@ -45,14 +45,9 @@ def _htp(problem: Problem, settings: Settings, progress: Heard) -> Factors:
     return _factors(htp(problem.target, problem.atoms, problem.sparsity, progress=progress))
 
 
-def _ksvd(problem: Problem, settings: Settings, progress: Heard) -> Factors:
-    rounds, seed = settings.rounds, settings.seed
-    return _factors(ksvd(problem.target, problem.atoms, problem.sparsity, rounds, seed=seed, progress=progress))
-
-
-def _ksvd_plain(problem: Problem, settings: Settings, progress: Heard) -> Factors:
-    rounds, seed = settings.rounds, settings.seed
-    return plain.ksvd_plain(problem.target, problem.atoms, problem.sparsity, rounds, seed=seed, progress=progress)
+def _ksvd(problem: Problem, settings: Settings, progress: Heard, compiled: bool = True) -> Factors:
+    told = {"n_rounds": settings.rounds, "seed": settings.seed, "progress": progress, "compiled": compiled}
+    return _factors(ksvd(problem.target, problem.atoms, problem.sparsity, **told))
 
 
 def _one_shot(problem: Problem, settings: Settings, progress: Heard) -> Factors:
@@ -66,7 +61,7 @@ def _orthogonal(problem: Problem, settings: Settings, progress: Heard) -> Factor
 SOLVERS: dict[str, Callable[[Problem, Settings, Heard], Factors]] = {
     "htp": _htp,
     "ksvd": _ksvd,
-    "ksvd_plain": _ksvd_plain,
+    "ksvd_plain": partial(_ksvd, compiled=False),
     "one_shot": _one_shot,
     "orthogonal": _orthogonal,
 }

@@ -32,6 +32,7 @@ def ksvd(
     power_iterations: int = 8,
     seed: int = 42,
     progress: Callable[[int, float], None] | None = None,
+    compiled: bool = True,
 ) -> Learned:
     """Minimise ``‖Y − D S‖_F`` over unit-column ``D (d_in × atoms)`` and ``S`` with ``sparsity`` non-zeros a column.
 
@@ -49,6 +50,7 @@ def ksvd(
         power_iterations: of each rank-1 approximation in a sweep.
         seed: of the choice of columns; drawn on the CPU, so it is the same on every device.
         progress: called as ``progress(rounds_done, error)`` after each round.
+        compiled: on a CPU; otherwise what a GPU does, in plain torch: the yardstick of ``cospadi bench solver``.
 
     Raises:
         UserError: a count is below 1, or ``target`` is not finite.
@@ -61,8 +63,8 @@ def ksvd(
     scale = target.norm().clamp_min(torch.finfo(target.dtype).tiny)
     best, errors = None, []
     for done in range(1, n_rounds + 1):
-        coefficients = sparse_code(dictionary, target, sparsity)
-        dictionary, coefficients, residual = ksvd_sweep(dictionary, coefficients, target, power_iterations)
+        coefficients = sparse_code(dictionary, target, sparsity, compiled=compiled)
+        dictionary, coefficients, residual = ksvd_sweep(dictionary, coefficients, target, power_iterations, compiled)
         errors.append(float(residual.norm() / scale))
         if best is None or errors[-1] < best[0]:
             best = errors[-1], dictionary, coefficients
@@ -90,6 +92,7 @@ def ksvd_sweep(
     coefficients: Float[Tensor, "atoms d_out"],
     target: Float[Tensor, "d_in d_out"],
     power_iterations: int = 8,
+    compiled: bool = True,
 ) -> tuple[Float[Tensor, "d_in atoms"], Float[Tensor, "atoms d_out"], Float[Tensor, "d_in d_out"]]:
     """Refit every atom ``d_j`` together with its coefficients ``s_j``, one after another, supports kept.
 
@@ -100,7 +103,7 @@ def ksvd_sweep(
 
     reach from the current atom, then ``s_j = Eᵀd_j``. No step raises ``‖Y − D S‖_F``. ``E`` is read off the
     residual, which is kept up to date. Atoms nothing uses stay as they are. On a CPU the loops are compiled
-    (`cospadi.kernels.sweep`).
+    (`cospadi.kernels.sweep`) unless ``compiled`` is false.
 
     Returns:
         dictionary, coefficients and the residual ``Y − D S``, all new tensors.
@@ -109,7 +112,7 @@ def ksvd_sweep(
     dictionary, coefficients = (
         old.clone(memory_format=torch.contiguous_format) for old in (dictionary.T, coefficients)
     )
-    refit = sweep.sweep if target.device.type == "cpu" else _sweep
+    refit = sweep.sweep if compiled and target.device.type == "cpu" else _sweep
     refit(residual, dictionary, coefficients, power_iterations)
     return dictionary.T.contiguous(), coefficients, residual.T
 

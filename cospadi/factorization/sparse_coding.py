@@ -10,8 +10,10 @@ from cospadi.kernels import pursuit
 
 GPU_FRACTION = 0.25
 """Share of the free memory of a CUDA GPU that one chunk of columns may fill."""
-CHUNK_BYTES = 2**30
-"""Memory that one chunk may fill on any other device."""
+CPU_BYTES = 16 * 2**20
+"""The same on a CPU whose compiled loops are left aside: what falls out of a core's cache is half as fast."""
+CPU_COLUMNS = 16
+"""Fewer columns at a time than this and a CPU spends its time in calls."""
 
 
 @torch.no_grad()
@@ -20,6 +22,7 @@ def sparse_code(
     target: Float[Tensor, "d_in d_out"],
     sparsity: int,
     chunk: int | None = None,
+    compiled: bool = True,
 ) -> Float[Tensor, "atoms d_out"]:
     """Greedy solution of ``min ‖y − D s‖₂  subject to  ‖s‖₀ ≤ sparsity``, for every column ``y`` of ``target``.
 
@@ -43,7 +46,8 @@ def sparse_code(
         target: the columns to code; same dtype and device.
         sparsity: non-zeros allowed in a column of the result.
         chunk: columns a GPU codes at a time, by default what fits ``GPU_FRACTION`` of its memory. No effect on the
-            result but for rounding, and none at all on a CPU.
+            result but for rounding, and none at all in compiled loops.
+        compiled: on a CPU; otherwise what a GPU does, in plain torch: the yardstick of ``cospadi bench solver``.
 
     Raises:
         UserError: ``sparsity`` or ``chunk`` is below 1, or an input is not finite.
@@ -61,7 +65,7 @@ def sparse_code(
     gram, correlations = dictionary.T @ dictionary, target.T @ dictionary
     if correlations.numel() == 0:
         return torch.zeros_like(correlations).T
-    if gram.device.type == "cpu":
+    if compiled and gram.device.type == "cpu":
         return pursuit.pursue(gram, correlations, sparsity).T.contiguous()
     return _pursue_in_chunks(gram, correlations, sparsity, chunk).T.contiguous()
 
@@ -80,8 +84,9 @@ def _columns_that_fit(gram: Tensor, sparsity: int) -> int:
     """How many columns `_pursue` may take at a time."""
     atoms = len(gram)
     bytes_per_column = gram.element_size() * (sparsity * (atoms + sparsity + 4) + 4 * atoms)
-    fillable = GPU_FRACTION * torch.cuda.mem_get_info(gram.device)[0] if gram.is_cuda else CHUNK_BYTES
-    return max(1, int(fillable / bytes_per_column))
+    if gram.is_cuda:
+        return max(1, int(GPU_FRACTION * torch.cuda.mem_get_info(gram.device)[0] / bytes_per_column))
+    return max(CPU_COLUMNS, CPU_BYTES // bytes_per_column)
 
 
 def _pursue_in_chunks(
