@@ -86,10 +86,11 @@ def named(names: Sequence[str]) -> list[str]:
 
 def suited(solver: str, problem: Problem) -> Problem:
     """The problem as the pipeline gives it to this solver: an eigenbasis has no more atoms, the rest goes to values."""
-    size = problem.d_in, problem.d_out
-    if solver not in ("orthogonal", "one_shot") or problem.atoms <= min(size):
+    if solver not in ("orthogonal", "one_shot"):
         return problem
-    return replace(problem, atoms=min(size), sparsity=budget.sparsity_for(*size, problem.ratio, min(size)))
+    shape = problem.d_in, problem.d_out, problem.ratio
+    atoms, sparsity = budget.within_eigenbasis(*shape, problem.atoms, problem.sparsity)
+    return replace(problem, atoms=atoms, sparsity=sparsity)
 
 
 @dataclass(frozen=True)

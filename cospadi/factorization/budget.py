@@ -133,6 +133,20 @@ def sparsity_for(d_in: int, d_out: int, compression_ratio: float, atoms: int, ac
     return sparsity
 
 
+def within_eigenbasis(
+    d_in: int, d_out: int, compression_ratio: float, atoms: int, sparsity: int, accounting: str = "mask"
+) -> tuple[int, int]:
+    """Atoms and non-zeros for an orthonormal dictionary: what atoms beyond ``min(d_in, d_out)`` cost goes to non-zeros.
+
+    >>> within_eigenbasis(576, 1536, 0.2, *atoms_and_sparsity(576, 1536, 0.2, rho=3.0))
+    (576, 208)
+    """
+    most = min(d_in, d_out)
+    if atoms <= most:
+        return atoms, sparsity
+    return most, sparsity_for(d_in, d_out, compression_ratio, most, accounting)
+
+
 def value_bits(accounting: str) -> int:
     """Bits of a stored coefficient under an accounting."""
     return PAPER_VALUE_BITS if accounting == "paper" else DENSE_BITS

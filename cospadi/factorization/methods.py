@@ -131,9 +131,8 @@ def _solve(config: CoSpaDiConfig, batch: Sequence[Problem], targets: Float[Tenso
     atoms, sparsity = budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, config.rho, config.accounting)
     if config.solver == "ksvd":
         return [ksvd(target, atoms, sparsity, config.n_rounds or 60, config.power_iterations, config.seed)]
-    if atoms > min(d_in, d_out):  # an eigenbasis has no more: what the others would cost goes into the coefficients
-        atoms = min(d_in, d_out)
-        sparsity = budget.sparsity_for(d_in, d_out, config.compression_ratio, atoms, config.accounting)
+    shape = d_in, d_out, config.compression_ratio
+    atoms, sparsity = budget.within_eigenbasis(*shape, atoms, sparsity, config.accounting)
     if config.solver == "orthogonal":
         return [orthogonal(target, atoms, sparsity, config.n_rounds or 20)]
     return [one_shot(target, atoms, sparsity, problem.whitener)]
