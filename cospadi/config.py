@@ -30,6 +30,8 @@ CONF = PROJECT / "conf" if (PROJECT / "conf").is_dir() else Path(__file__).paren
 PARSERS = ("lines", "plain", "wikipedia_dump", "dataset")
 AUTO = "auto"
 SOLVERS = ("htp", "ksvd", "orthogonal", "one_shot")
+FIXED_ATOMS = ("none", "identity")
+SUPPORTS = ("column", "matrix")
 EMBEDDED_TASKS = ("heldout_perplexity", "heldout_cloze")
 ACCOUNTINGS = ("mask", "paper")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -258,8 +260,14 @@ class CoSpaDiConfig(FactorizationConfig):
 
     solver: str = "htp"
     """``htp`` (default), ``ksvd`` (the paper's), ``orthogonal`` (COMPOT's) or ``one_shot`` (ROCKET's)."""
+    fixed_atoms: str = "none"
+    """``identity``: the inputs themselves are atoms, too, and cost nothing but their mask; htp only."""
+    learned_atoms: int | float | str = "auto"
+    """With ``fixed_atoms=identity``: stored atoms as a fraction of ``d_in``; ``auto`` tries several and keeps the best."""
     rho: int | float | str = 2.0
-    """Atoms per non-zero coefficient of a column; ``auto`` (htp only) tries several and keeps the best."""
+    """Without fixed atoms: atoms per non-zero of a column; ``auto`` (htp only) tries several and keeps the best."""
+    support: str = "column"
+    """``column``: as many non-zeros in every column. ``matrix`` (htp only): wherever they help most, at the same bytes."""
     n_rounds: int | None = None
     """Alternations at most; ``null``: 24 for htp, 20 for orthogonal, 60 for ksvd (the paper's)."""
     power_iterations: int = 8
@@ -277,7 +285,10 @@ class CoSpaDiConfig(FactorizationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("factorization.solver", self.solver, SOLVERS)
+        _one_of("factorization.fixed_atoms", self.fixed_atoms, FIXED_ATOMS)
+        _one_of("factorization.support", self.support, SUPPORTS)
         self._check_rho()
+        self._check_fixed_atoms()
         _at_least("factorization.n_rounds", self.n_rounds, 1)
         _at_least("factorization.power_iterations", self.power_iterations, 1)
         _at_least("factorization.cg_steps", self.cg_steps, 1)
@@ -285,6 +296,22 @@ class CoSpaDiConfig(FactorizationConfig):
         _at_least("factorization.last_step", self.last_step, 1e-3)
         _at_least("factorization.tolerance", self.tolerance, 0)
         _require(self.tolerance < 1, f"factorization.tolerance={self.tolerance:g} is no fraction. Set less than 1.")
+
+    def _check_fixed_atoms(self) -> None:
+        for setting, plain in (("fixed_atoms", "none"), ("support", "column")):
+            value = getattr(self, setting)
+            _require(
+                value == plain or (self.solver == "htp" and self.accounting == "mask"),
+                f"factorization.{setting}={value} needs factorization.solver=htp and factorization.accounting=mask. "
+                f"Set {setting}={plain}, or these two.",
+            )
+        if self.learned_atoms == AUTO:
+            return
+        _require(
+            not isinstance(self.learned_atoms, str) and 0 <= self.learned_atoms < 1,
+            f"factorization.learned_atoms={self.learned_atoms} is no fraction of d_in. Set 0 or more and less than 1, or auto.",
+        )
+        self.learned_atoms = float(self.learned_atoms)
 
     def _check_rho(self) -> None:
         if self.rho == AUTO:

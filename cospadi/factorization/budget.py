@@ -147,6 +147,25 @@ def within_eigenbasis(
     return most, sparsity_for(d_in, d_out, compression_ratio, most, accounting)
 
 
+def beside_identity(d_in: int, d_out: int, compression_ratio: float, atoms: int) -> tuple[int, float]:
+    """``atoms`` and the mean number of non-zeros per column that the budget has room for beside them and identity atoms.
+
+    ``16·d_in·atoms + (d_in + atoms)·d_out`` bits go to learned atoms and mask, the rest to values. Times ``d_out`` the
+    second is a whole number.
+
+    >>> beside_identity(576, 576, 0.5, atoms=36)
+    (36, 213.75)
+
+    Raises:
+        UserError: when there is no room for one non-zero per column.
+    """
+    taken = DENSE_BITS * d_in * atoms + mask_bits(d_in + atoms, d_out)
+    values = (budget_bits(d_in, d_out, compression_ratio) - taken) // DENSE_BITS
+    if values < d_out:
+        raise _too_small(d_in, d_out, compression_ratio, f"{atoms} atoms and one non-zero per column beside identity atoms")
+    return atoms, min(values / d_out, d_in + atoms)
+
+
 def value_bits(accounting: str) -> int:
     """Bits of a stored coefficient under an accounting."""
     return PAPER_VALUE_BITS if accounting == "paper" else DENSE_BITS

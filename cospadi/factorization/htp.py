@@ -38,7 +38,7 @@ class Solution:
     """``‖Y − DS‖_F / ‖Y‖_F`` after the coding of every round, estimated, and last that of what is returned, exactly."""
 
 
-def htp(target: Float[Tensor, "d_in d_out"], atoms: int, sparsity: int, **settings: Any) -> Solution:
+def htp(target: Float[Tensor, "d_in d_out"], atoms: int, sparsity: float, **settings: Any) -> Solution:
     """`htp_batch` for one problem; ``fixed``, ``fixed_codes`` and ``start`` without the batch dimension."""
     for name in ("fixed", "fixed_codes", "start"):
         if settings.get(name) is not None:
@@ -50,8 +50,9 @@ def htp(target: Float[Tensor, "d_in d_out"], atoms: int, sparsity: int, **settin
 def htp_batch(
     targets: Float[Tensor, "batch d_in d_out"],
     atoms: int,
-    sparsity: int,
+    sparsity: float,
     *,
+    balanced: bool = True,
     n_rounds: int = 24,
     first_step: float = 2.8,
     last_step: float = 1.3,
@@ -65,6 +66,8 @@ def htp_batch(
     progress: Callable[[int, float], None] | None = None,
 ) -> list[Solution]:
     """Minimise ``‖Y − [F D] S‖_F`` over ``D`` and ``S`` with at most ``sparsity`` non-zeros per column of ``S``.
+
+    Not ``balanced``, columns have that many on average: a value stands wherever in the matrix it helps most.
 
     A round is a gradient step ``S + step · [F D]ᵀ(Y − [F D] S)``, the ``sparsity`` largest per column, least squares on
     that support by ``cg_steps`` conjugate-gradient steps (hard thresholding pursuit: Foucart 2011,
@@ -80,7 +83,8 @@ def htp_batch(
     Args:
         targets: float32 or float64, the whitened weights ``R W``, scaled to entries near 1.
         atoms: learned atoms of a problem; 0 with ``fixed`` codes over the fixed atoms alone.
-        sparsity: non-zeros allowed in a column of the coefficients.
+        sparsity: non-zeros allowed in a column of the coefficients; a mean, and so any number, where not ``balanced``.
+        balanced: every column has the same number of non-zeros.
         n_rounds: after the first coding. From half of them on, a problem is done when its last two rounds together
             gained less than twice ``tolerance`` of its error.
         first_step: of the ranking, in units of unit atoms.
@@ -90,7 +94,7 @@ def htp_batch(
             Jacobi preconditioning).
         final_cg_steps: of the last least squares.
         fixed: atoms that are used but not changed, such as the whitener for identity atoms. Alone, without learned
-            ones, a column keeps its old support where a new one does not lower its error.
+            ones, a column keeps its old support where a new one does not lower its error (if ``balanced``).
         fixed_codes: coefficients over ``fixed`` to start from, not sparse: such as the weight itself.
         start: dictionary to start from; by default `first_atoms` of the target, or of what a code over the fixed atoms
             leaves over.
@@ -105,7 +109,7 @@ def htp_batch(
             require_finite(name, tensor)
     if atoms < (0 if fixed is not None else 1) or sparsity < 1 or n_rounds < 0:
         raise UserError(f"htp needs at least one atom and one non-zero, not atoms={atoms}, sparsity={sparsity}.")
-    problem = _Problem(targets, fixed)
+    problem = _Problem(targets, fixed, balanced)
     codes = problem.first_codes(fixed_codes, atoms)
     with products(exact=True):
         if start is None:
@@ -117,7 +121,8 @@ def htp_batch(
     with products(exact=False):
         for done in range(n_rounds + 1):
             step = first_step + (last_step - first_step) * done / max(n_rounds, 1)
-            error = problem.code(dictionary, codes, step, sparsity, cg_steps, keep_better=atoms == 0 and done > 0)
+            keep_better = balanced and atoms == 0 and done > 0
+            error = problem.code(dictionary, codes, step, sparsity, cg_steps, keep_better)
             best.take(error, dictionary, codes)
             errors.append(error.tolist())
             if progress is not None:
@@ -143,8 +148,8 @@ def htp_batch(
 class _Problem:
     """``Y``, the fixed atoms made unit, and the steps of a round."""
 
-    def __init__(self, targets: Tensor, fixed: Tensor | None) -> None:
-        self.targets = targets
+    def __init__(self, targets: Tensor, fixed: Tensor | None, balanced: bool = True) -> None:
+        self.targets, self.balanced = targets, balanced
         self.energies = targets.square().sum(dim=1)  # of every column
         self.fixed = targets.new_zeros(*targets.shape[:2], 0) if fixed is None else fixed
         self.fixed_norms = _lengths(self.fixed)
@@ -159,7 +164,7 @@ class _Problem:
             codes[..., : self.n_fixed] = fixed_codes * self.fixed_norms
         return codes
 
-    def left_by_fixed_atoms(self, codes: Tensor, sparsity: int, cg_steps: int) -> Tensor:
+    def left_by_fixed_atoms(self, codes: Tensor, sparsity: float, cg_steps: int) -> Tensor:
         """What a sparse code over the fixed atoms alone leaves of the targets."""
         if not self.n_fixed or codes.shape[2] == self.n_fixed:
             return self.targets
@@ -168,17 +173,14 @@ class _Problem:
         return self.targets - self.fixed @ codes.mT
 
     def code(
-        self, dictionary: Tensor, codes: Tensor, step: float, sparsity: int, cg_steps: int, keep_better: bool = False
+        self, dictionary: Tensor, codes: Tensor, step: float, sparsity: float, cg_steps: int, keep_better: bool = False
     ) -> Tensor:
         """One round of coding, in place; the relative error of every problem."""
         joint = self._joint(dictionary)
         gram = product(joint.mT, joint)
         explained = torch.zeros_like(self.energies[:, 0], dtype=torch.float64)
-        for rows in self._rows(joint.shape[2]):
+        for rows, correlations, gradient, support in self._supports(joint, gram, codes, step, sparsity):
             old = codes[:, rows]
-            correlations = product(self.targets[:, :, rows].mT, joint)
-            gradient = torch.baddbmm(correlations, old, gram, alpha=-1)
-            support = largest(torch.add(old, gradient, alpha=step), sparsity)
             new, residual = least_squares(gram, gradient, old, support, cg_steps)
             # ‖y − Ds‖² = ‖y‖² − sᵀ(Dᵀy + r) with r = Dᵀ(y − Ds): no further product
             gain = (new * residual.add_(correlations)).sum(dim=2)
@@ -189,6 +191,29 @@ class _Problem:
             codes[:, rows] = new
             explained += gain.sum(dim=1, dtype=torch.float64)
         return self._relative(self.energies.sum(dim=1, dtype=torch.float64) - explained)
+
+    def _supports(
+        self, joint: Tensor, gram: Tensor, codes: Tensor, step: float, sparsity: float
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Rows of codes, ``[F D]ᵀY`` and the gradient there, and the support that a step along the gradient leads to."""
+
+        def piece(rows: slice) -> tuple[Tensor, Tensor]:
+            correlations = product(self.targets[:, :, rows].mT, joint)
+            return correlations, torch.baddbmm(correlations, codes[:, rows], gram, alpha=-1)
+
+        pieces = list(self._rows(joint.shape[2]))
+        if self.balanced:
+            for rows in pieces:
+                correlations, gradient = piece(rows)
+                candidates = torch.add(codes[:, rows], gradient, alpha=step)
+                yield rows, correlations, gradient, largest(candidates, int(sparsity))
+            return
+        found = [piece(rows) for rows in pieces]  # no column's support is known before all candidates are
+        candidates = torch.cat([gradient for _, gradient in found], dim=1).mul_(step).add_(codes)
+        support = largest(candidates.flatten(1), round(sparsity * codes.shape[1])).view_as(codes)
+        del candidates
+        for rows, (correlations, gradient) in zip(pieces, found, strict=True):
+            yield rows, correlations, gradient, support[:, rows]
 
     def update(self, dictionary: Tensor, codes: Tensor, way: float) -> Tensor:
         """The dictionary moved ``way`` of the way to the best one for these codes; codes are scaled in place."""

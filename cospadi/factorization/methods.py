@@ -14,11 +14,11 @@ from torch import Tensor
 
 from cospadi.config import AUTO, ASVDConfig, CoSpaDiConfig, FactorizationConfig, SVDConfig, SVDLLMConfig
 from cospadi.errors import UserError
-from cospadi.factorization import budget
+from cospadi.factorization import budget, search
 from cospadi.factorization.factors import STORAGE_DTYPES, Dense, Factors, LowRank, SparseDictionary, rounded
-from cospadi.factorization.htp import Solution, first_atoms, htp_batch
+from cospadi.factorization.htp import htp_batch
 from cospadi.factorization.ksvd import ksvd
-from cospadi.factorization.low_rank import left_singular_vectors, truncated_svd
+from cospadi.factorization.low_rank import truncated_svd
 from cospadi.factorization.one_shot import one_shot
 from cospadi.factorization.orthogonal import orthogonal
 from cospadi.factorization.whitening import unwhiten
@@ -93,12 +93,13 @@ def factorize_all(config: FactorizationConfig, problems: Sequence[Problem]) -> I
         return
     for batch in _batches(config, problems):
         targets, scales = zip(*(_whitened(problem) for problem in batch), strict=True)
-        for problem, scale, fit in zip(batch, scales, _solve(config, batch, torch.stack(targets)), strict=True):
+        for problem, scale, fit in zip(batch, scales, _solve(config, batch, torch.stack(targets), scales), strict=True):
             yield SparseDictionary.normalized(
                 unwhiten(problem.whitener, fit.dictionary.double() * scale),
                 fit.coefficients.double(),
                 STORAGE_DTYPES[config.storage_dtype],
                 budget.value_bits(config.accounting),
+                identity=config.fixed_atoms == "identity",
             )
 
 
@@ -120,11 +121,23 @@ def _whitened(problem: Problem) -> tuple[Tensor, Tensor]:
     return (target / scale).float(), scale
 
 
-def _solve(config: CoSpaDiConfig, batch: Sequence[Problem], targets: Float[Tensor, "batch d_in d_out"]) -> list[Any]:
+def _solve(
+    config: CoSpaDiConfig, batch: Sequence[Problem], targets: Float[Tensor, "batch d_in d_out"], scales: Sequence[Tensor]
+) -> list[Any]:
+    """Dictionary and coefficients of ``targets``, which are the whitened weights over ``scales``."""
     _, d_in, d_out = targets.shape
+    if config.fixed_atoms == "identity":
+        return search.beside_identity(
+            targets,
+            torch.stack([(problem.whitener / scale).float() for problem, scale in zip(batch, scales, strict=True)]),
+            torch.stack([problem.weight.float() for problem in batch]),
+            config.compression_ratio,
+            search.LEARNED if config.learned_atoms == AUTO else [config.learned_atoms],
+            _htp_settings(config),
+        )
     if config.solver == "htp":
         if config.rho == AUTO:
-            return _search_rho(config, targets)
+            return search.learned_only(targets, config.compression_ratio, _htp_settings(config))
         sizes = budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, config.rho, config.accounting)
         return htp_batch(targets, *sizes, **_htp_settings(config))
     (problem,), target = batch, targets[0]
@@ -141,48 +154,12 @@ def _solve(config: CoSpaDiConfig, batch: Sequence[Problem], targets: Float[Tenso
 def _htp_settings(config: CoSpaDiConfig) -> dict[str, Any]:
     return {
         "n_rounds": config.n_rounds or 24,
+        "balanced": config.support == "column",
         "first_step": config.first_step,
         "last_step": config.last_step,
         "cg_steps": config.cg_steps,
         "tolerance": config.tolerance,
     }
-
-
-RHO_CANDIDATES = (2.0, 2.5, 3.0, 3.5)
-PROBE_ROUNDS = 6
-"""Enough to tell which of the candidates ends lowest, to about a percent of the error."""
-
-
-def _search_rho(config: CoSpaDiConfig, targets: Float[Tensor, "batch d_in d_out"]) -> list[Solution]:
-    """A short run at equal bytes of every candidate, then a full one of each matrix' best; one eigenbasis for all.
-
-    Nothing else is worth reusing: a dictionary fitted at a neighbouring rho is a worse start than the eigenbasis
-    (docs/solver-log.md).
-    """
-    _, d_in, d_out = targets.shape
-    basis = left_singular_vectors(targets, min(d_in, d_out))
-    settings = _htp_settings(config)
-    errors, sizes = [], []
-    for rho in RHO_CANDIDATES:
-        try:
-            atoms, sparsity = budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, rho)
-        except UserError:  # no room for one atom and one non-zero at this rho
-            if not sizes and rho == RHO_CANDIDATES[-1]:
-                raise
-            continue
-        sizes.append((atoms, sparsity))
-        start = first_atoms(targets, atoms, sparsity, basis)
-        probe = htp_batch(targets, atoms, sparsity, **settings | {"n_rounds": PROBE_ROUNDS}, start=start)
-        errors.append([solution.errors[-1] for solution in probe])
-        del probe, start
-    chosen = torch.tensor(errors).argmin(dim=0).tolist()
-    solutions: dict[int, Solution] = {}
-    for candidate in sorted(set(chosen)):
-        members = [i for i, choice in enumerate(chosen) if choice == candidate]
-        start = first_atoms(targets[members], *sizes[candidate], basis[members])
-        found = htp_batch(targets[members], *sizes[candidate], **settings, start=start)
-        solutions |= dict(zip(members, found, strict=True))
-    return [solutions[i] for i in range(len(targets))]
 
 
 def _rank(config: FactorizationConfig, problem: Problem) -> int:
