@@ -478,9 +478,7 @@ class StudyConfig:
                 f"study.methods are: {', '.join(self.methods)}.",
             )
             _require(len(ratios) > 0, f"study.ratios_of.{method} is empty. Take {method} out of study.methods instead.")
-            _require(
-                len(set(ratios)) == len(ratios), f"study.ratios_of.{method} names an entry twice: {list(ratios)}."
-            )
+            _require(len(set(ratios)) == len(ratios), f"study.ratios_of.{method} names an entry twice: {list(ratios)}.")
 
 
 @dataclass

@@ -151,7 +151,8 @@ def oats(config: OATSConfig, problem: Problem) -> Factors:
     sparse, left, right = sparse_plus_low_rank(target, *sizes, config.n_rounds)
     undo = scale / loudness
     return SparsePlusLowRank(
-        SparseDictionary.of_sparse_weight(sparse * undo, storage), LowRank.balanced(left * undo, right.double(), storage)
+        SparseDictionary.of_sparse_weight(sparse * undo, storage),
+        LowRank.balanced(left * undo, right.double(), storage),
     )
 
 
