@@ -329,9 +329,9 @@ class PruningConfig(FactorizationConfig):
         )
         kept, group = self.kept_of_group
         _require(
-            kept >= 1 and pattern_ratio(kept, group) > 0,
-            f"factorization.pattern={self.pattern} with its mask leaves nothing, or no fewer bits than there were. "
-            "It keeps N of every M weights: set 2:4.",
+            1 <= kept < group and pattern_ratio(kept, group) > 0,
+            f"factorization.pattern={self.pattern} keeps nothing, or with its mask no fewer bits than there were. "
+            "N of every M weights stay: set 2:4.",
         )
         if pattern_ratio(kept, group) < self.compression_ratio:
             raise pattern_too_large(kept, group, self.compression_ratio, pattern_ratio(kept, group))
@@ -383,7 +383,7 @@ class OATSConfig(FactorizationConfig):
         _require(
             0 < self.rank_ratio < 1,
             f"factorization.rank_ratio={self.rank_ratio:g} is not between 0 and 1. Without a low-rank part OATS is Wanda, "
-            "without a sparse one it is an SVD: take factorization=wanda or svd_llm for those.",
+            "without a sparse one a truncated SVD: take factorization=wanda or asvd for those.",
         )
         _at_least("factorization.n_rounds", self.n_rounds, 1)
 

@@ -207,7 +207,7 @@ def test_inputs_that_do_not_divide_into_groups_are_refused(name):
 # --- settings
 
 
-@pytest.mark.parametrize("pattern", ["2", "2:4:8", "a:b", "0:4", "4:2", "4:4", "15:16", "124"])
+@pytest.mark.parametrize("pattern", ["2", "2:4:8", "a:b", "0:4", "4:2", "4:4", "2:0", "15:16", "124"])
 def test_what_is_no_pattern_is_refused(pattern):
     with pytest.raises(UserError, match=rf"factorization\.pattern={pattern}"):
         method("wanda", 0.01, pattern=pattern)

@@ -220,10 +220,11 @@ def pattern_nonzeros(d_in: int, d_out: int, compression_ratio: float, kept: int,
 
 def pattern_too_large(kept: int, group: int, compression_ratio: float, removed: float) -> UserError:
     """The refusal of a pattern that removes only ``removed`` of the bits where ``compression_ratio`` is asked for."""
+    largest = _rounded_down(removed)
     return UserError(
-        f"factorization.pattern={kept}:{group} removes {_rounded_down(removed)} of a projection's bits, its mask counted: less than "
-        f"factorization.compression_ratio={compression_ratio:g} asks for. Set the ratio to {_rounded_down(removed)} or "
-        "less, or choose a sparser pattern."
+        f"factorization.pattern={kept}:{group} removes {largest} of a projection's bits, its mask counted: less than "
+        f"factorization.compression_ratio={compression_ratio:g} asks for. Set the ratio to {largest} or less, or choose a "
+        "sparser pattern."
     )
 
 
