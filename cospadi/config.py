@@ -23,6 +23,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cospadi.errors import UserError
+from cospadi.factorization.budget import pattern_ratio, pattern_too_large
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONF = PROJECT / "conf" if (PROJECT / "conf").is_dir() else Path(__file__).parent / "conf"
@@ -334,6 +335,87 @@ class CoSpaDiConfig(FactorizationConfig):
 
 
 @dataclass
+class MagnitudeConfig(FactorizationConfig):
+    """The largest weights and a 1-bit mask: needs no data."""
+
+
+@dataclass
+class PruningConfig(FactorizationConfig):
+    """What the pruning methods share that know about calibration."""
+
+    pattern: str | None = None
+    """``N:M``, such as ``"2:4"``: N of every M consecutive inputs of an output stay. ``null``: any of them may."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pattern is None:
+            return
+        _require(
+            re.fullmatch(r"\d+:\d+", self.pattern) is not None,
+            f"factorization.pattern={self.pattern} is not N:M. Write it in quotes in a file, as YAML takes 2:4 for a time.",
+        )
+        kept, group = self.kept_of_group
+        _require(
+            1 <= kept < group and pattern_ratio(kept, group) > 0,
+            f"factorization.pattern={self.pattern} keeps nothing, or with its mask no fewer bits than there were. "
+            "N of every M weights stay: set 2:4.",
+        )
+        if pattern_ratio(kept, group) < self.compression_ratio:
+            raise pattern_too_large(kept, group, self.compression_ratio, pattern_ratio(kept, group))
+
+    @property
+    def kept_of_group(self) -> tuple[int, int] | None:
+        """N and M of ``pattern``."""
+        return None if self.pattern is None else tuple(map(int, self.pattern.split(":")))
+
+
+@dataclass
+class WandaConfig(PruningConfig):
+    """Weights times input norms decide which stay (Wanda, arXiv:2306.11695)."""
+
+
+@dataclass
+class SparseGPTConfig(PruningConfig):
+    """Optimal brain surgeon, input by input: what stays makes up for what goes (SparseGPT, arXiv:2301.00774)."""
+
+    block_size: int = 128
+    """Inputs whose mask is chosen at once, and after which the weights beyond are brought up to date."""
+    damping: float = 0.01
+    """Ridge on the Hessian, as a fraction of its mean diagonal; on top of ``calibration.damping``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("factorization.block_size", self.block_size, 1)
+        _at_least("factorization.damping", self.damping, 0)
+        if self.pattern is not None:
+            _, group = self.kept_of_group
+            _require(
+                self.block_size % group == 0,
+                f"factorization.block_size={self.block_size} is no multiple of the {group} in factorization.pattern="
+                f"{self.pattern}. Set it to {max(self.block_size // group, 1) * group}.",
+            )
+
+
+@dataclass
+class OATSConfig(FactorizationConfig):
+    """A sparse plus a low-rank weight by alternating thresholding (OATS, arXiv:2409.13652)."""
+
+    rank_ratio: float = 0.25
+    """Fraction of the values kept that goes to the low-rank part."""
+    n_rounds: int = 80
+    """Alternations of the two thresholds."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            0 < self.rank_ratio < 1,
+            f"factorization.rank_ratio={self.rank_ratio:g} is not between 0 and 1. Without a low-rank part OATS is Wanda, "
+            "without a sparse one a truncated SVD: take factorization=wanda or asvd for those.",
+        )
+        _at_least("factorization.n_rounds", self.n_rounds, 1)
+
+
+@dataclass
 class EvaluationConfig:
     """What is measured on the dense and on every compressed model."""
 
@@ -405,6 +487,8 @@ class StudyConfig:
     methods: list[str] = MISSING
     """Names of ``conf/factorization`` files."""
     compression_ratios: list[float] = MISSING
+    ratios_of: dict[str, list[float]] = field(default_factory=dict)
+    """Ratios of single methods, where they are other ones: ``wanda_2_4: [0.4375]``."""
     layers_per_job: int | None = None
     """Blocks that one factorization job covers; ``null``: all of the model."""
 
@@ -414,6 +498,14 @@ class StudyConfig:
             values = getattr(self, setting)
             _require(len(values) > 0, f"study.{setting} is empty: there is nothing to compare.")
             _require(len(set(values)) == len(values), f"study.{setting} names an entry twice: {list(values)}.")
+        for method, ratios in self.ratios_of.items():
+            _require(
+                method in self.methods,
+                f"study.ratios_of.{method} is of no method of this study{did_you_mean(method, self.methods)} "
+                f"study.methods are: {', '.join(self.methods)}.",
+            )
+            _require(len(ratios) > 0, f"study.ratios_of.{method} is empty. Take {method} out of study.methods instead.")
+            _require(len(set(ratios)) == len(ratios), f"study.ratios_of.{method} names an entry twice: {list(ratios)}.")
 
 
 @dataclass
@@ -432,6 +524,10 @@ METHODS: dict[str, type[FactorizationConfig]] = {
     "svd_llm": SVDLLMConfig,
     "asvd": ASVDConfig,
     "cospadi": CoSpaDiConfig,
+    "magnitude": MagnitudeConfig,
+    "wanda": WandaConfig,
+    "sparsegpt": SparseGPTConfig,
+    "oats": OATSConfig,
 }
 
 

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from cospadi.errors import UserError
 from cospadi.factorization.budget import mask_bits
-from cospadi.factorization.factors import STORAGE_DTYPES, Factors, LowRank, SparseDictionary, unpack_bits
+from cospadi.factorization.factors import (
+    STORAGE_DTYPES,
+    Factors,
+    LowRank,
+    SparseDictionary,
+    SparsePlusLowRank,
+    unpack_bits,
+)
 from cospadi.kernels.products import products
 
 FEW = 16
@@ -110,14 +117,22 @@ class LowRankLinear(CompressedLinear):
         return self.left.float() @ self.right.float()
 
     def _few(self, rows: Tensor) -> Tensor:
-        if rows.is_cuda:
-            return self._many(rows)
-        from cospadi.kernels.sparse_product import dense_product
-
-        return dense_product(dense_product(rows.float(), self.left), self.right).to(rows.dtype)
+        return _few_through_rank(rows, self.left, self.right)
 
     def _many(self, rows: Tensor) -> Tensor:
-        return rows @ self.left.to(rows.dtype) @ self.right.to(rows.dtype)
+        return _many_through_rank(rows, self.left, self.right)
+
+
+def _few_through_rank(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    if rows.is_cuda:
+        return _many_through_rank(rows, left, right)
+    from cospadi.kernels.sparse_product import dense_product
+
+    return dense_product(dense_product(rows.float(), left), right).to(rows.dtype)
+
+
+def _many_through_rank(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return rows @ left.to(rows.dtype) @ right.to(rows.dtype)
 
 
 class SparseDictionaryLinear(CompressedLinear):
@@ -255,6 +270,39 @@ class SparseDictionaryLinear(CompressedLinear):
         return self._derived[name]
 
 
+class SparsePlusLowRankLinear(SparseDictionaryLinear):
+    """``y = x S + (x L) R + b``: sparse ``S`` as coefficients of the identity, ``L`` and ``R`` in 16 bits beside it."""
+
+    kind = SparsePlusLowRank.kind
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        rank: int,
+        n_values: int,
+        storage_dtype: str,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(d_in, d_out, 0, n_values, storage_dtype, IDENTITY, bias=bias, dtype=dtype)
+        self.left = _frozen(torch.empty(d_in, rank, dtype=self.dictionary.dtype))
+        self.right = _frozen(torch.empty(rank, d_out, dtype=self.dictionary.dtype))
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        return {"rank": len(self.right), "n_values": self.n_values, "storage_dtype": _name(self.left.dtype)}
+
+    def weight(self) -> Float[Tensor, "d_in d_out"]:
+        return super().weight() + self.left.float() @ self.right.float()
+
+    def _few(self, rows: Tensor) -> Tensor:
+        return super()._few(rows) + _few_through_rank(rows, self.left, self.right)
+
+    def _many(self, rows: Tensor) -> Tensor:
+        return super()._many(rows) + _many_through_rank(rows, self.left, self.right)
+
+
 def _version(tensor: Tensor) -> int:
     """How often a tensor was changed in place; those made for inference do not count it."""
     return 0 if tensor.is_inference() else tensor._version
@@ -270,7 +318,9 @@ def _storage(name: str) -> torch.dtype:
     return STORAGE_DTYPES[name]
 
 
-KINDS: dict[str, type[CompressedLinear]] = {c.kind: c for c in (LowRankLinear, SparseDictionaryLinear)}
+KINDS: dict[str, type[CompressedLinear]] = {
+    c.kind: c for c in (LowRankLinear, SparseDictionaryLinear, SparsePlusLowRankLinear)
+}
 
 
 def empty_layer(spec: dict[str, Any], dtype: torch.dtype | None = None) -> CompressedLinear:
@@ -302,6 +352,11 @@ def layer_of(factors: Factors, bias: Tensor | None = None) -> CompressedLinear:
             "storage_dtype": _name(factors.dictionary.dtype),
             "fixed_atoms": IDENTITY if factors.identity else NONE,
         }
+    elif isinstance(factors, SparsePlusLowRank):
+        d_in, d_out = factors.sparse.coefficients.shape
+        sizes = {"kind": factors.kind, "d_in": d_in, "d_out": d_out, "rank": factors.low_rank.left.shape[1]}
+        sizes |= {"n_values": int((factors.sparse.coefficients != 0).sum())}
+        sizes["storage_dtype"] = _name(factors.low_rank.left.dtype)
     else:
         raise TypeError(f"A {type(factors).__name__} projection has no compressed layer.")
     layer = empty_layer(sizes | {"bias": bias is not None}, bias.dtype if bias is not None else None)

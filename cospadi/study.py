@@ -91,7 +91,7 @@ class Study:
             except UserError as error:
                 errors[str(error)] = None
                 continue
-            for ratio in self.study.compression_ratios:
+            for ratio in self.study.ratios_of.get(method, self.study.compression_ratios):
                 cell = CellId(model, method, _digits(ratio))
                 try:  # a composition takes a tenth of a second, checking one more ratio nothing
                     factorization = replace(config.factorization, compression_ratio=ratio)

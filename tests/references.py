@@ -92,3 +92,43 @@ def htp_round(dictionary, coefficients, target, sparsity, step):
     gradient = dictionary.T @ (target - dictionary @ coefficients)
     kept = hard_threshold_columns(coefficients + step * gradient, sparsity)
     return least_squares_on_support(dictionary, target, kept != 0)
+
+
+def wanda(inputs, weight, nonzeros):
+    """One output at a time: the weights whose magnitude times the norm of their input is largest."""
+    kept = torch.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        scores = [abs(float(weight[i, j])) * float(inputs[:, i].norm()) for i in range(len(weight))]
+        for i in sorted(range(len(weight)), key=lambda i: -scores[i])[:nonzeros]:
+            kept[i, j] = weight[i, j]
+    return kept
+
+
+def sparsegpt(weight, gram, choose, step, damping):
+    """Optimal brain surgeon, one weight at a time, with the explicit inverse Hessian of the inputs not yet passed.
+
+    ``choose(costs, first)`` says which of the ``step`` inputs from ``first`` on stay.
+    """
+    hessian = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    weight, kept = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
+    for i in range(len(weight)):
+        if i % step == 0:
+            block = range(i, min(i + step, len(weight)))
+            costs = [weight[j] ** 2 / torch.linalg.inv(hessian[j:, j:])[0, 0] for j in block]
+            kept[i : i + step] = choose(torch.stack(costs), i)
+        inverse = torch.linalg.inv(hessian[i:, i:])
+        for output in range(weight.shape[1]):
+            if not kept[i, output]:
+                weight[i:, output] -= weight[i, output].clone() / inverse[0, 0] * inverse[:, 0]
+                weight[i, output] = 0
+    return weight
+
+
+def oats(target, rank, nonzeros, n_rounds):
+    """Truncated SVD of what is not sparse, the largest of every column of what is not low-rank, in turn."""
+    sparse = torch.zeros_like(target)
+    for _ in range(n_rounds):
+        left, singular_values, right = torch.linalg.svd(target - sparse, full_matrices=False)
+        low_rank = (left[:, :rank] * singular_values[:rank]) @ right[:rank]
+        sparse = hard_threshold_columns(target - low_rank, nonzeros)
+    return sparse, low_rank

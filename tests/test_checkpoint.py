@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 import cospadi
 from cospadi import checkpoint, cli
 from cospadi.compression import compress_to
-from cospadi.config import CoSpaDiConfig, ModelConfig, SVDLLMConfig
+from cospadi.config import CoSpaDiConfig, ModelConfig, OATSConfig, SVDLLMConfig, WandaConfig
 from cospadi.errors import UserError
 from cospadi.factorization import budget
-from cospadi.factorization.factors import LowRank, SparseDictionary, stored_bits
+from cospadi.factorization.factors import KINDS, LowRank, SparseDictionary, SparsePlusLowRank, stored_bits
 from cospadi.factorization.methods import Problem, factorize_all
 from cospadi.integrity import CHECKSUMS
 from cospadi.integrity import checksum as checksum_of
@@ -43,6 +43,8 @@ METHODS = {
         name="paper", title="", compression_ratio=0.3, solver="one_shot", accounting="paper", storage_dtype="bfloat16"
     ),
     "svd_llm": SVDLLMConfig(name="svd_llm", title="", compression_ratio=0.3),
+    "wanda": WandaConfig(name="wanda", title="", compression_ratio=0.3),
+    "oats": OATSConfig(name="oats", title="", compression_ratio=0.3, n_rounds=5),
 }
 
 
@@ -422,6 +424,34 @@ def test_identity_atoms_stand_before_the_learned_ones(atoms, rows):
         torch.testing.assert_close(layer(inputs), inputs @ weight, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layer.weight(), weight, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(factors.weight(), weight, rtol=1e-5, atol=1e-6)
+
+
+@given(
+    st.integers(1, 24), st.integers(1, 24), st.integers(1, 6), st.floats(0, 1), st.integers(1, 40), st.booleans(),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+)  # fmt: skip
+def test_a_sparse_plus_low_rank_layer_is_its_factors(d_in, d_out, rank, density, rows, with_bias, dtype):
+    draw = torch.Generator().manual_seed(d_in * 25 + d_out)
+    sparse = torch.randn(d_in, d_out, generator=draw) * (torch.rand(d_in, d_out, generator=draw) < density)
+    left, right = torch.randn(d_in, rank, generator=draw), torch.randn(rank, d_out, generator=draw)
+    factors = SparsePlusLowRank(SparseDictionary.of_sparse_weight(sparse, dtype), LowRank.balanced(left, right, dtype))
+    torch.testing.assert_close(factors.weight(), sparse + left @ right, rtol=0.05, atol=0.1)
+    back = KINDS[factors.kind].from_tensors(factors.tensors() | {"d_out": torch.tensor(d_out)})
+    assert back.weight().equal(factors.weight())
+    assert back.sizes == factors.sizes
+    assert factors.sizes["rank"] == rank
+    bias = torch.randn(d_out, generator=draw) if with_bias else None
+    layer = layer_of(factors, bias)
+    inputs = torch.randn(rows, d_in, generator=draw)
+    expected = inputs @ factors.weight() + (bias if with_bias else 0)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(inputs), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer._many(inputs), inputs @ factors.weight(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.weight(), factors.weight(), rtol=1e-5, atol=1e-6)
+    bits = sum(8 * t.numel() * t.element_size() for n, t in layer.state_dict().items() if n != "bias")
+    assert bits == stored_bits(factors)
+    n_values = int((factors.sparse.coefficients != 0).sum())
+    assert bits == budget.sparse_bits(d_in, d_out, n_values) + budget.low_rank_bits(d_in, d_out, rank)
 
 
 def test_a_mask_that_disagrees_with_its_values_is_refused(made):

@@ -113,6 +113,11 @@ def test_a_bad_file_is_named(conf, file, content, named):
     assert named in message()
 
 
+def test_a_study_file_gives_a_method_ratios_of_its_own(conf):
+    append(conf / "study/smoke.yaml", "  ratios_of:\n    svd: [0.4, 0.25]")
+    assert load(["study=smoke"]).study.ratios_of == {"svd": [0.4, 0.25]}
+
+
 @pytest.mark.parametrize("group", ["calibration", "evaluation", "factorization", "model", "study"])
 def test_an_unknown_option_lists_those_that_exist(group):
     told = message(f"{group}=nope")
@@ -187,9 +192,15 @@ def test_every_bound_names_its_setting(setting, bad):
         ("asvd_search", "factorization.rank_search.truncation_ratios", "[]"),
         ("asvd_search", "factorization.rank_search.n_samples", 0),
         ("asvd_search", "factorization.rank_search.perplexity_budget", 0.5),
+        ("wanda", "factorization.pattern", "4:2"),
+        ("sparsegpt", "factorization.pattern", "many"),
+        ("sparsegpt", "factorization.block_size", 0),
+        ("sparsegpt", "factorization.damping", -1),
+        ("oats", "factorization.rank_ratio", 1),
+        ("oats", "factorization.n_rounds", 0),
     ],
 )
-def test_every_bound_of_asvd_names_its_setting(method, setting, bad):
+def test_every_bound_of_another_method_names_its_setting(method, setting, bad):
     assert setting in message(f"factorization={method}", f"{setting}={bad}")
 
 

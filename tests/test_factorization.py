@@ -8,7 +8,16 @@ import references
 import torch
 from hypothesis import assume, example, given
 
-from cospadi.config import ASVDConfig, CoSpaDiConfig, SVDConfig, SVDLLMConfig
+from cospadi.config import (
+    ASVDConfig,
+    CoSpaDiConfig,
+    MagnitudeConfig,
+    OATSConfig,
+    SparseGPTConfig,
+    SVDConfig,
+    SVDLLMConfig,
+    WandaConfig,
+)
 from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.factorization.factors import (
@@ -36,6 +45,10 @@ METHODS = {
     "cospadi_ksvd": (CoSpaDiConfig, {"solver": "ksvd", "n_rounds": 3}),
     "cospadi_orthogonal": (CoSpaDiConfig, {"solver": "orthogonal"}),
     "cospadi_one_shot": (CoSpaDiConfig, {"solver": "one_shot"}),
+    "magnitude": (MagnitudeConfig, {}),
+    "wanda": (WandaConfig, {}),
+    "sparsegpt": (SparseGPTConfig, {}),
+    "oats": (OATSConfig, {}),
 }
 sides = st.integers(1, 90)
 ratios = st.floats(0.01, 0.99)

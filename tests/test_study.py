@@ -141,6 +141,43 @@ def test_another_ratio_leaves_the_rank_search_alone():
     assert found[0] == found[1]
 
 
+def test_a_method_may_have_ratios_of_its_own(plain):
+    grid = smoke(
+        "study.methods=[svd,wanda_2_4]", "study.compression_ratios=[0.2,0.3]", "+study.ratios_of.wanda_2_4=[0.4375]"
+    )
+    assert [(c.method, c.ratio) for c in grid.cells if c.model == "tiny_llama"] == [
+        ("svd", "0.2"),
+        ("svd", "0.3"),
+        ("wanda_2_4", "0.4375"),
+    ]
+    for cell in grid.cells:
+        assert f"{cell.ratio}" == f"{grid.config(**vars(cell)).factorization.compression_ratio}"
+        assert grid.evaluation_record(cell) in grid.inputs_of_tables()
+        assert config.load(shlex.split(grid.overrides_for(**vars(cell)))) == grid.config(**vars(cell))
+    assert plain.study.ratios_of == {}
+
+
+def test_a_ratio_that_a_method_cannot_have_is_known_before_the_first_job():
+    told = mistake("study.methods=[svd,wanda_2_4]", "study.compression_ratios=[0.2,0.5]")
+    assert told.startswith("factorization.pattern=2:4 removes 0.4375")
+    assert "factorization.compression_ratio=0.5" in told
+    assert ".pattern=2:4 removes" in mistake("study.methods=[svd,wanda_2_4]", "+study.ratios_of.wanda_2_4=[0.45]")
+
+
+@pytest.mark.parametrize(
+    ("ratios_of", "sentence"),
+    [
+        ("svdd=[0.3]", "study.ratios_of.svdd is of no method of this study. Did you mean svd?"),
+        ("wanda=[0.3]", "study.ratios_of.wanda is of no method of this study"),
+        ("svd=[]", "study.ratios_of.svd is empty"),
+        ("svd=[0.3,0.3]", "study.ratios_of.svd names an entry twice"),
+        ("svd=[3]", "factorization.compression_ratio=3 is not between 0 and 1"),
+    ],
+)
+def test_ratios_of_a_method_are_checked(ratios_of, sentence):
+    assert mistake(f"+study.ratios_of.{ratios_of}").startswith(sentence)
+
+
 def test_a_recipe_is_canonical_json(plain):
     for recipe in recipes(plain).values():
         assert json.dumps(json.loads(recipe), sort_keys=True) == recipe

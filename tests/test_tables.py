@@ -25,7 +25,7 @@ from cospadi.tables import (
     write_tables,
 )
 from cospadi.tables.cells import LEADING_COLUMNS, PROJECTION_COLUMNS
-from cospadi.tables.figures import colours
+from cospadi.tables.figures import _error_maps, colours
 from cospadi.tables.render import divergence, percent, perplexity, size
 
 TITLES = {"svd": "SVD", "svd_llm": "SVD-LLM", "cospadi": "CoSpaDi"}
@@ -438,6 +438,30 @@ def test_figures_are_pictures_of_something(tmp_path):
 def test_figures_of_one_method_at_one_ratio_from_frames(tmp_path):
     cells = study(methods=("cospadi",), ratios=(0.3,))
     check_pictures(write_figures((summary(cells), projection_errors(cells)), tmp_path))
+
+
+def test_a_method_with_ratios_of_its_own_has_rows_of_its_own(tmp_path):
+    cells = [*study(ratios=(0.2, 0.3)), cell("svd", 0.4375, ppl=99.0, model="small")]
+    cells = [c for c in cells if c.method != "svd" or c.compression_ratio == 0.4375]
+    frame = summary(cells)
+    table = paper_table(frame, "small")
+    assert [(r.compression_ratio, r.method) for group in table.groups[1:] for r in group] == [
+        *((ratio, method) for ratio in (0.2, 0.3) for method in ("svd_llm", "cospadi")),
+        (0.4375, "svd"),
+    ]
+    assert (0.4375, "svd") not in bold(table, "token_perplexity")  # nothing to compare it with
+    assert {path.name for path in write_tables(cells, tmp_path, "Study")} >= {"summary.csv", "small.md", "small.html"}
+    check_pictures(write_figures(cells, tmp_path))
+    assert "0.4375" in (tmp_path / "small.md").read_text()
+
+
+def test_the_error_maps_are_at_a_ratio_that_most_methods_have(tmp_path):
+    ratios = {"svd": (0.2,), "svd_llm": (0.3, 0.4), "cospadi": (0.3, 0.4)}
+    cells = [cell(method, ratio, model="small") for method in ratios for ratio in ratios[method]]
+    with_all = _error_maps(summary(cells), projection_errors(cells))
+    titles = {panel.get_title() for panel in with_all.axes} - {""}
+    assert titles == {"SVD-LLM", "CoSpaDi"}
+    assert "ratio 0.3" in with_all.axes[-1].get_ylabel()
 
 
 def test_figures_where_nothing_is_finite_or_measured(tmp_path):

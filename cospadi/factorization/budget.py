@@ -6,6 +6,8 @@ that is removed, and nothing here ever hands out more than what is left.
 
 from __future__ import annotations
 
+from math import floor
+
 from cospadi.errors import UserError
 
 DENSE_BITS = 16
@@ -147,23 +149,116 @@ def within_eigenbasis(
     return most, sparsity_for(d_in, d_out, compression_ratio, most, accounting)
 
 
-def beside_identity(d_in: int, d_out: int, compression_ratio: float, atoms: int) -> tuple[int, float]:
-    """``atoms`` and the mean number of non-zeros per column that the budget has room for beside them and identity atoms.
+def sparse_bits(d_in: int, d_out: int, nonzeros: int) -> int:
+    """Bits of a sparse weight: its non-zeros and one bit per weight that says where they are.
 
-    ``16·d_in·atoms + (d_in + atoms)·d_out`` bits go to learned atoms and mask, the rest to values. Times ``d_out`` the
-    second is a whole number.
+    >>> sparse_bits(64, 256, 8192)  # 2:4: 9 bits a weight, where a dense one has 16
+    147456
+    """
+    return DENSE_BITS * nonzeros + mask_bits(d_in, d_out)
 
-    >>> beside_identity(576, 576, 0.5, atoms=36)
-    (36, 213.75)
+
+def nonzeros(d_in: int, d_out: int, compression_ratio: float, atoms: int = 0, at_least: int = 1) -> int:
+    """Most non-zeros of a sparse weight within the budget, ``16·nnz + d_in·d_out = budget``.
+
+    With ``atoms`` stored ones beside those of the identity ``16·(nnz + d_in·atoms) + (d_in + atoms)·d_out = budget``.
+
+    >>> nonzeros(576, 1536, 0.3), nonzeros(576, 1536, 0.3, atoms=72)
+    (564019, 515635)
 
     Raises:
-        UserError: when there is no room for one non-zero per column.
+        UserError: when atoms and mask leave no room for ``at_least`` so many.
     """
     taken = DENSE_BITS * d_in * atoms + mask_bits(d_in + atoms, d_out)
-    values = (budget_bits(d_in, d_out, compression_ratio) - taken) // DENSE_BITS
-    if values < d_out:
-        raise _too_small(d_in, d_out, compression_ratio, f"{atoms} atoms and one non-zero per column beside identity atoms")
-    return atoms, min(values / d_out, d_in + atoms)
+    most = (budget_bits(d_in, d_out, compression_ratio) - taken) // DENSE_BITS
+    if most < at_least:
+        raise _too_small(d_in, d_out, compression_ratio, f"{atoms} atoms, a mask and {at_least} non-zeros")
+    return most
+
+
+def nonzeros_per_output(d_in: int, d_out: int, compression_ratio: float) -> int:
+    """Most non-zeros of every output where all outputs have the same number.
+
+    >>> nonzeros_per_output(576, 1536, 0.3)
+    367
+
+    Raises:
+        UserError: when there is no room for one.
+    """
+    most = nonzeros(d_in, d_out, compression_ratio) // d_out
+    if most < 1:
+        raise _too_small(d_in, d_out, compression_ratio, "a mask and one non-zero per output")
+    return most
+
+
+def pattern_ratio(kept: int, group: int) -> float:
+    """Fraction of the bits that is removed where ``kept`` of every ``group`` weights stay, the mask counted.
+
+    >>> pattern_ratio(2, 4), pattern_ratio(1, 4), pattern_ratio(15, 16)
+    (0.4375, 0.6875, 0.0)
+    """
+    return 1 - kept / group - 1 / DENSE_BITS
+
+
+def pattern_nonzeros(d_in: int, d_out: int, compression_ratio: float, kept: int, group: int) -> int:
+    """Non-zeros per output where ``kept`` of every ``group`` consecutive inputs stay, known to fit the budget.
+
+    >>> pattern_nonzeros(576, 1536, 0.4, kept=2, group=4)
+    288
+
+    Raises:
+        UserError: when ``d_in`` is no multiple of ``group``, or the pattern takes more bits than there are.
+    """
+    if d_in % group:
+        raise UserError(
+            f"A projection of {d_in} inputs does not divide into groups of {group}, as factorization.pattern={kept}:{group} "
+            "needs. Choose a pattern N:M whose M divides it, or factorization.pattern=null."
+        )
+    per_output = d_in // group * kept
+    needed = sparse_bits(d_in, d_out, per_output * d_out)
+    if needed > budget_bits(d_in, d_out, compression_ratio):
+        raise pattern_too_large(kept, group, compression_ratio, 1 - needed / dense_bits(d_in, d_out))
+    return per_output
+
+
+def pattern_too_large(kept: int, group: int, compression_ratio: float, removed: float) -> UserError:
+    """The refusal of a pattern that removes only ``removed`` of the bits where ``compression_ratio`` is asked for."""
+    largest = _rounded_down(removed)
+    return UserError(
+        f"factorization.pattern={kept}:{group} removes {largest} of a projection's bits, its mask counted: less than "
+        f"factorization.compression_ratio={compression_ratio:g} asks for. Set the ratio to {largest} or less, or choose a "
+        "sparser pattern."
+    )
+
+
+def _rounded_down(fraction: float) -> float:
+    """To four digits, so that the number printed is one that works.
+
+    >>> _rounded_down(0.4375), _rounded_down(1 - 2 / 3 - 1 / 16)
+    (0.4375, 0.2708)
+    """
+    return floor(fraction * 1e4 + 1e-9) / 1e4
+
+
+def rank_and_nonzeros(d_in: int, d_out: int, compression_ratio: float, rank_ratio: float) -> tuple[int, int]:
+    """Rank and non-zeros per output of a low-rank plus a sparse weight (OATS, arXiv:2409.13652).
+
+    The values that the mask leaves room for, ``P = (budget − d_in·d_out) / 16``, are split as in the paper:
+    ``rank = ⌊rank_ratio · P / (d_in + d_out)⌋``, and what is left over goes to the non-zeros.
+
+    >>> rank_and_nonzeros(576, 1536, 0.3, rank_ratio=0.25)  # 16·66·2112 + 16·276·1536 + 576·1536 bits
+    (66, 276)
+
+    Raises:
+        UserError: when there is no room for rank 1 beside one non-zero per output.
+    """
+    values = nonzeros(d_in, d_out, compression_ratio)
+    largest = int(rank_ratio * values / (d_in + d_out) + 1e-9)
+    per_output = (values - largest * (d_in + d_out)) // d_out
+    if largest < 1 or per_output < 1:
+        least = f"rank 1 and one non-zero per output at factorization.rank_ratio={rank_ratio:g}"
+        raise _too_small(d_in, d_out, compression_ratio, least)
+    return largest, per_output
 
 
 def value_bits(accounting: str) -> int:

@@ -83,11 +83,19 @@ class SparseDictionary:
         """Unit atoms and coefficients to match, in ``storage_dtype``; low mantissa bits beyond ``value_bits`` cut."""
         norms = dictionary.norm(dim=0)
         norms = torch.where(norms > 0, norms, torch.ones_like(norms))
-        every = torch.nn.functional.pad(norms, (len(dictionary) if identity else 0, 0), value=1.0)  # those of I are unit
+        every = torch.nn.functional.pad(
+            norms, (len(dictionary) if identity else 0, 0), value=1.0
+        )  # those of I are unit
         values = rounded(coefficients * every[:, None], storage_dtype)
         if value_bits < 16:  # truncation, as in the paper
             values = (values.contiguous().view(torch.int16) & -(1 << (16 - value_bits))).view(storage_dtype)
         return cls(rounded(dictionary / norms, storage_dtype), values, value_bits, identity)
+
+    @classmethod
+    def of_sparse_weight(cls, weight: Float[Tensor, "d_in d_out"], storage_dtype: torch.dtype) -> SparseDictionary:
+        """``weight`` as its non-zeros and their mask: the identity's atoms and no learned one."""
+        nothing = torch.empty(len(weight), 0, dtype=storage_dtype, device=weight.device)
+        return cls(nothing, rounded(weight, storage_dtype), identity=True)
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -125,6 +133,31 @@ class SparseDictionary:
 
 
 @dataclass(frozen=True)
+class SparsePlusLowRank:
+    """``W ≈ S + left @ right``, the non-zeros of ``S`` stored with one bit per weight that says where they are."""
+
+    sparse: SparseDictionary
+    """The identity's atoms alone, see `SparseDictionary.of_sparse_weight`."""
+    low_rank: LowRank
+    kind = "sparse_plus_low_rank"
+    value_bits = 16
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        return self.sparse.sizes | {"rank": self.low_rank.sizes["rank"]}
+
+    def weight(self) -> Float[Tensor, "d_in d_out"]:
+        return self.sparse.weight() + self.low_rank.weight()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.sparse.tensors() | self.low_rank.tensors()
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SparsePlusLowRank:
+        return cls(SparseDictionary.from_tensors(tensors), LowRank.from_tensors(tensors))
+
+
+@dataclass(frozen=True)
 class Dense:
     """A projection that a method leaves as it is, in 16 bits."""
 
@@ -147,8 +180,10 @@ class Dense:
         return cls(tensors["dense"])
 
 
-Factors = LowRank | SparseDictionary | Dense
-KINDS: dict[str, type[LowRank | SparseDictionary | Dense]] = {c.kind: c for c in (LowRank, SparseDictionary, Dense)}
+Factors = LowRank | SparseDictionary | SparsePlusLowRank | Dense
+KINDS: dict[str, type[LowRank | SparseDictionary | SparsePlusLowRank | Dense]] = {
+    c.kind: c for c in (LowRank, SparseDictionary, SparsePlusLowRank, Dense)
+}
 
 
 def stored_bits(factors: Factors) -> int:

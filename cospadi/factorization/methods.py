@@ -12,13 +12,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cospadi.config import AUTO, ASVDConfig, CoSpaDiConfig, FactorizationConfig, SVDConfig, SVDLLMConfig
+from cospadi.config import (
+    AUTO,
+    ASVDConfig,
+    CoSpaDiConfig,
+    FactorizationConfig,
+    MagnitudeConfig,
+    OATSConfig,
+    PruningConfig,
+    SparseGPTConfig,
+    SVDConfig,
+    SVDLLMConfig,
+    WandaConfig,
+)
 from cospadi.errors import UserError
-from cospadi.factorization import budget, search
-from cospadi.factorization.factors import STORAGE_DTYPES, Dense, Factors, LowRank, SparseDictionary, rounded
+from cospadi.factorization import budget, pruning, search
+from cospadi.factorization.factors import (
+    STORAGE_DTYPES,
+    Dense,
+    Factors,
+    LowRank,
+    SparseDictionary,
+    SparsePlusLowRank,
+    rounded,
+)
 from cospadi.factorization.htp import htp_batch
 from cospadi.factorization.ksvd import ksvd
 from cospadi.factorization.low_rank import truncated_svd
+from cospadi.factorization.oats import sparse_plus_low_rank
 from cospadi.factorization.one_shot import one_shot
 from cospadi.factorization.orthogonal import orthogonal
 from cospadi.factorization.whitening import unwhiten
@@ -41,6 +62,11 @@ class Problem:
     def __post_init__(self) -> None:
         if not torch.isfinite(self.weight).all():
             raise UserError("The weight holds NaN or infinite numbers. Check the checkpoint of model.source.")
+
+    @property
+    def input_norms(self) -> Float[Tensor, " d_in"]:
+        """``‖x_i‖₂`` of every input channel over the calibration tokens: the roots of the gram's diagonal."""
+        return self.whitener.norm(dim=0)
 
 
 @singledispatch
@@ -81,6 +107,56 @@ def asvd(config: ASVDConfig, problem: Problem) -> Factors:
 
 
 @factorize.register
+def magnitude(config: MagnitudeConfig, problem: Problem) -> Factors:
+    """The largest weights of the whole matrix."""
+    nonzeros = budget.nonzeros(*problem.weight.shape, config.compression_ratio)
+    sparse = pruning.keep_largest(problem.weight, nonzeros)
+    return SparseDictionary.of_sparse_weight(sparse, STORAGE_DTYPES[config.storage_dtype])
+
+
+@factorize.register
+def wanda(config: WandaConfig, problem: Problem) -> Factors:
+    """The weights of every output that are largest times the norm of their input (Wanda, arXiv:2306.11695)."""
+    nonzeros = _pattern_nonzeros(config, problem) or budget.nonzeros_per_output(
+        *problem.weight.shape, config.compression_ratio
+    )
+    sparse = pruning.wanda(problem.weight.double(), problem.input_norms, nonzeros, config.kept_of_group)
+    return SparseDictionary.of_sparse_weight(sparse, STORAGE_DTYPES[config.storage_dtype])
+
+
+@factorize.register
+def sparsegpt(config: SparseGPTConfig, problem: Problem) -> Factors:
+    """Prune input by input, the inputs that follow making up for it (SparseGPT, arXiv:2301.00774, algorithm 1)."""
+    nonzeros = _pattern_nonzeros(config, problem) or budget.nonzeros(*problem.weight.shape, config.compression_ratio)
+    gram = problem.whitener.T @ problem.whitener
+    settings = config.kept_of_group, config.block_size, config.damping
+    sparse = pruning.sparsegpt(problem.weight.double(), gram, nonzeros, *settings)
+    return SparseDictionary.of_sparse_weight(sparse, STORAGE_DTYPES[config.storage_dtype])
+
+
+def _pattern_nonzeros(config: PruningConfig, problem: Problem) -> int | None:
+    """Non-zeros per output by the pattern, known to fit; ``None`` without one."""
+    if config.kept_of_group is None:
+        return None
+    return budget.pattern_nonzeros(*problem.weight.shape, config.compression_ratio, *config.kept_of_group)
+
+
+@factorize.register
+def oats(config: OATSConfig, problem: Problem) -> Factors:
+    """``D W ≈ sparse + low rank`` with ``D = diag(‖x_i‖)``, ``D`` undone (OATS, arXiv:2409.13652, algorithm 2)."""
+    storage = STORAGE_DTYPES[config.storage_dtype]
+    sizes = budget.rank_and_nonzeros(*problem.weight.shape, config.compression_ratio, config.rank_ratio)
+    loudness = problem.input_norms[:, None]
+    target, scale = _unit_scale(loudness * problem.weight.double())
+    sparse, left, right = sparse_plus_low_rank(target, *sizes, config.n_rounds)
+    undo = scale / loudness
+    return SparsePlusLowRank(
+        SparseDictionary.of_sparse_weight(sparse * undo, storage),
+        LowRank.balanced(left * undo, right.double(), storage),
+    )
+
+
+@factorize.register
 def cospadi(config: CoSpaDiConfig, problem: Problem) -> Factors:
     """Sparse dictionary learning on the whitened weight (CoSpaDi, arXiv:2509.22075, algorithm 1)."""
     return next(factorize_all(config, [problem]))
@@ -115,14 +191,21 @@ def _batches(config: CoSpaDiConfig, problems: Sequence[Problem]) -> Iterator[lis
 
 def _whitened(problem: Problem) -> tuple[Tensor, Tensor]:
     """``R W`` in float32 with entries near 1, whatever the calibration size, and its scale."""
-    target = problem.whitener @ problem.weight.double()
+    return _unit_scale(problem.whitener @ problem.weight.double())
+
+
+def _unit_scale(target: Tensor) -> tuple[Tensor, Tensor]:
+    """``target`` in float32 with a root mean square of 1, and that of before."""
     scale = target.norm() / target.numel() ** 0.5
     scale = torch.where(scale > 0, scale, 1.0)
     return (target / scale).float(), scale
 
 
 def _solve(
-    config: CoSpaDiConfig, batch: Sequence[Problem], targets: Float[Tensor, "batch d_in d_out"], scales: Sequence[Tensor]
+    config: CoSpaDiConfig,
+    batch: Sequence[Problem],
+    targets: Float[Tensor, "batch d_in d_out"],
+    scales: Sequence[Tensor],
 ) -> list[Any]:
     """Dictionary and coefficients of ``targets``, which are the whitened weights over ``scales``."""
     _, d_in, d_out = targets.shape

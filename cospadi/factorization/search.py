@@ -69,9 +69,12 @@ def beside_identity(
         UserError: when there is no room for one non-zero per column.
     """
     _, d_in, d_out = targets.shape
-    sizes = _those_that_fit(
-        lambda fraction: budget.beside_identity(d_in, d_out, compression_ratio, round(fraction * d_in)), fractions
-    )
+
+    def size(fraction: float) -> Size:
+        atoms = round(fraction * d_in)
+        return atoms, budget.nonzeros(d_in, d_out, compression_ratio, atoms, at_least=d_out) / d_out
+
+    sizes = _those_that_fit(size, fractions)
     codes = weights.mT.contiguous()
     starts: list[Tensor] = []
 

@@ -248,13 +248,13 @@ def _marker(methods: dict[str, str], method: str) -> str:
 
 
 def _error_maps(frame: pd.DataFrame, errors: pd.DataFrame):
-    """A panel per model and method at the middle ratio: projections down, layers across, one colour scale."""
+    """A panel per model and method at the middle ratio that most have: projections down, layers across, one colour scale."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    at = middle(errors["compression_ratio"])
+    at = middle(_most_shared(errors))
     errors = errors[errors["compression_ratio"] == at]
     titles = dict(zip(frame["method"], frame["method_title"], strict=True))
     models = dict(zip(frame["model"], frame["model_title"], strict=True))
@@ -318,6 +318,13 @@ def _error_maps(frame: pd.DataFrame, errors: pd.DataFrame):
     bar.outline.set_visible(False)
     bar.set_label(f"Output error at ratio {at:g} ↓" + ("\n(grey: none or not finite)" if blank else ""))
     return figure
+
+
+def _most_shared(errors: pd.DataFrame) -> pd.Series:
+    """The ratios at which most models and methods stand."""
+    pairs = errors.drop_duplicates(["model", "method", "compression_ratio"])
+    times = pairs["compression_ratio"].value_counts()
+    return pd.Series(times[times == times.max()].index, dtype=float)
 
 
 def middle(ratios: pd.Series) -> float:
