@@ -38,7 +38,7 @@ class Solution:
     """``‖Y − DS‖_F / ‖Y‖_F`` after the coding of every round, estimated, and last that of what is returned, exactly."""
 
 
-def htp(target: Float[Tensor, "d_in d_out"], atoms: int, sparsity: float, **settings: Any) -> Solution:
+def htp(target: Float[Tensor, "d_in d_out"], atoms: int, sparsity: int | float, **settings: Any) -> Solution:
     """`htp_batch` for one problem; ``fixed``, ``fixed_codes`` and ``start`` without the batch dimension."""
     for name in ("fixed", "fixed_codes", "start"):
         if settings.get(name) is not None:
@@ -50,7 +50,7 @@ def htp(target: Float[Tensor, "d_in d_out"], atoms: int, sparsity: float, **sett
 def htp_batch(
     targets: Float[Tensor, "batch d_in d_out"],
     atoms: int,
-    sparsity: float,
+    sparsity: int | float,
     *,
     balanced: bool = True,
     n_rounds: int = 24,
@@ -164,7 +164,7 @@ class _Problem:
             codes[..., : self.n_fixed] = fixed_codes * self.fixed_norms
         return codes
 
-    def left_by_fixed_atoms(self, codes: Tensor, sparsity: float, cg_steps: int) -> Tensor:
+    def left_by_fixed_atoms(self, codes: Tensor, sparsity: int | float, cg_steps: int) -> Tensor:
         """What a sparse code over the fixed atoms alone leaves of the targets."""
         if not self.n_fixed or codes.shape[2] == self.n_fixed:
             return self.targets
@@ -173,7 +173,7 @@ class _Problem:
         return self.targets - self.fixed @ codes.mT
 
     def code(
-        self, dictionary: Tensor, codes: Tensor, step: float, sparsity: float, cg_steps: int, keep_better: bool = False
+        self, dictionary: Tensor, codes: Tensor, step: float, sparsity: int | float, cg_steps: int, keep_better: bool = False
     ) -> Tensor:
         """One round of coding, in place; the relative error of every problem."""
         joint = self._joint(dictionary)
@@ -193,7 +193,7 @@ class _Problem:
         return self._relative(self.energies.sum(dim=1, dtype=torch.float64) - explained)
 
     def _supports(
-        self, joint: Tensor, gram: Tensor, codes: Tensor, step: float, sparsity: float
+        self, joint: Tensor, gram: Tensor, codes: Tensor, step: float, sparsity: int | float
     ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Rows of codes, ``[F D]ᵀY`` and the gradient there, and the support that a step along the gradient leads to."""
 

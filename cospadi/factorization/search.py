@@ -20,7 +20,7 @@ LEARNED = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
 PROBE_ROUNDS = 6
 """Enough to tell which of the candidates ends lowest, to about a percent of the error."""
 
-Size = tuple[int, float]
+Size = tuple[int, int | float]
 """Atoms that are stored, and non-zeros per column."""
 Solve = Callable[[list[int], Size, int], list[Solution]]
 """Some of the matrices of a batch, by number, in some size for so many rounds."""
