@@ -173,7 +173,13 @@ class _Problem:
         return self.targets - self.fixed @ codes.mT
 
     def code(
-        self, dictionary: Tensor, codes: Tensor, step: float, sparsity: int | float, cg_steps: int, keep_better: bool = False
+        self,
+        dictionary: Tensor,
+        codes: Tensor,
+        step: float,
+        sparsity: int | float,
+        cg_steps: int,
+        keep_better: bool = False,
     ) -> Tensor:
         """One round of coding, in place; the relative error of every problem."""
         joint = self._joint(dictionary)
@@ -292,7 +298,7 @@ class _Best:
 def first_atoms(
     targets: Float[Tensor, "batch d_in d_out"],
     atoms: int,
-    sparsity: int,
+    sparsity: int | float,
     basis: Float[Tensor, "batch d_in n"] | None = None,
 ) -> Float[Tensor, "batch d_in atoms"]:
     """The eigenbasis of the target; beyond its size, singular vectors of what a sparse code in it leaves over.

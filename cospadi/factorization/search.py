@@ -108,7 +108,10 @@ def _those_that_fit(size_of: Callable[[float], Size], candidates: Sequence[float
 
 
 def _best(count: int, sizes: Sequence[Size], solve: Solve, n_rounds: int) -> list[Solution]:
-    """A short run of every size, then a full one of each matrix' best. Sizes go up until no matrix gains any more."""
+    """A short run of every size; then full ones of each matrix' best and of the first, of which the lower error is kept.
+
+    Sizes go up until no matrix gains any more.
+    """
     everything = list(range(count))
     if len(sizes) == 1:
         return solve(everything, sizes[0], n_rounds)
@@ -120,8 +123,9 @@ def _best(count: int, sizes: Sequence[Size], solve: Solve, n_rounds: int) -> lis
         chosen[gains], lowest = candidate, torch.minimum(errors, lowest)
         if not gains.any():
             break
-    solutions: dict[int, Solution] = {}
-    for candidate in chosen.unique().tolist():
+    solutions = solve(everything, sizes[0], n_rounds)
+    for candidate in sorted(set(chosen.tolist()) - {0}):
         members = (chosen == candidate).nonzero()[:, 0].tolist()
-        solutions |= dict(zip(members, solve(members, sizes[candidate], n_rounds), strict=True))
-    return [solutions[i] for i in everything]
+        for member, found in zip(members, solve(members, sizes[candidate], n_rounds), strict=True):
+            solutions[member] = min(solutions[member], found, key=lambda solution: solution.errors[-1])
+    return solutions
