@@ -458,6 +458,17 @@ METHODS: dict[str, type[FactorizationConfig]] = {
 }
 
 
+def layers_together(config: FactorizationConfig, n_layers: int) -> int:
+    """How many consecutive layers a job must take together, so that it cuts no group.
+
+    >>> layers_together(SVDConfig(), 30), layers_together(BasisSharingConfig(group_size=4), 30)
+    (1, 4)
+    """
+    if not isinstance(config, GroupedConfig) or config.group_size == 1:
+        return 1
+    return n_layers if config.pairing == MATCHED else config.group_size
+
+
 def _register() -> None:
     store = ConfigStore.instance()
     store.store("config_schema", Config)

@@ -7,15 +7,17 @@ group, most often alone.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cospadi.config import MATCHED, FactorizationConfig, GroupedConfig
+from cospadi.config import MATCHED, FactorizationConfig, GroupedConfig, layers_together
 from cospadi.errors import UserError
+from cospadi.factorization.factors import Factors
+from cospadi.factorization.methods import Problem, factorize_groups
 
 if TYPE_CHECKING:
     from cospadi.models import Projection
@@ -26,17 +28,41 @@ SKETCH = 128
 """Columns of a sketch: distances between sketches are those between the matrices within some ten percent."""
 
 
-def groups_of(
+def factorize_projections(
     config: FactorizationConfig,
     projections: Sequence[Projection],
-    whitened: Callable[[Projection], tuple[Tensor, Tensor]],
+    problem_of: Callable[[Projection], Problem],
+    batches: Callable[[Sequence[Group]], Iterable[Sequence[Group]]],
+) -> Iterator[tuple[Projection, Group, Problem, Factors]]:
+    """Every projection with its group, its problem and its factors; what ``batches`` puts together is in memory together.
+
+    Raises:
+        UserError: naming the projections that cannot be factorized.
+    """
+    for batch in batches(groups_of(config, projections, problem_of)):
+        yield from _factorize_batch(config, batch, problem_of)
+
+
+def _factorize_batch(
+    config: FactorizationConfig, batch: Sequence[Group], problem_of: Callable[[Projection], Problem]
+) -> Iterator[tuple[Projection, Group, Problem, Factors]]:
+    problems = [[problem_of(p) for p in group] for group in batch]
+    solved = factorize_groups(config, problems)
+    for group, members in zip(batch, problems, strict=True):
+        try:
+            found = next(solved)
+        except UserError as error:
+            raise UserError(f"{', '.join(p.name for p in group)}: {error}") from error
+        for projection, problem, factors in zip(group, members, found, strict=True):
+            yield projection, group, problem, factors
+
+
+def groups_of(
+    config: FactorizationConfig, projections: Sequence[Projection], problem_of: Callable[[Projection], Problem]
 ) -> list[Group]:
     """The groups that a method makes of these projections, in the order of their first members.
 
-    ``projections`` begin at a layer that no group of earlier layers reaches into (`Study.layers`, `whole_groups`).
-
-    Args:
-        whitened: gives weight and whitener of a projection; only called where closeness is asked for.
+    ``projections`` are those of whole groups (`require_whole_groups`). Problems are only read where closeness is asked for.
 
     Raises:
         UserError: projections of a group differ in shape.
@@ -45,7 +71,7 @@ def groups_of(
         return [(p,) for p in projections]
     if config.pairing == MATCHED:
         named = config.grouped or {p.projection for p in projections}
-        sketches = {p.name: sketch(*whitened(p)) for p in projections if p.projection in named}
+        sketches = {p.name: _sketch_of(problem_of(p)) for p in projections if p.projection in named}
         return matched(projections, sketches)
     return consecutive(projections, config.group_size, config.grouped or shared_by_default(projections))
 
@@ -131,28 +157,20 @@ def sketch(weight: Float[Tensor, "d_in d_out"], whitener: Float[Tensor, "d_in d_
     return (spanned @ (spanned.mT @ draw) / scale.clamp_min(torch.finfo(root.dtype).tiny) / n**0.5).float()
 
 
-def blocks(groups: Sequence[Group], size: int) -> Iterator[list[Group]]:
-    """Groups whose first members lie in the same ``size`` consecutive layers and read the same shared inputs."""
-
-    def place(group: Group) -> tuple[int, int]:
-        return group[0].layer // size, inputs[group[0].shared_input]
-
-    inputs: dict[str, int] = {}
-    for group in groups:
-        inputs.setdefault(group[0].shared_input, len(inputs))
-    yield from (list(run) for _, run in itertools.groupby(sorted(groups, key=place), place))
+def _sketch_of(problem: Problem) -> Tensor:
+    return sketch(problem.weight, problem.whitener)
 
 
-def layers_together(config: FactorizationConfig, n_layers: int) -> int:
-    """How many consecutive layers a job must take together, so that it cuts no group.
-
-    >>> from cospadi.config import BasisSharingConfig, SVDConfig
-    >>> [layers_together(c, 30) for c in (SVDConfig(name="", title=""), BasisSharingConfig(name="", title="", group_size=4))]
-    [1, 4]
-    """
-    if not isinstance(config, GroupedConfig) or config.group_size == 1:
-        return 1
-    return n_layers if config.pairing == MATCHED else config.group_size
+def by_shared_input(config: FactorizationConfig, groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """Groups of the same layers that read the same inputs: what has its whiteners in common. Matched pairs one by one."""
+    if not isinstance(config, GroupedConfig) or config.pairing != MATCHED:
+        size = config.group_size if isinstance(config, GroupedConfig) else 1
+        first = {p.shared_input: i for i, (p, *_) in reversed(list(enumerate(groups)))}
+        groups = sorted(groups, key=lambda group: (group[0].layer // size, first[group[0].shared_input]))
+        runs = itertools.groupby(groups, key=lambda group: (group[0].layer // size, group[0].shared_input))
+        yield from (list(run) for _, run in runs)
+        return
+    yield from ([group] for group in groups)
 
 
 def require_whole_groups(config: FactorizationConfig, first: int, last: int, n_layers: int) -> None:

@@ -12,15 +12,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cospadi.config import AUTO, ASVDConfig, CoSpaDiConfig, FactorizationConfig, SVDConfig, SVDLLMConfig
+from cospadi.config import (
+    AUTO,
+    ASVDConfig,
+    BasisSharingConfig,
+    CoSpaDiConfig,
+    FactorizationConfig,
+    SVDConfig,
+    SVDLLMConfig,
+)
 from cospadi.errors import UserError
 from cospadi.factorization import budget
-from cospadi.factorization.factors import STORAGE_DTYPES, Dense, Factors, LowRank, SparseDictionary, rounded
+from cospadi.factorization.factors import STORAGE_DTYPES, Dense, Factors, LowRank, SparseDictionary, rounded, split
 from cospadi.factorization.htp import Solution, first_atoms, htp_batch
 from cospadi.factorization.ksvd import ksvd
 from cospadi.factorization.low_rank import left_singular_vectors, truncated_svd
 from cospadi.factorization.one_shot import one_shot
 from cospadi.factorization.orthogonal import orthogonal
+from cospadi.factorization.shared import mean_whitener, shared_htp
 from cospadi.factorization.whitening import unwhiten
 
 
@@ -69,6 +78,12 @@ def svd_llm(config: SVDLLMConfig, problem: Problem) -> Factors:
 
 
 @factorize.register
+def basis_sharing(config: BasisSharingConfig, problem: Problem) -> Factors:
+    """A group of one: `svd_llm`."""
+    return factorize_group(config, [problem])[0]
+
+
+@factorize.register
 def asvd(config: ASVDConfig, problem: Problem) -> Factors:
     """Truncated SVD of ``S W`` with ``S = diag(mean|x|^alpha)``, scaled back (ASVD, arXiv:2312.05821, section 3.2)."""
     storage = STORAGE_DTYPES[config.storage_dtype]
@@ -84,6 +99,63 @@ def asvd(config: ASVDConfig, problem: Problem) -> Factors:
 def cospadi(config: CoSpaDiConfig, problem: Problem) -> Factors:
     """Sparse dictionary learning on the whitened weight (CoSpaDi, arXiv:2509.22075, algorithm 1)."""
     return next(factorize_all(config, [problem]))
+
+
+@singledispatch
+def factorize_group(config: FactorizationConfig, problems: Sequence[Problem]) -> list[Factors]:
+    """Compress projections of equal shape that share a dictionary or a basis, at the bits they may take together.
+
+    Raises:
+        UserError: as `factorize`.
+    """
+    raise UserError(f"{type(config).__name__} shares nothing. Choose another method, or factorization.group_size=1.")
+
+
+@factorize_group.register
+def basis_sharing_group(config: BasisSharingConfig, problems: Sequence[Problem]) -> list[Factors]:
+    """Truncated SVD of ``R [W_1 … W_g]``, ``RᵀR`` the summed gram: one basis, private coefficients (arXiv:2410.03765)."""
+    joint, g = _side_by_side(problems), len(problems)
+    rank = budget.rank(*problems[0].weight.shape, config.compression_ratio, g)
+    left, right = truncated_svd(joint.whitener @ joint.weight.double(), rank)
+    storage = STORAGE_DTYPES[config.storage_dtype]
+    return split(LowRank.balanced(unwhiten(joint.whitener, left), right, storage), g)
+
+
+@factorize_group.register
+def cospadi_group(config: CoSpaDiConfig, problems: Sequence[Problem]) -> list[Factors]:
+    """One dictionary under the mean gram (arXiv:2509.22075, eq. 30), or under every projection's own (`shared_htp`)."""
+    g, storage, value_bits = len(problems), STORAGE_DTYPES[config.storage_dtype], budget.value_bits(config.accounting)
+    if config.metric == "mean":
+        joint = _side_by_side(problems)
+        target, scale = _whitened(joint)
+        (fit,) = _solve(config, [joint], target[None], members=g)
+        dictionary, coefficients = unwhiten(joint.whitener, fit.dictionary.double() * scale), fit.coefficients.double()
+    else:
+        shape, ratio = problems[0].weight.shape, config.compression_ratio
+        sizes = budget.atoms_and_sparsity(*shape, ratio, config.rho, config.accounting, members=g)
+        whiteners = torch.stack([problem.whitener for problem in problems])
+        targets = whiteners @ torch.stack([problem.weight.double() for problem in problems])
+        fit = shared_htp(targets.float(), whiteners, *sizes, **_htp_settings(config))
+        dictionary, coefficients = fit.dictionary.double(), torch.cat(fit.coefficients, dim=1).double()
+    return split(SparseDictionary.normalized(dictionary, coefficients, storage, value_bits), g)
+
+
+def factorize_groups(config: FactorizationConfig, groups: Sequence[Sequence[Problem]]) -> Iterator[list[Factors]]:
+    """The factors of every group, in their order; those of one alone are its own (`factorize_all`)."""
+    for alone, run in itertools.groupby(groups, lambda group: len(group) == 1):
+        if alone:
+            yield from ([factors] for factors in factorize_all(config, [problem for (problem,) in run]))
+        else:
+            yield from (factorize_group(config, group) for group in run)
+
+
+def _side_by_side(problems: Sequence[Problem]) -> Problem:
+    """``[W_1 … W_g]`` under the mean gram."""
+    return Problem(
+        torch.cat([problem.weight for problem in problems], dim=1),
+        mean_whitener(torch.stack([problem.whitener for problem in problems])),
+        torch.stack([problem.absolute_mean for problem in problems]).mean(dim=0),
+    )
 
 
 def factorize_all(config: FactorizationConfig, problems: Sequence[Problem]) -> Iterator[Factors]:
@@ -120,19 +192,21 @@ def _whitened(problem: Problem) -> tuple[Tensor, Tensor]:
     return (target / scale).float(), scale
 
 
-def _solve(config: CoSpaDiConfig, batch: Sequence[Problem], targets: Float[Tensor, "batch d_in d_out"]) -> list[Any]:
+def _solve(
+    config: CoSpaDiConfig, batch: Sequence[Problem], targets: Float[Tensor, "batch d_in d_out"], members: int = 1
+) -> list[Any]:
+    """A solution of every target, at the bits of ``members`` projections side by side in each."""
     _, d_in, d_out = targets.shape
+    shape = d_in, d_out // members, config.compression_ratio
+    if config.solver == "htp" and config.rho == AUTO:
+        return _search_rho(config, targets, members)
+    atoms, sparsity = budget.atoms_and_sparsity(*shape, config.rho, config.accounting, members)
     if config.solver == "htp":
-        if config.rho == AUTO:
-            return _search_rho(config, targets)
-        sizes = budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, config.rho, config.accounting)
-        return htp_batch(targets, *sizes, **_htp_settings(config))
+        return htp_batch(targets, atoms, sparsity, **_htp_settings(config))
     (problem,), target = batch, targets[0]
-    atoms, sparsity = budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, config.rho, config.accounting)
     if config.solver == "ksvd":
         return [ksvd(target, atoms, sparsity, config.n_rounds or 60, config.power_iterations, config.seed)]
-    shape = d_in, d_out, config.compression_ratio
-    atoms, sparsity = budget.within_eigenbasis(*shape, atoms, sparsity, config.accounting)
+    atoms, sparsity = budget.within_eigenbasis(*shape, atoms, sparsity, config.accounting, members)
     if config.solver == "orthogonal":
         return [orthogonal(target, atoms, sparsity, config.n_rounds or 20)]
     return [one_shot(target, atoms, sparsity, problem.whitener)]
@@ -153,7 +227,7 @@ PROBE_ROUNDS = 6
 """Enough to tell which of the candidates ends lowest, to about a percent of the error."""
 
 
-def _search_rho(config: CoSpaDiConfig, targets: Float[Tensor, "batch d_in d_out"]) -> list[Solution]:
+def _search_rho(config: CoSpaDiConfig, targets: Float[Tensor, "batch d_in d_out"], members: int = 1) -> list[Solution]:
     """A short run at equal bytes of every candidate, then a full one of each matrix' best; one eigenbasis for all.
 
     Nothing else is worth reusing: a dictionary fitted at a neighbouring rho is a worse start than the eigenbasis
@@ -165,7 +239,9 @@ def _search_rho(config: CoSpaDiConfig, targets: Float[Tensor, "batch d_in d_out"
     errors, sizes = [], []
     for rho in RHO_CANDIDATES:
         try:
-            atoms, sparsity = budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, rho)
+            atoms, sparsity = budget.atoms_and_sparsity(
+                d_in, d_out // members, config.compression_ratio, rho, members=members
+            )
         except UserError:  # no room for one atom and one non-zero at this rho
             if not sizes and rho == RHO_CANDIDATES[-1]:
                 raise
