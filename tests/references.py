@@ -92,3 +92,15 @@ def htp_round(dictionary, coefficients, target, sparsity, step):
     gradient = dictionary.T @ (target - dictionary @ coefficients)
     kept = hard_threshold_columns(coefficients + step * gradient, sparsity)
     return least_squares_on_support(dictionary, target, kept != 0)
+
+
+def shared_dictionary(whiteners, weights, coefficients):
+    """The one ``D`` that minimises ``Σ_l ‖R_l(W_l − D S_l)‖²``: its normal equations written out as one linear system."""
+    atoms, d_in = len(coefficients[0]), len(whiteners[0])
+    matrix = torch.zeros(atoms * d_in, atoms * d_in, dtype=torch.float64)
+    right = torch.zeros(d_in, atoms, dtype=torch.float64)
+    for factor, weight, codes in zip(whiteners, weights, coefficients, strict=True):
+        gram = factor.T @ factor
+        matrix += torch.kron(codes @ codes.T, gram)  # vec(G D M) = (M ⊗ G) vec(D), columns stacked
+        right += gram @ weight @ codes.T
+    return torch.linalg.solve(matrix, right.T.flatten()).view(atoms, d_in).T

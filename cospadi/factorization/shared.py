@@ -1,4 +1,4 @@
-"""One dictionary for several weights, each under its own gram: hard-thresholding pursuit per weight, one exact dictionary.
+"""One dictionary for several weights, each under its own gram: hard-thresholding pursuit from the mean gram's solution.
 
 All works in the coordinates of the mean gram ``R̄ᵀR̄ = Σ_l R_lᵀR_l / g``: the dictionary is ``D = R̄⁻¹E``, member ``l`` sees
 ``A_l E`` with the map ``A_l = R_l R̄⁻¹``. Since ``Σ_l A_lᵀA_l = g·I``, the problem is well-conditioned however far the grams
@@ -7,15 +7,13 @@ are from being so, which float32 needs and conjugate gradients like.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cospadi.errors import UserError
-from cospadi.factorization.htp import _lengths, _Problem, _squared, _stalled, first_atoms, least_squares, product
+from cospadi.factorization.htp import _lengths, _Problem, _squared, _stalled, htp_batch, least_squares, product
 from cospadi.factorization.sparse_coding import require_finite
 from cospadi.factorization.whitening import unwhiten
 from cospadi.kernels.products import products
@@ -28,7 +26,7 @@ class Shared(NamedTuple):
     coefficients: list[Float[Tensor, "all_atoms d_out"]]
     """Of every member: those of the identity where it has one, then of the learned atoms."""
     errors: list[float]
-    """``(Σ_l ‖R_l(W_l − Ŵ_l)‖² / ‖R_l W_l‖² / g)^½`` after the coding of every round, and last of what is returned."""
+    """``(Σ_l ‖R_l(W_l − Ŵ_l)‖² / ‖R_l W_l‖² / g)^½`` after the coding of every own round, and last of what is returned."""
 
 
 @torch.no_grad()
@@ -40,75 +38,86 @@ def shared_htp(
     *,
     identity: bool = False,
     fixed_codes: Float[Tensor, "g d_out d_in"] | None = None,
-    n_rounds: int = 24,
-    first_step: float = 2.8,
-    last_step: float = 1.3,
+    own_rounds: int = 16,
+    step: float = 1.3,
     relaxation: float = 0.3,
     cg_steps: int = 2,
     tolerance: float = 2e-4,
     final_cg_steps: int = 4,
     dictionary_steps: int = 3,
     final_dictionary_steps: int = 12,
-    progress: Callable[[int, float], None] | None = None,
+    **settings: Any,
 ) -> Shared:
     """Minimise ``Σ_l ‖R_l(W_l − D S_l)‖_F² / ‖R_l W_l‖_F²`` over one ``D`` and every ``S_l``, ``sparsity`` non-zeros per column.
 
-    Rounds are those of `htp_batch`: each member codes over its own atoms ``R_l D``, made unit. The dictionary solves
-    ``Σ_l G_l D M_l = Σ_l G_l W_l S_lᵀ`` with ``M_l = S_l S_lᵀ`` and ``G_l = R_lᵀR_l``, no gram replaced by a mean; for one
-    member, or equal grams, that is ``W Sᵀ(S Sᵀ)⁻¹`` (`shared_dictionary`). The paper of CoSpaDi names this system and takes
-    the mean gram instead (arXiv:2509.22075, eq. 30); GeoPair solves it as a generalised Sylvester equation.
+    Starts from what `htp_batch` makes of all weights side by side under the mean gram, the paper's stand-in for this
+    problem (arXiv:2509.22075, eq. 30, here of weights that count alike). Every round then codes each member over its own
+    atoms ``R_l D``, made unit, where a column keeps its old code if the new one is no better, and solves
+    ``Σ_l G_l D M_l = Σ_l G_l W_l S_lᵀ`` with ``M_l = S_l S_lᵀ``, ``G_l = R_lᵀR_l`` (`shared_dictionary`), gone past by
+    ``relaxation`` of the way. Both lower the error or leave it, so the result is never worse than the start. From the
+    eigenbasis rather than from there, the same rounds end at a far higher error: atoms that are orthonormal under the mean
+    gram are not under any member's, and a few conjugate-gradient steps do not make up for it.
+
+    GeoPair (2026) solves the same system for pairs, as a generalised Sylvester equation.
 
     Args:
-        targets: the whitened weights ``R_l W_l``, not scaled otherwise than the whiteners; the precision in which rounds are computed.
+        targets: the whitened weights ``R_l W_l``, not scaled otherwise than the whiteners; the precision in which rounds are
+            computed.
         whiteners: ``R_l``, upper-triangular.
         atoms: learned atoms; 0 with ``identity`` codes over the identity alone.
         sparsity: non-zeros allowed in a column of the coefficients.
         identity: ``W_l ≈ [I D] S_l``: the inputs themselves are atoms that cost nothing.
         fixed_codes: with ``identity``, coefficients to start from, not sparse: ``W_lᵀ``.
+        own_rounds: after the first coding under the members' own grams.
+        step: of the ranking in these.
+        relaxation, cg_steps, tolerance, final_cg_steps: as of `htp_batch`, here and there.
         dictionary_steps: conjugate-gradient steps on the dictionary in a round, from the previous one.
         final_dictionary_steps: of the last dictionary.
-        n_rounds, first_step, last_step, relaxation, cg_steps, tolerance, final_cg_steps, progress: as of `htp_batch`.
+        settings: others of `htp_batch`, for the start.
 
     Raises:
         UserError: an input is not finite, or a count is below 1 (``atoms`` with ``identity``: below 0).
     """
-    given = {"target": targets, "whitener": whiteners, "fixed_codes": fixed_codes}
-    for name, tensor in given.items():
-        if tensor is not None:
-            require_finite(name, tensor)
-    if atoms < (0 if identity else 1) or sparsity < 1 or n_rounds < 0:
-        raise UserError(f"shared_htp needs at least one atom and one non-zero, not atoms={atoms}, sparsity={sparsity}.")
-    dtype = targets.dtype
+    require_finite("target", targets)
+    require_finite("whitener", whiteners)
+    dtype, members = targets.dtype, len(targets)
     scales = targets.double().square().mean(dim=(1, 2), keepdim=True).sqrt()
     scales = torch.where(scales > 0, scales, 1.0)  # all members count alike, entries are near 1
-    targets, whiteners = (targets.double() / scales).to(dtype), whiteners.double() / scales
+    targets, whiteners = targets.double() / scales, whiteners.double() / scales
     mean = mean_whitener(whiteners)
-    exact_maps = torch.linalg.solve_triangular(mean.expand_as(whiteners), whiteners, upper=True, left=False)
-    maps = exact_maps.to(dtype)
-
+    maps = torch.linalg.solve_triangular(mean.expand_as(whiteners), whiteners, upper=True, left=False)
+    under_mean = torch.linalg.solve_triangular(maps, targets, upper=True)  # R̄ W_l
+    (start,) = htp_batch(
+        torch.cat(list(under_mean), dim=1)[None].to(dtype),
+        atoms,
+        sparsity,
+        fixed=mean[None].to(dtype) if identity else None,
+        fixed_codes=None if fixed_codes is None else fixed_codes.flatten(end_dim=1)[None],
+        relaxation=relaxation,
+        cg_steps=cg_steps,
+        tolerance=tolerance,
+        final_cg_steps=final_cg_steps,
+        **settings,
+    )
+    maps, targets = maps.to(dtype), targets.to(dtype)
     problem = _Problem(targets, whiteners.to(dtype) if identity else None)
-    codes = problem.first_codes(fixed_codes, atoms)
-    with products(exact=True):
-        left = problem.left_by_fixed_atoms(codes, sparsity, cg_steps)
-        learned = _first_atoms(exact_maps, left, atoms, sparsity)
+    learned, codes = start.dictionary, torch.stack(start.coefficients.chunk(members, dim=1)).mT.contiguous()
+    codes[..., : problem.n_fixed] *= problem.fixed_norms
+    codes[..., problem.n_fixed :] *= _seen(maps, learned)[1]
     best = _Best(learned, codes)
     errors: list[float] = []
     with products(exact=False):
-        for done in range(n_rounds + 1):
+        for done in range(own_rounds + 1):
             seen, lengths = _seen(maps, learned)
-            step = first_step + (last_step - first_step) * done / max(n_rounds, 1)
-            error = problem.code(seen, codes, step, sparsity, cg_steps, keep_better=atoms == 0 and done > 0)
-            errors.append(_together(error))
+            errors.append(_together(problem.code(seen, codes, step, sparsity, cg_steps, keep_better=True)))
             best.take(errors[-1], learned, codes)
-            if progress is not None:
-                progress(done, errors[-1])
-            if done == n_rounds or (2 * done >= n_rounds and _stalled(errors, tolerance)):
+            if done == own_rounds or _stalled(errors, tolerance):
                 break
             learned = _update(problem, maps, learned, codes, lengths, 1 + relaxation, dictionary_steps)
     with products(exact=True):
         if targets.is_cuda and dtype == torch.float32:  # what TF32 found, judged and finished in float32
             learned, codes = best.learned, best.codes
-            error = problem.code(_seen(maps, learned)[0], codes, last_step, sparsity, cg_steps)
+            error = problem.code(_seen(maps, learned)[0], codes, step, sparsity, cg_steps, keep_better=True)
             best = _Best(learned, codes)
             best.take(_together(error), learned, codes)
         learned, codes, error = _refine(problem, maps, best, final_dictionary_steps, final_cg_steps)
@@ -171,14 +180,6 @@ def shared_dictionary(
         direction = guess + torch.where(going, shorter / length, 0.0) * direction
         length = shorter
     return dictionary + change
-
-
-def _first_atoms(maps: Tensor, targets: Tensor, atoms: int, sparsity: int) -> Tensor:
-    """`first_atoms` of all members side by side under the mean gram: ``A_l⁻¹Y_l = R̄ W_l``."""
-    if not atoms:
-        return targets.new_zeros(targets.shape[1], 0)
-    aligned = torch.linalg.solve_triangular(maps, targets.double(), upper=True).to(targets)
-    return first_atoms(torch.cat(list(aligned), dim=1)[None], atoms, sparsity)[0]
 
 
 def _seen(maps: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
