@@ -207,7 +207,7 @@ def compress(
         key = projection.layer, projection.shared_input
         known = beside.get(key)
         root = whitener(inputs[key].gram, calibration.damping) if known is None else known.whitener
-        weight = model.get_submodule(projection.name).weight.T.float()
+        weight = model.get_submodule(projection.name).weight.detach().T.float()
         problem = beside[key] = Problem(weight, root, inputs[key].absolute_mean)
         return problem
 
