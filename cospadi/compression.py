@@ -216,7 +216,8 @@ def compress(
         if not isinstance(factors, Dense):
             dense = model.get_submodule(projection.name)
             layer = smaller[projection.name] = layer_of(factors, dense.bias).to(dense.weight.device)
-            layer.share_with(smaller[group[0].name])
+            if projection is not group[0]:
+                layer.share_with(smaller[group[0].name])
     for name, layer in smaller.items():  # all at once: cut off before, the model is as it was
         model.set_submodule(name, layer)
     attach(model, {"factorization": asdict(config.factorization)})

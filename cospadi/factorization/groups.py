@@ -139,6 +139,7 @@ def matched(projections: Sequence[Projection], sketches: Mapping[str, Float[Tens
     return sorted(groups, key=lambda group: order[group[0].name])
 
 
+@torch.no_grad()
 def sketch(weight: Float[Tensor, "d_in d_out"], whitener: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in n"]:
     """``A Ω`` for ``A = G^½ W Wᵀ G^½ / ‖…‖_F``, ``G = RᵀR``, and a fixed Gaussian ``Ω``: what distances are taken between.
 
