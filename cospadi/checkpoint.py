@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cospadi.config import DTYPES
 from cospadi.errors import UserError
 from cospadi.factorization import budget
-from cospadi.factorization.factors import Dense, Factors
+from cospadi.factorization.factors import Dense, Factors, shared_tensor
 from cospadi.integrity import CHECKSUMS, checksum, verify_files
-from cospadi.layers import CompressedLinear, empty_layer, layer_of
+from cospadi.layers import SHARES, CompressedLinear, empty_layer, layer_of, ties
 from cospadi.models import Checkpoint
 from cospadi.records import check_output_folder, new_path, read_json, write_json, write_tensors
 from cospadi.sources.addresses import brief
@@ -53,14 +54,14 @@ def write(
 ) -> None:
     """The checkpoint ``source`` with the projections named in ``factors`` compressed, a shard in memory at a time.
 
-    Tensors that are not compressed keep their dtype, as do tokenizer and generation settings. With ``stub`` a few lines of
+    Factors that hold the same dictionary, or left factor, share it: the first stores it. Tensors that are not compressed keep their dtype, as do tokenizer and generation settings. With ``stub`` a few lines of
     Python are put beside them that import cospadi, for programs that load with ``trust_remote_code=True`` and cannot
     import it themselves; nothing runs them unasked.
 
     Raises:
         UserError: ``folder`` is not ours to replace, the disk is full, or a name is not in ``source``.
     """
-    from cospadi.quantizer import FORMAT_VERSION, METHOD
+    from cospadi.quantizer import METHOD, format_version
 
     checkpoint, modules = Checkpoint(source), {}
     with new_path(folder) as partial:
@@ -71,7 +72,7 @@ def write(
         config = _plain_config(checkpoint)
         config["quantization_config"] = {
             "quant_method": METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": format_version(modules),
             "modules": modules,
             "record": dict(record),
         }
@@ -102,6 +103,7 @@ def _compressed(
     """Every tensor of the compressed checkpoint; fills ``modules`` with what the config has to say."""
     replaced = set()
     names = set(checkpoint.names)
+    first = WeakTensorKeyDictionary()  # whatever several hold is alive until the last of them has come
     for name, found in factors:
         if f"{name}.weight" not in names:
             raise UserError(
@@ -111,9 +113,12 @@ def _compressed(
             continue
         bias = checkpoint.read(f"{name}.bias") if f"{name}.bias" in names else None
         layer = layer_of(found, bias)
-        modules[name] = layer.spec
+        shared = shared_tensor(found)
+        owner = name if shared is None else first.setdefault(shared, name)
+        modules[name] = layer.spec | ({SHARES: owner} if owner != name else {})
         replaced |= {f"{name}.weight", f"{name}.bias"}
-        yield from ((f"{name}.{part}", tensor) for part, tensor in layer.state_dict().items())
+        tensors, parts = layer.state_dict(), _parts(name, modules[name])
+        yield from ((full, tensors[part]) for part, full in parts.items() if full == f"{name}.{part}")
     yield from ((name, checkpoint.read(name)) for name in checkpoint.names if name not in replaced)
 
 
@@ -220,7 +225,7 @@ def ledger(folder: Path) -> dict[str, Any]:
     rows = []
     checkpoint = _readable(folder, found["modules"])
     for name, spec in found["modules"].items():
-        parts = _parts(name, spec)
+        parts = {part: full for part, full in _parts(name, spec).items() if full == f"{name}.{part}"}  # not another's
         sizes = {part: _bytes(checkpoint, full) for part, full in parts.items() if part != "bias"}
         dense = budget.dense_bits(spec["d_in"], spec["d_out"]) // 8
         rows.append({"name": name, **spec, "parts": sizes, "bytes": sum(sizes.values()), "dense_bytes": dense})
@@ -373,14 +378,16 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _parts(name: str, spec: Mapping[str, Any]) -> dict[str, str]:
-    """The tensors of a compressed layer: part -> name in the checkpoint.
+    """The tensors of a compressed layer: part -> name in the checkpoint, which may be another layer's.
 
     Raises:
         UserError: when the description is not one of ours.
     """
     try:
         with torch.device("meta"):
-            return {part: f"{name}.{part}" for part in empty_layer(dict(spec)).state_dict()}
+            layer = empty_layer(spec)
+            parts = {part: f"{name}.{part}" for part in layer.state_dict()}
+        return parts | ({layer.shared_part: f"{spec[SHARES]}.{layer.shared_part}"} if SHARES in spec else {})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"config.json describes {name} in a way this cospadi does not know ({error}).") from error
 
@@ -406,6 +413,7 @@ def _readable(folder: Path, modules: Mapping[str, dict[str, Any]]) -> Checkpoint
     except SafetensorError as error:
         raise UserError(f"A safetensors file of {folder} is damaged or cut short ({error}). Copy it again.") from error
     wanted = {full for name, spec in modules.items() for full in _parts(name, spec).values()}
+    ties(modules)  # refuses what cannot be shared
     if (folder / INDEX).is_file():
         wanted |= set(read_json(folder / INDEX)["weight_map"])
     gaps = sorted(wanted - set(checkpoint.names))

@@ -6,8 +6,10 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from cospadi.config import CONF, Config, load
 from cospadi.errors import UserError
@@ -178,9 +180,11 @@ def compress(
     """
     from cospadi.calibration import draw_samples, gather
     from cospadi.factorization.factors import Dense
-    from cospadi.factorization.methods import Problem, factorize_all
+    from cospadi.factorization.groups import by_shared_input, factorize_projections
+    from cospadi.factorization.methods import Problem
     from cospadi.factorization.whitening import whitener
     from cospadi.layers import layer_of
+    from cospadi.models import Projection
     from cospadi.quantizer import attach
     from cospadi.sources import read_documents
 
@@ -189,14 +193,31 @@ def compress(
     calibration = config.calibration
     texts = read_documents(calibration.text) if texts is None else list(texts)
     tokens = draw_samples(tokenizer, texts, calibration.n_samples, calibration.sample_length, calibration.seed)
-    smaller = {}
+    inputs, projections = {}, []
     for names, statistics in gather(model, config.model, calibration, tokens):
-        root = whitener(statistics.gram, calibration.damping)
-        layers = [model.get_submodule(name) for name in names]
-        problems = [Problem(layer.weight.T.float(), root, statistics.absolute_mean) for layer in layers]
-        for name, layer, factors in zip(names, layers, factorize_all(config.factorization, problems), strict=True):
-            if not isinstance(factors, Dense):
-                smaller[name] = layer_of(factors, layer.bias).to(layer.weight.device)
+        layer, shared_input = names[0].removeprefix(f"{config.model.blocks}.").split(".", maxsplit=1)
+        inputs[int(layer), shared_input] = statistics
+        for name in names:
+            d_out, d_in = model.get_submodule(name).weight.shape
+            projection = name.removeprefix(f"{config.model.blocks}.{layer}.")
+            projections.append(Projection(name, int(layer), projection, shared_input, d_in, d_out))
+    beside: WeakValueDictionary[tuple[int, str], Problem] = WeakValueDictionary()  # as long as they are in use
+
+    def problem_of(projection: Projection) -> Problem:
+        key = projection.layer, projection.shared_input
+        known = beside.get(key)
+        root = whitener(inputs[key].gram, calibration.damping) if known is None else known.whitener
+        weight = model.get_submodule(projection.name).weight.detach().T.float()
+        problem = beside[key] = Problem(weight, root, inputs[key].absolute_mean)
+        return problem
+
+    smaller, batches = {}, partial(by_shared_input, config.factorization)
+    for projection, group, _, factors in factorize_projections(config.factorization, projections, problem_of, batches):
+        if not isinstance(factors, Dense):
+            dense = model.get_submodule(projection.name)
+            layer = smaller[projection.name] = layer_of(factors, dense.bias).to(dense.weight.device)
+            if projection is not group[0]:
+                layer.share_with(smaller[group[0].name])
     for name, layer in smaller.items():  # all at once: cut off before, the model is as it was
         model.set_submodule(name, layer)
     attach(model, {"factorization": asdict(config.factorization)})

@@ -31,10 +31,13 @@ CONF = PROJECT / "conf" if (PROJECT / "conf").is_dir() else Path(__file__).paren
 PARSERS = ("lines", "plain", "wikipedia_dump", "dataset")
 AUTO = "auto"
 SOLVERS = ("htp", "ksvd", "orthogonal", "one_shot")
-FIXED_ATOMS = ("none", "identity")
+IDENTITY = "identity"
+FIXED_ATOMS = ("none", IDENTITY)
 SUPPORTS = ("column", "matrix")
 EMBEDDED_TASKS = ("heldout_perplexity", "heldout_cloze")
 ACCOUNTINGS = ("mask", "paper")
+METRICS = ("own", "mean")
+CONSECUTIVE, MATCHED = "consecutive", "matched"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -211,6 +214,30 @@ class FactorizationConfig:
 
 
 @dataclass
+class GroupedConfig(FactorizationConfig):
+    """A method whose projections may share a dictionary, or a basis, that is stored and counted once."""
+
+    group_size: int = 1
+    """Projections that share one; 1: every projection has its own."""
+    grouped: list[str] | None = None
+    """Projections that share (``self_attn.q_proj`` …). ``null``: under ``consecutive`` those whose input feeds several and
+    none that is wider, so all of q, k, v where heads have their own keys, q alone where they share them, gate and up;
+    under ``matched`` all."""
+    pairing: str = CONSECUTIVE
+    """``consecutive``: one projection of ``group_size`` layers in a row, counted from layer 0; the rest at the end shares in
+    a smaller group. ``matched``: pairs of any two projections of equal shape, the closest ones (GeoPair)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("factorization.group_size", self.group_size, 1)
+        _one_of("factorization.pairing", self.pairing, (CONSECUTIVE, MATCHED))
+        _require(
+            self.pairing != MATCHED or self.group_size == 2,
+            f"factorization.pairing=matched makes pairs, and factorization.group_size={self.group_size}. Set it to 2.",
+        )
+
+
+@dataclass
 class SVDConfig(FactorizationConfig):
     """Truncated SVD of the weight itself: needs no data."""
 
@@ -218,6 +245,11 @@ class SVDConfig(FactorizationConfig):
 @dataclass
 class SVDLLMConfig(FactorizationConfig):
     """Truncated SVD of the whitened weight (SVD-LLM, arXiv:2403.07378)."""
+
+
+@dataclass
+class BasisSharingConfig(GroupedConfig):
+    """Truncated SVD of the whitened weights of a group, one basis for all (Basis Sharing, arXiv:2410.03765)."""
 
 
 @dataclass
@@ -256,7 +288,7 @@ class ASVDConfig(FactorizationConfig):
 
 
 @dataclass
-class CoSpaDiConfig(FactorizationConfig):
+class CoSpaDiConfig(GroupedConfig):
     """Sparse dictionary learning on the whitened weight (CoSpaDi, arXiv:2509.22075)."""
 
     solver: str = "htp"
@@ -281,6 +313,9 @@ class CoSpaDiConfig(FactorizationConfig):
     """htp: conjugate-gradient steps of a round's least squares."""
     tolerance: float = 2e-4
     """htp: stop early when two rounds lower the error by less than twice this fraction."""
+    metric: str = "mean"
+    """Of a group: ``mean``, one gram for all its layers (arXiv:2509.22075, eq. 30); ``own`` (htp only), every layer its own,
+    which is the error that is reported."""
     revision: int = 2
 
     def __post_init__(self) -> None:
@@ -297,6 +332,16 @@ class CoSpaDiConfig(FactorizationConfig):
         _at_least("factorization.last_step", self.last_step, 1e-3)
         _at_least("factorization.tolerance", self.tolerance, 0)
         _require(self.tolerance < 1, f"factorization.tolerance={self.tolerance:g} is no fraction. Set less than 1.")
+        _one_of("factorization.metric", self.metric, METRICS)
+        _require(
+            self.metric == "mean" or self.group_size == 1 or (self.solver == "htp" and self._size_is_given),
+            "factorization.metric=own of a group needs factorization.solver=htp and a number for factorization.rho, with "
+            "fixed_atoms=identity for factorization.learned_atoms. Set them, or metric=mean.",
+        )
+
+    @property
+    def _size_is_given(self) -> bool:
+        return (self.learned_atoms if self.fixed_atoms == IDENTITY else self.rho) != AUTO
 
     def _check_fixed_atoms(self) -> None:
         for setting, plain in (("fixed_atoms", "none"), ("support", "column")):
@@ -518,17 +563,38 @@ class Config:
     factorization: FactorizationConfig = MISSING
     evaluation: EvaluationConfig = MISSING
 
+    def __post_init__(self) -> None:
+        known = [projection for shared in self.model.shared_inputs for projection in shared]
+        for name in getattr(self.factorization, "grouped", None) or []:
+            _require(
+                name in known,
+                f"factorization.grouped={name} is no projection of model {self.model.name}{did_you_mean(name, known)} "
+                f"There are: {', '.join(known)}.",
+            )
+
 
 METHODS: dict[str, type[FactorizationConfig]] = {
     "svd": SVDConfig,
     "svd_llm": SVDLLMConfig,
     "asvd": ASVDConfig,
+    "basis_sharing": BasisSharingConfig,
     "cospadi": CoSpaDiConfig,
     "magnitude": MagnitudeConfig,
     "wanda": WandaConfig,
     "sparsegpt": SparseGPTConfig,
     "oats": OATSConfig,
 }
+
+
+def layers_together(config: FactorizationConfig, n_layers: int) -> int:
+    """How many consecutive layers a job must take together, so that it cuts no group.
+
+    >>> layers_together(SVDConfig(), 30), layers_together(BasisSharingConfig(group_size=4), 30)
+    (1, 4)
+    """
+    if not isinstance(config, GroupedConfig) or config.group_size == 1:
+        return 1
+    return n_layers if config.pairing == MATCHED else config.group_size
 
 
 def _register() -> None:

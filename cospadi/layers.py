@@ -6,6 +6,7 @@ packed form; many (prefill) through dense products of what is unpacked for the m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from cospadi.kernels.products import products
 
 FEW = 16
 """Rows up to which the packed form is read directly: beyond, unpacking it once is cheaper than reading it per row."""
+SHARES = "shares"
+"""Key of a layer's description in a checkpoint: path of the layer that stores what this one shares."""
 IDENTITY = "identity"
 NONE = "none"
 
@@ -35,6 +38,8 @@ class CompressedLinear(nn.Module):
     """What both kinds share: sizes, an optional bias, and the choice between few and many tokens."""
 
     kind: str
+    shared_part: str | None = None
+    """Name of the parameter that layers of a group share: one tensor for all, stored by the first (`ties`)."""
 
     def __init__(self, d_in: int, d_out: int, bias: bool, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -76,6 +81,20 @@ class CompressedLinear(nn.Module):
         """What `spec` says of this kind alone."""
         raise NotImplementedError
 
+    def share_with(self, owner: CompressedLinear) -> None:
+        """Use the very parameter of ``owner``, which stores it for both.
+
+        Raises:
+            UserError: it lies on another device.
+        """
+        mine, its = getattr(self, self.shared_part), getattr(owner, self.shared_part)
+        if mine.device != its.device:
+            raise UserError(
+                f"Layers on {mine.device} and {its.device} would share a tensor. Load the model on one device, or set "
+                "factorization.group_size=1."
+            )
+        setattr(self, self.shared_part, its)
+
     def check(self) -> None:
         """That the tensors fit each other.
 
@@ -100,6 +119,7 @@ class LowRankLinear(CompressedLinear):
     """``y = (x L) R + b`` with ``L (d_in × rank)`` and ``R (rank × d_out)`` in 16 bits."""
 
     kind = LowRank.kind
+    shared_part = LowRank.shared_part
 
     def __init__(
         self, d_in: int, d_out: int, rank: int, storage_dtype: str, bias: bool = False, dtype: torch.dtype | None = None
@@ -142,6 +162,7 @@ class SparseDictionaryLinear(CompressedLinear):
     """
 
     kind = SparseDictionary.kind
+    shared_part = SparseDictionary.shared_part
 
     def __init__(
         self,
@@ -323,13 +344,13 @@ KINDS: dict[str, type[CompressedLinear]] = {
 }
 
 
-def empty_layer(spec: dict[str, Any], dtype: torch.dtype | None = None) -> CompressedLinear:
+def empty_layer(spec: Mapping[str, Any], dtype: torch.dtype | None = None) -> CompressedLinear:
     """The layer that a checkpoint's config describes, its tensors not filled; ``dtype`` is that of a bias.
 
     Raises:
         KeyError, TypeError: when the description is not one of `CompressedLinear.spec`.
     """
-    arguments = dict(spec)
+    arguments = {key: value for key, value in spec.items() if key != SHARES}
     return KINDS[arguments.pop("kind")](**arguments, dtype=dtype)
 
 
@@ -362,6 +383,46 @@ def layer_of(factors: Factors, bias: Tensor | None = None) -> CompressedLinear:
     layer = empty_layer(sizes | {"bias": bias is not None}, bias.dtype if bias is not None else None)
     layer.load_state_dict(tensors | ({"bias": bias} if bias is not None else {}))
     return layer
+
+
+def specs(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Path -> `CompressedLinear.spec` of every compressed layer, with `SHARES` where an earlier one has its shared part."""
+    found: dict[str, dict[str, Any]] = {}
+    first: dict[int, str] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, CompressedLinear):
+            shared = layer if layer.shared_part is None else getattr(layer, layer.shared_part)
+            owner = first.setdefault(id(shared), name)
+            found[name] = layer.spec | ({SHARES: owner} if owner != name else {})
+    return found
+
+
+def ties(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Parameter -> the parameter that it is the same as, of the layers that a checkpoint describes.
+
+    Raises:
+        UserError: when one shares what no layer stores, or what has another size.
+    """
+    found = {}
+    for name, spec in modules.items():
+        if SHARES not in spec:
+            continue
+        owner = modules.get(spec[SHARES], {SHARES: None})
+        part = KINDS[spec["kind"]].shared_part
+        if part is None or SHARES in owner or _shared_size(owner) != _shared_size(spec):
+            raise UserError(
+                f"The checkpoint's config.json says that {name} shares with {spec[SHARES]}, which does not store what it "
+                "needs. Get the checkpoint again."
+            )
+        found[f"{name}.{part}"] = f"{spec[SHARES]}.{part}"
+    return found
+
+
+def _shared_size(spec: Mapping[str, Any]) -> tuple[Any, ...]:
+    with torch.device("meta"):
+        layer = empty_layer(spec)
+    shared = getattr(layer, layer.shared_part) if layer.shared_part else torch.empty(0)
+    return layer.kind, shared.shape, shared.dtype
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

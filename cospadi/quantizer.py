@@ -7,7 +7,7 @@ fills them from the safetensors, after every tensor has been checked against the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,20 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cospadi.errors import UserError
 from cospadi.integrity import CHECKSUMS, checksum, verify_files
-from cospadi.layers import CompressedLinear, empty_layer
+from cospadi.layers import SHARES, CompressedLinear, empty_layer, specs, ties
 
 METHOD = "cospadi"
-FORMAT_VERSION = 1
-"""Of what a checkpoint's config and tensors mean. A newer one is refused."""
+FORMAT_VERSION = 2
+"""Of what a checkpoint's config and tensors mean: the newest that is read. Only layers that share need 2, others are 1."""
+
+
+def format_version(modules: Mapping[str, Mapping[str, Any]]) -> int:
+    """The oldest format that can say this.
+
+    >>> format_version({"a": {}}), format_version({"a": {}, "b": {"shares": "a"}})
+    (1, 2)
+    """
+    return 2 if any(SHARES in spec for spec in modules.values()) else 1
 
 
 @register_quantization_config(METHOD)
@@ -41,7 +50,7 @@ class CoSpaDiQuantizationConfig(QuantizationConfigMixin):
     def __init__(
         self,
         modules: dict[str, dict[str, Any]] | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = 1,
         record: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
@@ -88,6 +97,7 @@ class CoSpaDiQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Ordinary linear layers again, each with the weight multiplied out."""
+        shared = ties(specs(model))
         for name, layer in list(model.named_modules()):
             if isinstance(layer, CompressedLinear):
                 weight = layer.weight()
@@ -96,6 +106,8 @@ class CoSpaDiQuantizer(HfQuantizer):
                 if layer.bias is not None:
                     dense.bias = nn.Parameter(layer.bias.to(dense.weight.dtype), requires_grad=False)
                 model.set_submodule(name, dense)
+        for keys in ("all_tied_weights_keys", "_tied_weights_keys") if shared else ():
+            setattr(model, keys, {k: v for k, v in (getattr(model, keys, None) or {}).items() if k not in shared})
         return model
 
 
@@ -132,6 +144,20 @@ def put_empty_layers(model: nn.Module, modules: dict[str, dict[str, Any]]) -> No
                 "Its config and its weights do not belong together: get the checkpoint again."
             )
         model.set_submodule(name, layer)
+    declare_ties(model, modules)
+
+
+def declare_ties(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
+    """Tell transformers which parameters are one, so that it ties them on loading and saves each once.
+
+    On the instance, and under both names: it saves by the one and loads by the other.
+
+    Raises:
+        UserError: a layer shares what no layer stores.
+    """
+    shared = ties(modules)
+    for keys in ("all_tied_weights_keys", "_tied_weights_keys") if shared else ():
+        setattr(model, keys, {**(getattr(model, keys, None) or {}), **shared})
 
 
 def refuse_gaps(model: nn.Module, stored: set[str]) -> None:
@@ -151,8 +177,9 @@ def refuse_gaps(model: nn.Module, stored: set[str]) -> None:
 
 def attach(model: nn.Module, record: dict[str, Any]) -> None:
     """Let ``save_pretrained`` of a model that holds compressed layers write a compressed checkpoint."""
-    modules = {name: layer.spec for name, layer in model.named_modules() if isinstance(layer, CompressedLinear)}
-    config = CoSpaDiQuantizationConfig(modules, FORMAT_VERSION, record)
+    modules = specs(model)
+    declare_ties(model, modules)
+    config = CoSpaDiQuantizationConfig(modules, format_version(modules), record)
     model.config.quantization_config = config
     model.hf_quantizer = CoSpaDiQuantizer(config, pre_quantized=True)
     model.is_quantized = True

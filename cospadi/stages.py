@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from cospadi.config import ASVDConfig, Config, TextConfig
 from cospadi.errors import UserError
@@ -108,8 +109,13 @@ def choose_ranks(config: Config, model: Path, documents: Path, grams: Path, sens
 def factorize(
     config: Config, model: Path, grams: Path, layers: str, factors: Path, record: Path, ranks: Path | None
 ) -> None:
-    """Room 3: gram and weights -> factors of every projection in a block of layers."""
+    """Room 3: gram and weights -> factors of every projection in a block of layers.
+
+    What a group shares is written once, under its first member; the others name that in the file's metadata.
+    """
     from cospadi.calibration import statistics_file
+    from cospadi.factorization.factors import private_tensors
+    from cospadi.factorization.groups import require_whole_groups
     from cospadi.models import Checkpoint, find_projections
 
     block = re.fullmatch(r"(\d+)-(\d+)", layers)
@@ -125,18 +131,20 @@ def factorize(
         raise UserError(
             f"{model} has no layers {layers}. Set model.n_layers to {1 + max(p.layer for p in everything)}."
         )
+    require_whole_groups(config.factorization, first, last, 1 + max(p.layer for p in everything))
     chosen = read_json(ranks)["ranks"] if ranks else None
     size = [p.d_in * p.d_out for p in projections]
     progress = Progress(len(projections), f"{config.factorization.title}, layers {layers}", float(sum(size)))
     rows, tensors = [], {}
     for projection, result in _factorized(config, checkpoint, projections, grams, chosen):
         compact, row = result
-        tensors |= {f"{projection.name}.{part}": tensor for part, tensor in compact.tensors().items()}
+        stored = private_tensors(compact, _shares(row))
+        tensors |= {f"{projection.name}.{part}": tensor for part, tensor in stored.items()}
         rows.append(row)
         progress.step(projection.name, _told(row), float(projection.d_in * projection.d_out))
     order = {p.name: i for i, p in enumerate(projections)}
     rows.sort(key=lambda row: order[row["name"]])  # a GPU takes them by shape
-    write_tensors(factors, tensors, {row["name"]: f"{row['kind']} {row['d_in']} {row['d_out']}" for row in rows})
+    write_tensors(factors, tensors, {row["name"]: _file_entry(row) for row in rows})
     statistics = [statistics_file(grams, layer) for layer in sorted({p.layer for p in projections})]
     inputs = _hashes(*statistics, *([ranks] if ranks else [])) | _weights(model)
     log.finish(record, inputs=inputs, projections=rows)
@@ -149,77 +157,103 @@ def _factorized(config: Config, checkpoint: Any, projections: Sequence[Any], gra
     """
     from cospadi import devices
     from cospadi.calibration import read_statistics
-    from cospadi.factorization.methods import Problem, factorize_all
+    from cospadi.factorization.groups import factorize_projections
+    from cospadi.factorization.methods import Problem
     from cospadi.factorization.whitening import whitener
 
-    device = devices.pick(config.factorization.device, "factorization.device")
-    last = time.perf_counter()
-    for batch in _batches(projections, device):
-        projection, shared, problems = batch[0], {}, []
+    factorization = config.factorization
+    device = devices.pick(factorization.device, "factorization.device")
+    beside: WeakValueDictionary[tuple[int, str], Problem] = WeakValueDictionary()  # as long as they are in use
+
+    def problem_of(projection: Any) -> Problem:
+        key = projection.layer, projection.shared_input
         try:
-            for projection in batch:
-                key = projection.layer, projection.shared_input
-                if key not in shared:
-                    gram, absolute_mean = read_statistics(grams, *key, device)
-                    shared[key] = whitener(gram, config.calibration.damping), absolute_mean
-                weight = checkpoint.weight(projection).to(device)
-                rank = ranks[projection.name] if ranks else None
-                keep_dense = ranks is not None and rank is None
-                problems.append(Problem(weight, *shared[key], rank, keep_dense))
-            solved = factorize_all(config.factorization, problems)
-            for projection, problem in zip(batch, problems, strict=True):
-                factors = next(solved)
-                row = _row(projection, factors, problem, config.factorization.compression_ratio)
-                if ranks is not None and config.factorization.rank_search.perplexity_budget is not None:
-                    row["fallback"] = "rank chosen by factorization.rank_search.perplexity_budget, whatever the ratio"
-                row["seconds"], last = time.perf_counter() - last, time.perf_counter()
-                yield projection, (factors, row)
+            if (known := beside.get(key)) is not None:
+                root, absolute_mean = known.whitener, known.absolute_mean
+            else:
+                gram, absolute_mean = read_statistics(grams, *key, device)
+                root = whitener(gram, config.calibration.damping)
+            rank = ranks[projection.name] if ranks else None
+            weight = checkpoint.weight(projection).to(device)
+            problem = Problem(weight, root, absolute_mean, rank, keep_dense=ranks is not None and rank is None)
         except UserError as error:
             raise UserError(f"{projection.name}: {error}") from error
+        beside[key] = problem
+        return problem
+
+    def batches(groups: Sequence[Any]):
+        return _batches(groups, factorization, device)
+
+    last = time.perf_counter()
+    for projection, group, problem, factors in factorize_projections(factorization, projections, problem_of, batches):
+        row = _row(projection, group, factors, problem, factorization.compression_ratio)
+        if ranks is not None and factorization.rank_search.perplexity_budget is not None:
+            row["fallback"] = "rank chosen by factorization.rank_search.perplexity_budget, whatever the ratio"
+        row["seconds"], last = time.perf_counter() - last, time.perf_counter()
+        yield projection, (factors, row)
 
 
-def _batches(projections: Sequence[Any], device: Any):
-    """Projections to hold in memory together: those of one shared input, or of as many layers as a GPU has room for.
+def _batches(groups: Sequence[Any], factorization: Any, device: Any):
+    """Groups to hold in memory together: those of one shared input, or of as many layers as a GPU has room for.
 
     On a GPU those of one shape stand side by side, so that they are solved as one batch.
     """
     import torch
 
-    if device.type != "cuda":
-        yield from (list(run) for _, run in itertools.groupby(projections, lambda p: (p.layer, p.shared_input)))
+    from cospadi.config import MATCHED
+    from cospadi.factorization.groups import by_shared_input
+
+    if device.type != "cuda" or getattr(factorization, "pairing", None) == MATCHED:
+        yield from by_shared_input(factorization, groups)
         return
-    layers = [list(run) for _, run in itertools.groupby(projections, lambda p: p.layer)]
+    size = getattr(factorization, "group_size", 1)
+    layers = [list(run) for _, run in itertools.groupby(groups, lambda group: group[0].layer // size)]
     free, _ = torch.cuda.mem_get_info(device)
     # gram and whitener in float64, then weight, target, factors and the solver's state
-    needed = max(sum(16 * p.d_in**2 + 64 * p.d_in * p.d_out for p in layer) for layer in layers)
+    needed = max(sum(16 * p.d_in**2 + 64 * p.d_in * p.d_out for group in layer for p in group) for layer in layers)
     at_once = max(1, int(free / 2 // needed))
     for first in range(0, len(layers), at_once):
         window = itertools.chain.from_iterable(layers[first : first + at_once])
-        yield sorted(window, key=lambda p: (p.d_in, p.d_out))
+        yield sorted(window, key=lambda group: (len(group), group[0].d_in, group[0].d_out))
 
 
-def _row(projection: Any, factors: Any, problem: Any, compression_ratio: float) -> dict[str, Any]:
-    """What the record keeps of one projection."""
+def _row(projection: Any, group: Sequence[Any], factors: Any, problem: Any, compression_ratio: float) -> dict[str, Any]:
+    """What the record keeps of one projection; what a group shares is counted at its first member."""
     from cospadi.factorization import budget
     from cospadi.factorization.factors import stored_bits
     from cospadi.factorization.whitening import output_error, weight_error
 
     approximation = factors.weight()
-    return asdict(projection) | {
+    row = asdict(projection) | {"group": [p.name for p in group] if len(group) > 1 else None}
+    return row | {
         "kind": factors.kind,
         **factors.sizes,
         "value_bits": factors.value_bits,
         "dense_bits": budget.dense_bits(projection.d_in, projection.d_out),
         "budget_bits": budget.budget_bits(projection.d_in, projection.d_out, compression_ratio),
-        "stored_bits": stored_bits(factors),
+        "stored_bits": stored_bits(factors, _shares(row)),
         "output_error": output_error(problem.whitener, problem.weight, approximation),
         "weight_error": weight_error(problem.weight, approximation),
         "fallback": None,
     }
 
 
+def _shares(row: dict[str, Any]) -> bool:
+    """Whether a projection uses what the first of its group stores."""
+    return row["group"] is not None and row["group"][0] != row["name"]
+
+
+def _file_entry(row: dict[str, Any]) -> str:
+    """What a factors file's metadata says of a projection: kind, shape, and who stores what it shares."""
+    entry = f"{row['kind']} {row['d_in']} {row['d_out']}"
+    return f"{entry} {row['group'][0]}" if _shares(row) else entry
+
+
 def read_factors(files: Sequence[Path]):
-    """Yield ``(projection name, factors)`` of every projection in the files."""
+    """Yield ``(projection name, factors)`` of every projection in the files, those of a group one after another.
+
+    They hold the same tensor: the first of them is the one that stores it.
+    """
     import torch
     from safetensors import safe_open
 
@@ -227,15 +261,19 @@ def read_factors(files: Sequence[Path]):
 
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            for name, shape in tensors.metadata().items():
-                if name == "format":
-                    continue
-                kind, _, d_out = shape.split()
-                parts = {
-                    key.removeprefix(f"{name}."): tensors.get_tensor(key)
-                    for key in tensors.keys()  # noqa: SIM118
-                    if key.rpartition(".")[0] == name
-                }
+            entries = {name: entry.split() for name, entry in tensors.metadata().items() if name != "format"}
+            first_of = {name: entry[3] if len(entry) > 3 else name for name, entry in entries.items()}
+            keys: dict[str, list[str]] = {name: [] for name in entries}
+            for key in tensors.keys():  # noqa: SIM118
+                keys[key.rpartition(".")[0]].append(key)
+            shared: dict[str, torch.Tensor] = {}
+            for name in sorted(entries, key=lambda name: (first_of[name], first_of[name] != name)):
+                kind, _, d_out = entries[name][:3]
+                parts = {key.rpartition(".")[2]: tensors.get_tensor(key) for key in keys[name]}
+                if first_of[name] == name:
+                    shared = {part: t for part, t in parts.items() if part == getattr(KINDS[kind], "shared_part", None)}
+                else:
+                    parts |= shared
                 yield name, KINDS[kind].from_tensors(parts | {"d_out": torch.tensor(int(d_out))})
 
 

@@ -17,7 +17,7 @@ from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 
-from cospadi.config import METHODS, Config, FactorizationConfig, TextConfig, did_you_mean, load
+from cospadi.config import METHODS, Config, FactorizationConfig, TextConfig, did_you_mean, layers_together, load
 from cospadi.errors import UserError
 from cospadi.sources import local_path, n_layers
 
@@ -190,10 +190,12 @@ class Study:
                 return cell
         raise UserError(f"Study {self.name} has no cell with model {model}, method {method}, ratio {ratio}.")
 
-    def layers(self, model: str) -> list[str]:
-        """The blocks of layers that factorization jobs cover, as ``first-last``."""
-        depth = n_layers(self.config(model).model)
-        step = self.study.layers_per_job or depth
+    def layers(self, cell: CellId) -> list[str]:
+        """The blocks of layers that factorization jobs cover, as ``first-last``; none cuts layers apart that share."""
+        config = self._configs[cell]
+        depth = n_layers(config.model)
+        together = layers_together(config.factorization, depth)
+        step = -(-(self.study.layers_per_job or depth) // together) * together
         return [f"{first:03d}-{min(first + step, depth) - 1:03d}" for first in range(0, depth, step)]
 
     def searches_ranks(self, method: str) -> bool:
@@ -239,7 +241,7 @@ class Study:
     def factors(self, cell: CellId, suffix: str) -> list[str]:
         return [
             f"{RESULTS}/factorization/{cell.model}/{self.calibration}/{cell.method}-{cell.ratio}/{layers}.{suffix}"
-            for layers in self.layers(cell.model)
+            for layers in self.layers(cell)
         ]
 
     def evaluation_record(self, cell: CellId) -> str:

@@ -132,3 +132,15 @@ def oats(target, rank, nonzeros, n_rounds):
         low_rank = (left[:, :rank] * singular_values[:rank]) @ right[:rank]
         sparse = hard_threshold_columns(target - low_rank, nonzeros)
     return sparse, low_rank
+
+
+def shared_dictionary(whiteners, weights, coefficients):
+    """The one ``D`` that minimises ``Σ_l ‖R_l(W_l − D S_l)‖²``: its normal equations written out as one linear system."""
+    atoms, d_in = len(coefficients[0]), len(whiteners[0])
+    matrix = torch.zeros(atoms * d_in, atoms * d_in, dtype=torch.float64)
+    right = torch.zeros(d_in, atoms, dtype=torch.float64)
+    for factor, weight, codes in zip(whiteners, weights, coefficients, strict=True):
+        gram = factor.T @ factor
+        matrix += torch.kron(codes @ codes.T, gram)  # vec(G D M) = (M ⊗ G) vec(D), columns stacked
+        right += gram @ weight @ codes.T
+    return torch.linalg.solve(matrix, right.T.flatten()).view(atoms, d_in).T

@@ -287,7 +287,7 @@ def test_a_missing_shard_is_refused(made, tmp_path):
 
 def test_a_newer_format_is_refused(own):
     edited(own, lambda found, _: found.update(format_version=99))
-    refused_by_both(own, "has format_version 99, this cospadi reads up to 1")
+    refused_by_both(own, "has format_version 99, this cospadi reads up to 2")
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_a_tiny_ratio_is_a_path_that_the_rules_know():
 def test_blocks_of_layers_cover_the_model_once(per_job, blocks):
     five = ("model.n_layers=5", "model.architecture.num_hidden_layers=5")
     grid = smoke("study.models=[tiny_llama]", f"study.layers_per_job={per_job}", *five)
-    assert grid.layers("tiny_llama") == blocks
+    assert grid.layers(grid.cells[0]) == blocks
     assert len(grid.factors(grid.cells[0], "json")) == len(blocks)
 
 

@@ -2,6 +2,8 @@
 
 A projection of ``d_in × d_out`` takes ``16 · d_in · d_out`` bits dense. ``compression_ratio`` is the fraction of them
 that is removed, and nothing here ever hands out more than what is left.
+
+``members`` projections of that shape may share their dictionary or left factor: it is counted once, the rest for each.
 """
 
 from __future__ import annotations
@@ -43,72 +45,82 @@ def mask_bits(atoms: int, d_out: int) -> int:
     return (atoms * d_out + 7) // 8 * 8
 
 
-def stored_bits(d_in: int, d_out: int, atoms: int, sparsity: int, value_bits: int = DENSE_BITS) -> int:
+def stored_bits(
+    d_in: int, d_out: int, atoms: int, sparsity: int, value_bits: int = DENSE_BITS, members: int = 1
+) -> int:
     """Bits of a sparse dictionary: dictionary, non-zero coefficients, support mask (arXiv:2509.22075, eq. 10).
 
     >>> stored_bits(d_in=64, d_out=256, atoms=32, sparsity=16)  # 32768 + 65536 + 8192
     106496
+    >>> stored_bits(d_in=64, d_out=256, atoms=32, sparsity=16, members=2)  # 32768 + 2 · (65536 + 8192)
+    180224
     """
     value_bytes = (value_bits * sparsity * d_out + 7) // 8
-    return DENSE_BITS * d_in * atoms + 8 * value_bytes + mask_bits(atoms, d_out)
+    return DENSE_BITS * d_in * atoms + members * (8 * value_bytes + mask_bits(atoms, d_out))
 
 
-def low_rank_bits(d_in: int, d_out: int, rank: int) -> int:
+def low_rank_bits(d_in: int, d_out: int, rank: int, members: int = 1) -> int:
     """Bits of two dense factors of the given rank.
 
-    >>> low_rank_bits(64, 256, 8)
-    40960
+    >>> low_rank_bits(64, 256, 8), low_rank_bits(64, 256, 8, members=2)
+    (40960, 73728)
     """
-    return DENSE_BITS * rank * (d_in + d_out)
+    return DENSE_BITS * rank * (d_in + members * d_out)
 
 
-def rank(d_in: int, d_out: int, compression_ratio: float) -> int:
+def rank(d_in: int, d_out: int, compression_ratio: float, members: int = 1) -> int:
     """Largest rank within the budget, ``⌊(1 − ratio) · d_in · d_out / (d_in + d_out)⌋``.
 
-    >>> rank(576, 576, 0.2)
-    230
+    A group is one wide projection: ``d_out`` becomes ``members · d_out`` (arXiv:2410.03765).
+
+    >>> rank(576, 576, 0.2), rank(576, 576, 0.2, members=2)
+    (230, 307)
 
     Raises:
         UserError: when not even rank 1 fits.
     """
-    largest = budget_bits(d_in, d_out, compression_ratio) // low_rank_bits(d_in, d_out, 1)
+    allowed = members * budget_bits(d_in, d_out, compression_ratio)
+    largest = allowed // low_rank_bits(d_in, d_out, 1, members)
     if largest < 1:
         raise _too_small(d_in, d_out, compression_ratio, "rank 1")
     return largest
 
 
 def atoms_and_sparsity(
-    d_in: int, d_out: int, compression_ratio: float, rho: float, accounting: str = "mask"
+    d_in: int, d_out: int, compression_ratio: float, rho: float, accounting: str = "mask", members: int = 1
 ) -> tuple[int, int]:
     """Atoms and non-zeros per column that fill the budget with about ``rho`` atoms per non-zero.
 
     ``mask`` solves ``16·d_in·k + 16·(k/rho)·d_out + k·d_out = budget`` for the atoms ``k`` and then spends what
     rounding down has left over, first on non-zeros, then on atoms. ``paper`` is arXiv:2509.22075 v6, eq. 49:
     ``k = (1 − ratio)·d_in·d_out / (d_in + d_out/rho)``, ``s = ⌊k/rho⌋``, the mask paid for by 14-bit values; that is
-    honest only up to rho = 2.
+    honest only up to rho = 2. Of a group ``d_out`` is ``members · d_out`` in both.
 
     >>> atoms_and_sparsity(576, 1536, 0.2, rho=2.0)
     (493, 245)
+    >>> atoms_and_sparsity(576, 1536, 0.2, rho=2.0, members=2)
+    (615, 307)
     >>> atoms_and_sparsity(576, 1536, 0.2, rho=2.0, accounting="paper")
     (526, 263)
 
     Raises:
         UserError: when the budget holds no atom, or paper accounting is asked for beyond rho = 2.
     """
-    budget = budget_bits(d_in, d_out, compression_ratio)
+    budget, wide = members * budget_bits(d_in, d_out, compression_ratio), members * d_out
     if accounting == "paper":
         if rho > 2:
             raise UserError(
                 f"factorization.accounting=paper is only exact up to factorization.rho=2, and rho={rho:g}: "
                 "14-bit values would no longer pay for the mask. Set rho to 2 or less, or accounting=mask."
             )
-        atoms = int((1 - compression_ratio) * d_in * d_out / (d_in + d_out / rho) + 1e-9)
+        atoms = int((1 - compression_ratio) * d_in * wide / (d_in + wide / rho) + 1e-9)
         sparsity = int(atoms / rho + 1e-9)
-        while sparsity and stored_bits(d_in, d_out, atoms, sparsity, PAPER_VALUE_BITS) > budget:
+        while sparsity and stored_bits(d_in, d_out, atoms, sparsity, PAPER_VALUE_BITS, members) > budget:
             sparsity -= 1  # odd shapes: filling values and mask up to bytes may cost what was left
     else:
-        per_atom, per_nonzero = DENSE_BITS * d_in + d_out, DENSE_BITS * d_out
+        per_atom, per_nonzero = DENSE_BITS * d_in + wide, DENSE_BITS * wide
         budget -= budget % 8  # the mask is filled up to a byte, so the last bits buy nothing
+        budget -= 7 * (members - 1) if d_out % 8 else 0  # and so is every other member's
         atoms = int(budget / (per_atom + per_nonzero / rho))
         sparsity = min((budget - atoms * per_atom) // per_nonzero, atoms)
         atoms += max(budget - atoms * per_atom - sparsity * per_nonzero, 0) // per_atom
@@ -117,7 +129,9 @@ def atoms_and_sparsity(
     return atoms, sparsity
 
 
-def sparsity_for(d_in: int, d_out: int, compression_ratio: float, atoms: int, accounting: str = "mask") -> int:
+def sparsity_for(
+    d_in: int, d_out: int, compression_ratio: float, atoms: int, accounting: str = "mask", members: int = 1
+) -> int:
     """Non-zeros per column that the budget has room for beside ``atoms`` atoms, at most ``atoms``.
 
     >>> sparsity_for(576, 1536, 0.2, atoms=493)
@@ -126,9 +140,10 @@ def sparsity_for(d_in: int, d_out: int, compression_ratio: float, atoms: int, ac
     Raises:
         UserError: when there is no room for one.
     """
-    budget, bits = budget_bits(d_in, d_out, compression_ratio), value_bits(accounting)
-    sparsity = min((budget - DENSE_BITS * d_in * atoms - mask_bits(atoms, d_out)) // (bits * d_out), atoms)
-    while sparsity > 0 and stored_bits(d_in, d_out, atoms, sparsity, bits) > budget:
+    budget, bits = members * budget_bits(d_in, d_out, compression_ratio), value_bits(accounting)
+    left = budget - DENSE_BITS * d_in * atoms - members * mask_bits(atoms, d_out)
+    sparsity = min(left // (members * bits * d_out), atoms)
+    while sparsity > 0 and stored_bits(d_in, d_out, atoms, sparsity, bits, members) > budget:
         sparsity -= 1  # values are filled up to bytes
     if sparsity < 1:
         raise _too_small(d_in, d_out, compression_ratio, f"{atoms} atoms with one non-zero per column")
@@ -136,17 +151,23 @@ def sparsity_for(d_in: int, d_out: int, compression_ratio: float, atoms: int, ac
 
 
 def within_eigenbasis(
-    d_in: int, d_out: int, compression_ratio: float, atoms: int, sparsity: int, accounting: str = "mask"
+    d_in: int,
+    d_out: int,
+    compression_ratio: float,
+    atoms: int,
+    sparsity: int,
+    accounting: str = "mask",
+    members: int = 1,
 ) -> tuple[int, int]:
     """Atoms and non-zeros for an orthonormal dictionary: what atoms beyond ``min(d_in, d_out)`` cost goes to non-zeros.
 
     >>> within_eigenbasis(576, 1536, 0.2, *atoms_and_sparsity(576, 1536, 0.2, rho=3.0))
     (576, 208)
     """
-    most = min(d_in, d_out)
+    most = min(d_in, members * d_out)
     if atoms <= most:
         return atoms, sparsity
-    return most, sparsity_for(d_in, d_out, compression_ratio, most, accounting)
+    return most, sparsity_for(d_in, d_out, compression_ratio, most, accounting, members)
 
 
 def sparse_bits(d_in: int, d_out: int, nonzeros: int) -> int:
@@ -158,10 +179,13 @@ def sparse_bits(d_in: int, d_out: int, nonzeros: int) -> int:
     return DENSE_BITS * nonzeros + mask_bits(d_in, d_out)
 
 
-def nonzeros(d_in: int, d_out: int, compression_ratio: float, atoms: int = 0, at_least: int = 1) -> int:
+def nonzeros(
+    d_in: int, d_out: int, compression_ratio: float, atoms: int = 0, members: int = 1, at_least: int = 1
+) -> int:
     """Most non-zeros of a sparse weight within the budget, ``16·nnz + d_in·d_out = budget``.
 
-    With ``atoms`` stored ones beside those of the identity ``16·(nnz + d_in·atoms) + (d_in + atoms)·d_out = budget``.
+    With ``atoms`` stored ones beside those of the identity ``16·(nnz + d_in·atoms) + (d_in + atoms)·d_out = budget``; of a
+    group ``d_out`` and the budget are those of all members together.
 
     >>> nonzeros(576, 1536, 0.3), nonzeros(576, 1536, 0.3, atoms=72)
     (564019, 515635)
@@ -169,8 +193,8 @@ def nonzeros(d_in: int, d_out: int, compression_ratio: float, atoms: int = 0, at
     Raises:
         UserError: when atoms and mask leave no room for ``at_least`` so many.
     """
-    taken = DENSE_BITS * d_in * atoms + mask_bits(d_in + atoms, d_out)
-    most = (budget_bits(d_in, d_out, compression_ratio) - taken) // DENSE_BITS
+    taken = DENSE_BITS * d_in * atoms + members * mask_bits(d_in + atoms, d_out)
+    most = (members * budget_bits(d_in, d_out, compression_ratio) - taken) // DENSE_BITS
     if most < at_least:
         raise _too_small(d_in, d_out, compression_ratio, f"{atoms} atoms, a mask and {at_least} non-zeros")
     return most

@@ -2,12 +2,14 @@
 
 ``tensors()`` is the stored form and ``stored_bits`` counts exactly those tensors; ``weight()`` multiplies the stored
 form out again, so that every number reported belongs to the rounded factors and not to those before rounding.
+
+Factors of a group hold one and the same tensor as their ``shared_part``; the first of them stores it, the others do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ class LowRank:
     left: Float[Tensor, "d_in rank"]
     right: Float[Tensor, "rank d_out"]
     kind = "low_rank"
+    shared_part = "left"
     value_bits = 16
 
     @classmethod
@@ -70,6 +73,7 @@ class SparseDictionary:
     value_bits: int = 16
     identity: bool = False
     kind = "sparse_dictionary"
+    shared_part = "dictionary"
 
     @classmethod
     def normalized(
@@ -186,9 +190,27 @@ KINDS: dict[str, type[LowRank | SparseDictionary | SparsePlusLowRank | Dense]] =
 }
 
 
-def stored_bits(factors: Factors) -> int:
-    """Bits of the tensors that are written, nothing assumed."""
-    return sum(8 * t.numel() * t.element_size() for t in factors.tensors().values())
+def stored_bits(factors: Factors, shares: bool = False) -> int:
+    """Bits of the tensors that are written, nothing assumed; of factors that share what another one stores, of the rest."""
+    return sum(8 * t.numel() * t.element_size() for t in private_tensors(factors, shares).values())
+
+
+def private_tensors(factors: Factors, shares: bool) -> dict[str, Tensor]:
+    """What is stored of ``factors``; where they share what another one stores, all but that."""
+    return {part: t for part, t in factors.tensors().items() if not (shares and part == factors.shared_part)}
+
+
+def shared_tensor(factors: Factors) -> Tensor | None:
+    """The tensor that factors of a group have in common; ``None`` for a kind that never shares."""
+    part = getattr(factors, "shared_part", None)
+    return None if part is None else getattr(factors, part)
+
+
+def split(factors: Factors, members: int) -> list[Factors]:
+    """The factors of each of ``members`` equally wide weights side by side; all hold the same shared part."""
+    if isinstance(factors, LowRank):
+        return [replace(factors, right=right) for right in factors.right.chunk(members, dim=1)]
+    return [replace(factors, coefficients=columns) for columns in factors.coefficients.chunk(members, dim=1)]
 
 
 def rounded(tensor: Tensor, storage_dtype: torch.dtype) -> Tensor:

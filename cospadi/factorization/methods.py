@@ -14,7 +14,9 @@ from torch import Tensor
 
 from cospadi.config import (
     AUTO,
+    IDENTITY,
     ASVDConfig,
+    BasisSharingConfig,
     CoSpaDiConfig,
     FactorizationConfig,
     MagnitudeConfig,
@@ -35,6 +37,7 @@ from cospadi.factorization.factors import (
     SparseDictionary,
     SparsePlusLowRank,
     rounded,
+    split,
 )
 from cospadi.factorization.htp import htp_batch
 from cospadi.factorization.ksvd import ksvd
@@ -42,6 +45,7 @@ from cospadi.factorization.low_rank import truncated_svd
 from cospadi.factorization.oats import sparse_plus_low_rank
 from cospadi.factorization.one_shot import one_shot
 from cospadi.factorization.orthogonal import orthogonal
+from cospadi.factorization.shared import mean_whitener, shared_htp
 from cospadi.factorization.whitening import unwhiten
 
 
@@ -92,6 +96,12 @@ def svd_llm(config: SVDLLMConfig, problem: Problem) -> Factors:
     target = problem.whitener @ problem.weight.double()
     left, right = truncated_svd(target, _rank(config, problem))
     return LowRank.balanced(unwhiten(problem.whitener, left), right, STORAGE_DTYPES[config.storage_dtype])
+
+
+@factorize.register
+def basis_sharing(config: BasisSharingConfig, problem: Problem) -> Factors:
+    """A group of one: `svd_llm`."""
+    return factorize_group(config, [problem])[0]
 
 
 @factorize.register
@@ -162,6 +172,73 @@ def cospadi(config: CoSpaDiConfig, problem: Problem) -> Factors:
     return next(factorize_all(config, [problem]))
 
 
+@singledispatch
+def factorize_group(config: FactorizationConfig, problems: Sequence[Problem]) -> list[Factors]:
+    """Compress projections of equal shape that share a dictionary or a basis, at the bits they may take together.
+
+    Raises:
+        UserError: as `factorize`.
+    """
+    raise UserError(f"{type(config).__name__} shares nothing. Choose another method, or factorization.group_size=1.")
+
+
+@factorize_group.register
+def basis_sharing_group(config: BasisSharingConfig, problems: Sequence[Problem]) -> list[Factors]:
+    """Truncated SVD of ``R [W_1 … W_g]``, ``RᵀR`` the summed gram: one basis, private coefficients (arXiv:2410.03765)."""
+    joint, g = _side_by_side(problems), len(problems)
+    rank = budget.rank(*problems[0].weight.shape, config.compression_ratio, g)
+    left, right = truncated_svd(joint.whitener @ joint.weight.double(), rank)
+    storage = STORAGE_DTYPES[config.storage_dtype]
+    return split(LowRank.balanced(unwhiten(joint.whitener, left), right, storage), g)
+
+
+@factorize_group.register
+def cospadi_group(config: CoSpaDiConfig, problems: Sequence[Problem]) -> list[Factors]:
+    """One dictionary under the mean gram (arXiv:2509.22075, eq. 30), or under every projection's own (`shared_htp`)."""
+    g, storage, value_bits = len(problems), STORAGE_DTYPES[config.storage_dtype], budget.value_bits(config.accounting)
+    identity = config.fixed_atoms == IDENTITY
+    if config.metric == "mean":
+        joint = _side_by_side(problems)
+        target, scale = _whitened(joint)
+        (fit,) = _solve(config, [joint], target[None], [scale], members=g)
+        dictionary, coefficients = unwhiten(joint.whitener, fit.dictionary.double() * scale), fit.coefficients.double()
+    else:
+        weights = torch.stack([problem.weight.double() for problem in problems])
+        whiteners = torch.stack([problem.whitener for problem in problems])
+        sizes, settings = _sizes_of_group(config, weights), _htp_settings(config)
+        if identity:
+            settings |= {"identity": True, "fixed_codes": weights.mT.float()}
+        fit = shared_htp((whiteners @ weights).float(), whiteners, *sizes, **settings)
+        dictionary, coefficients = fit.dictionary.double(), torch.cat(fit.coefficients, dim=1).double()
+    return split(SparseDictionary.normalized(dictionary, coefficients, storage, value_bits, identity), g)
+
+
+def _sizes_of_group(config: CoSpaDiConfig, weights: Float[Tensor, "g d_in d_out"]) -> tuple[int, int | float]:
+    """Atoms that a group shares, and non-zeros per column."""
+    g, d_in, d_out = weights.shape
+    if config.fixed_atoms != IDENTITY:
+        return budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, config.rho, config.accounting, g)
+    return search.size_beside_identity(d_in, d_out, config.compression_ratio, config.learned_atoms, g)
+
+
+def factorize_groups(config: FactorizationConfig, groups: Sequence[Sequence[Problem]]) -> Iterator[list[Factors]]:
+    """The factors of every group, in their order; those of one alone are its own (`factorize_all`)."""
+    for alone, run in itertools.groupby(groups, lambda group: len(group) == 1):
+        if alone:
+            yield from ([factors] for factors in factorize_all(config, [problem for (problem,) in run]))
+        else:
+            yield from (factorize_group(config, group) for group in run)
+
+
+def _side_by_side(problems: Sequence[Problem]) -> Problem:
+    """``[W_1 … W_g]`` under the mean gram."""
+    return Problem(
+        torch.cat([problem.weight for problem in problems], dim=1),
+        mean_whitener(torch.stack([problem.whitener for problem in problems])),
+        torch.stack([problem.absolute_mean for problem in problems]).mean(dim=0),
+    )
+
+
 def factorize_all(config: FactorizationConfig, problems: Sequence[Problem]) -> Iterator[Factors]:
     """`factorize` for several projections, in their order; `htp` solves those of equal shape on a GPU as one batch."""
     if not isinstance(config, CoSpaDiConfig):
@@ -175,7 +252,7 @@ def factorize_all(config: FactorizationConfig, problems: Sequence[Problem]) -> I
                 fit.coefficients.double(),
                 STORAGE_DTYPES[config.storage_dtype],
                 budget.value_bits(config.accounting),
-                identity=config.fixed_atoms == "identity",
+                identity=config.fixed_atoms == IDENTITY,
             )
 
 
@@ -206,10 +283,15 @@ def _solve(
     batch: Sequence[Problem],
     targets: Float[Tensor, "batch d_in d_out"],
     scales: Sequence[Tensor],
+    members: int = 1,
 ) -> list[Any]:
-    """Dictionary and coefficients of ``targets``, which are the whitened weights over ``scales``."""
+    """A solution of every target, at the bits of ``members`` projections side by side in each.
+
+    ``targets`` are the whitened weights of ``batch`` over ``scales``.
+    """
     _, d_in, d_out = targets.shape
-    if config.fixed_atoms == "identity":
+    shape = d_in, d_out // members, config.compression_ratio
+    if config.fixed_atoms == IDENTITY:
         return search.beside_identity(
             targets,
             torch.stack([(problem.whitener / scale).float() for problem, scale in zip(batch, scales, strict=True)]),
@@ -217,18 +299,17 @@ def _solve(
             config.compression_ratio,
             search.LEARNED if config.learned_atoms == AUTO else [config.learned_atoms],
             _htp_settings(config),
+            members,
         )
+    if config.solver == "htp" and config.rho == AUTO:
+        return search.learned_only(targets, config.compression_ratio, _htp_settings(config), members)
+    atoms, sparsity = budget.atoms_and_sparsity(*shape, config.rho, config.accounting, members)
     if config.solver == "htp":
-        if config.rho == AUTO:
-            return search.learned_only(targets, config.compression_ratio, _htp_settings(config))
-        sizes = budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, config.rho, config.accounting)
-        return htp_batch(targets, *sizes, **_htp_settings(config))
+        return htp_batch(targets, atoms, sparsity, **_htp_settings(config))
     (problem,), target = batch, targets[0]
-    atoms, sparsity = budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, config.rho, config.accounting)
     if config.solver == "ksvd":
         return [ksvd(target, atoms, sparsity, config.n_rounds or 60, config.power_iterations, config.seed)]
-    shape = d_in, d_out, config.compression_ratio
-    atoms, sparsity = budget.within_eigenbasis(*shape, atoms, sparsity, config.accounting)
+    atoms, sparsity = budget.within_eigenbasis(*shape, atoms, sparsity, config.accounting, members)
     if config.solver == "orthogonal":
         return [orthogonal(target, atoms, sparsity, config.n_rounds or 20)]
     return [one_shot(target, atoms, sparsity, problem.whitener)]

@@ -27,7 +27,7 @@ Solve = Callable[[list[int], Size, int], list[Solution]]
 
 
 def learned_only(
-    targets: Float[Tensor, "batch d_in d_out"], compression_ratio: float, settings: dict[str, Any]
+    targets: Float[Tensor, "batch d_in d_out"], compression_ratio: float, settings: dict[str, Any], members: int = 1
 ) -> list[Solution]:
     """The best of `RHOS` for every matrix; one eigenbasis for all.
 
@@ -39,8 +39,7 @@ def learned_only(
     """
     _, d_in, d_out = targets.shape
     sizes = _those_that_fit(
-        lambda rho: budget.atoms_and_sparsity(d_in, d_out, compression_ratio, rho),
-        RHOS,
+        lambda rho: budget.atoms_and_sparsity(d_in, d_out // members, compression_ratio, rho, members=members), RHOS
     )
     basis = left_singular_vectors(targets, min(d_in, d_out))
 
@@ -58,23 +57,21 @@ def beside_identity(
     compression_ratio: float,
     fractions: Sequence[float],
     settings: dict[str, Any],
+    members: int = 1,
 ) -> list[Solution]:
     """``Y ≈ [R D] S``: identity atoms, whitened, and the best of ``fractions`` of ``d_in`` learned ones.
 
     Coding starts from the weight itself, which reproduces ``Y = R W`` but is not sparse. Without learned atoms what
     comes out is sparse least squares on the weight. Learned atoms start as singular vectors of what that leaves over;
-    one such run serves all candidates.
+    one such run serves all candidates. Of ``members`` projections side by side each has its share of the bits.
 
     Raises:
         UserError: when there is no room for one non-zero per column.
     """
     _, d_in, d_out = targets.shape
-
-    def size(fraction: float) -> Size:
-        atoms = round(fraction * d_in)
-        return atoms, budget.nonzeros(d_in, d_out, compression_ratio, atoms, at_least=d_out) / d_out
-
-    sizes = _those_that_fit(size, fractions)
+    sizes = _those_that_fit(
+        lambda fraction: size_beside_identity(d_in, d_out // members, compression_ratio, fraction, members), fractions
+    )
     codes = weights.mT.contiguous()
     starts: list[Tensor] = []
 
@@ -88,6 +85,16 @@ def beside_identity(
         return found
 
     return _best(len(targets), sizes, solve, settings["n_rounds"])
+
+
+def size_beside_identity(d_in: int, d_out: int, compression_ratio: float, fraction: float, members: int = 1) -> Size:
+    """So many learned atoms beside the identity's, and the mean number of non-zeros per column that leaves.
+
+    Raises:
+        UserError: when there is no room for one non-zero per column.
+    """
+    atoms, columns = round(fraction * d_in), members * d_out
+    return atoms, budget.nonzeros(d_in, d_out, compression_ratio, atoms, members, at_least=columns) / columns
 
 
 def _those_that_fit(size_of: Callable[[float], Size], candidates: Sequence[float]) -> list[Size]:

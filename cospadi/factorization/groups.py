@@ -1,0 +1,194 @@
+"""Which projections share a dictionary: the same one of consecutive layers, or the two that are closest.
+
+A group is a tuple of projections of equal shape. The first one stores what all share. Every projection is in exactly one
+group, most often alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cospadi.config import MATCHED, FactorizationConfig, GroupedConfig, layers_together
+from cospadi.errors import UserError
+from cospadi.factorization.factors import Factors
+from cospadi.factorization.methods import Problem, factorize_groups
+
+if TYPE_CHECKING:
+    from cospadi.models import Projection
+
+    Group = tuple[Projection, ...]
+
+SKETCH = 128
+"""Columns of a sketch: distances between sketches are those between the matrices within some ten percent."""
+
+
+def factorize_projections(
+    config: FactorizationConfig,
+    projections: Sequence[Projection],
+    problem_of: Callable[[Projection], Problem],
+    batches: Callable[[Sequence[Group]], Iterable[Sequence[Group]]],
+) -> Iterator[tuple[Projection, Group, Problem, Factors]]:
+    """Every projection with its group, its problem and its factors; what ``batches`` puts together is in memory together.
+
+    Raises:
+        UserError: naming the projections that cannot be factorized.
+    """
+    for batch in batches(groups_of(config, projections, problem_of)):
+        yield from _factorize_batch(config, batch, problem_of)
+
+
+def _factorize_batch(
+    config: FactorizationConfig, batch: Sequence[Group], problem_of: Callable[[Projection], Problem]
+) -> Iterator[tuple[Projection, Group, Problem, Factors]]:
+    problems = [[problem_of(p) for p in group] for group in batch]
+    solved = factorize_groups(config, problems)
+    for group, members in zip(batch, problems, strict=True):
+        try:
+            found = next(solved)
+        except UserError as error:
+            raise UserError(f"{', '.join(p.name for p in group)}: {error}") from error
+        for projection, problem, factors in zip(group, members, found, strict=True):
+            yield projection, group, problem, factors
+
+
+def groups_of(
+    config: FactorizationConfig, projections: Sequence[Projection], problem_of: Callable[[Projection], Problem]
+) -> list[Group]:
+    """The groups that a method makes of these projections, in the order of their first members.
+
+    ``projections`` are those of whole groups (`require_whole_groups`). Problems are only read where closeness is asked for.
+
+    Raises:
+        UserError: projections of a group differ in shape.
+    """
+    if not isinstance(config, GroupedConfig) or config.group_size == 1:
+        return [(p,) for p in projections]
+    if config.pairing == MATCHED:
+        named = config.grouped or {p.projection for p in projections}
+        sketches = {p.name: _sketch_of(problem_of(p)) for p in projections if p.projection in named}
+        return matched(projections, sketches)
+    return consecutive(projections, config.group_size, config.grouped or shared_by_default(projections))
+
+
+def consecutive(projections: Sequence[Projection], size: int, grouped: Sequence[str]) -> list[Group]:
+    """Same-named projections of ``size`` consecutive layers, counted from layer 0; the rest at the end is a smaller group.
+
+    Raises:
+        UserError: those of a group differ in shape.
+    """
+    groups: dict[tuple[int, str], list[Projection]] = {}
+    for p in projections:
+        key = (p.layer // size, p.projection) if p.projection in grouped else (p.layer, p.name)
+        groups.setdefault(key, []).append(p)
+    for group in groups.values():
+        first = group[0]
+        for p in group:
+            if (p.d_in, p.d_out) != (first.d_in, first.d_out):
+                raise UserError(
+                    f"{first.name} is {first.d_in}×{first.d_out} and {p.name} {p.d_in}×{p.d_out}: they cannot share. "
+                    f"Leave {p.projection} out of factorization.grouped, or set factorization.group_size=1."
+                )
+    return [tuple(group) for group in groups.values()]
+
+
+def shared_by_default(projections: Sequence[Projection]) -> list[str]:
+    """Projections whose input feeds several, none of which is wider.
+
+    A narrow one saves little by sharing: with grouped-query attention k and v stay private, as do o and down, which have
+    their inputs to themselves.
+    """
+    widths: dict[tuple[int, str], list[int]] = {}
+    for p in projections:
+        widths.setdefault((p.layer, p.shared_input), []).append(p.d_out)
+
+    def private(p: Projection) -> bool:
+        beside = widths[p.layer, p.shared_input]
+        return len(beside) < 2 or p.d_out < max(beside)
+
+    return sorted({p.projection for p in projections} - {p.projection for p in projections if private(p)})
+
+
+def matched(projections: Sequence[Projection], sketches: Mapping[str, Float[Tensor, "d_in n"]]) -> list[Group]:
+    """Pairs of equal shape with the least sum of distances, of those that have a sketch; as many pairs as there can be.
+
+    Minimum-weight perfect matching on the complete graph of every shape (as GeoPair pairs layers); where their number is
+    odd, one stays alone.
+    """
+    import networkx
+
+    order = {p.name: i for i, p in enumerate(projections)}
+    groups: list[Group] = [(p,) for p in projections if p.name not in sketches]
+    candidates = sorted((p for p in projections if p.name in sketches), key=_shape)
+    for _, run in itertools.groupby(candidates, _shape):
+        members = list(run)
+        graph = networkx.Graph()
+        graph.add_nodes_from(range(len(members)))
+        vectors = torch.stack([sketches[p.name].flatten() for p in members]).double().cpu()
+        apart = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")
+        for i, j in itertools.combinations(range(len(members)), 2):
+            graph.add_edge(i, j, weight=-float(apart[i, j]))
+        pairs = networkx.max_weight_matching(graph, maxcardinality=True)
+        groups += [tuple(sorted((members[i], members[j]), key=lambda p: order[p.name])) for i, j in pairs]
+        groups += [(members[i],) for i in set(graph) - set(itertools.chain.from_iterable(pairs))]
+    return sorted(groups, key=lambda group: order[group[0].name])
+
+
+@torch.no_grad()
+def sketch(weight: Float[Tensor, "d_in d_out"], whitener: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in n"]:
+    """``A Ω`` for ``A = G^½ W Wᵀ G^½ / ‖…‖_F``, ``G = RᵀR``, and a fixed Gaussian ``Ω``: what distances are taken between.
+
+    ``A`` says which input directions, in units of output, the columns of a weight span and how much of it lies in each:
+    what a shared dictionary has to hold. It does not change when outputs are permuted or rotated among themselves, and the
+    symmetric root, unlike a Cholesky factor, gives all layers the same coordinates. ``‖A_i − A_j‖² = 2 − 2 CKA`` of the two
+    whitened weights (arXiv:1905.00414). That GeoPair matches on a distance between whitened weights is the paper's; this
+    distance is ours. The sketch keeps it within some ten percent (Johnson-Lindenstrauss) at ``SKETCH / d_in`` of the memory.
+    """
+    values, vectors = torch.linalg.eigh(whitener.mT @ whitener)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.mT
+    spanned = root @ weight.to(root.dtype)
+    n = min(SKETCH, len(spanned))
+    draw = torch.randn(len(spanned), n, generator=torch.Generator().manual_seed(0), dtype=root.dtype).to(root.device)
+    scale = (spanned.mT @ spanned if spanned.shape[0] > spanned.shape[1] else spanned @ spanned.mT).norm()
+    return (spanned @ (spanned.mT @ draw) / scale.clamp_min(torch.finfo(root.dtype).tiny) / n**0.5).float()
+
+
+def _sketch_of(problem: Problem) -> Tensor:
+    return sketch(problem.weight, problem.whitener)
+
+
+def by_shared_input(config: FactorizationConfig, groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """Groups of the same layers that read the same inputs: what has its whiteners in common. Matched pairs one by one."""
+    if not isinstance(config, GroupedConfig) or config.pairing != MATCHED:
+        size = config.group_size if isinstance(config, GroupedConfig) else 1
+        first = {p.shared_input: i for i, (p, *_) in reversed(list(enumerate(groups)))}
+        groups = sorted(groups, key=lambda group: (group[0].layer // size, first[group[0].shared_input]))
+        runs = itertools.groupby(groups, key=lambda group: (group[0].layer // size, group[0].shared_input))
+        yield from (list(run) for _, run in runs)
+        return
+    yield from ([group] for group in groups)
+
+
+def require_whole_groups(config: FactorizationConfig, first: int, last: int, n_layers: int) -> None:
+    """
+    Raises:
+        UserError: when layers ``first`` to ``last`` of ``n_layers`` cut a group.
+    """
+    step = layers_together(config, n_layers)
+    if first % step == 0 and ((last + 1) % step == 0 or last >= n_layers - 1):
+        return
+    begin, end = first - first % step, min((last // step + 1) * step, n_layers) - 1
+    why = f"factorization.pairing={MATCHED}" if config.pairing == MATCHED else f"factorization.group_size={step}"
+    raise UserError(
+        f"--layers {first:03d}-{last:03d} cuts a group of layers that share ({why}). "
+        f"Set --layers {begin:03d}-{end:03d}."
+    )
+
+
+def _shape(p: Projection) -> tuple[int, int]:
+    return p.d_in, p.d_out
