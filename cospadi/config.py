@@ -296,7 +296,8 @@ class CoSpaDiConfig(GroupedConfig):
     fixed_atoms: str = "none"
     """``identity``: the inputs themselves are atoms, too, and cost nothing but their mask; htp only."""
     learned_atoms: int | float | str = "auto"
-    """With ``fixed_atoms=identity``: stored atoms as a fraction of ``d_in``; ``auto`` tries several and keeps the best."""
+    """With ``fixed_atoms=identity``: stored atoms as a fraction of the matrix' shorter side; ``auto`` tries several and keeps
+    the best."""
     rho: int | float | str = 2.0
     """Without fixed atoms: atoms per non-zero of a column; ``auto`` (htp only) tries several and keeps the best."""
     support: str = "column"
@@ -355,7 +356,7 @@ class CoSpaDiConfig(GroupedConfig):
             return
         _require(
             not isinstance(self.learned_atoms, str) and 0 <= self.learned_atoms < 1,
-            f"factorization.learned_atoms={self.learned_atoms} is no fraction of d_in. Set 0 or more and less than 1, or auto.",
+            f"factorization.learned_atoms={self.learned_atoms} is no fraction of the shorter side. Set 0 or more and less than 1, or auto.",
         )
         self.learned_atoms = float(self.learned_atoms)
 

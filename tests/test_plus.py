@@ -33,7 +33,7 @@ def problem(seed, d_in=32, d_out=48, rank=None):
 
 def plus(compression_ratio=0.4, **settings):
     given = {"fixed_atoms": "identity", "support": "matrix", "name": "plus", "title": "plus", "first_step": 2.6}
-    given |= {"last_step": 0.7, "cg_steps": 6}
+    given |= {"last_step": 0.7, "cg_steps": 8}
     return CoSpaDiConfig(compression_ratio=compression_ratio, **given | settings)
 
 

@@ -15,8 +15,10 @@ from cospadi.factorization.htp import Solution, first_atoms, htp_batch
 from cospadi.factorization.low_rank import left_singular_vectors
 
 RHOS = (2.0, 2.5, 3.0, 3.5)
-LEARNED = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
-"""Learned atoms beside identity atoms, in fractions of ``d_in``."""
+LEARNED = (0.0, 1 / 16, 1 / 8, 1 / 4)
+"""Learned atoms beside identity atoms, in fractions of the shorter side."""
+WITHIN_REACH = 1.15
+"""How far above the error without learned atoms a short run with them may end and still be worth a full one."""
 PROBE_ROUNDS = 6
 """Enough to tell which of the candidates ends lowest, to about a percent of the error."""
 
@@ -59,11 +61,12 @@ def beside_identity(
     settings: dict[str, Any],
     members: int = 1,
 ) -> list[Solution]:
-    """``Y ≈ [R D] S``: identity atoms, whitened, and the best of ``fractions`` of ``d_in`` learned ones.
+    """``Y ≈ [R D] S``: identity atoms, whitened, and the best of ``fractions`` of the shorter side learned ones.
 
     Coding starts from the weight itself, which reproduces ``Y = R W`` but is not sparse. Without learned atoms what
-    comes out is sparse least squares on the weight. Learned atoms start as singular vectors of what that leaves over;
-    one such run serves all candidates. Of ``members`` projections side by side each has its share of the bits.
+    comes out is sparse least squares on the weight, settled in a third of the rounds; learned atoms start as singular
+    vectors of what that leaves over, and are kept where they end lower. Of ``members`` projections side by side each has
+    its share of the bits.
 
     Raises:
         UserError: when there is no room for one non-zero per column.
@@ -73,27 +76,39 @@ def beside_identity(
         lambda fraction: size_beside_identity(d_in, d_out // members, compression_ratio, fraction, members), fractions
     )
     codes = weights.mT.contiguous()
-    starts: list[Tensor] = []
 
-    def solve(members: list[int], size: Size, n_rounds: int) -> list[Solution]:
-        start = starts[0][members, :, : size[0]] if starts and size[0] <= starts[0].shape[2] else None
-        given = settings | {"n_rounds": n_rounds, "fixed": whiteners[members], "fixed_codes": codes[members]}
-        found = htp_batch(targets[members], *size, **given, start=start)
-        if size[0] == 0 and not starts and len(members) == len(targets):
-            left = torch.stack([y - r @ s.coefficients for y, r, s in zip(targets, whiteners, found, strict=True)])
-            starts.append(left_singular_vectors(left, min(d_in, d_out)))
-        return found
+    def solve(which: list[int], size: Size, n_rounds: int, start: Tensor | None = None) -> list[Solution]:
+        given = {"n_rounds": n_rounds, "fixed": whiteners[which], "fixed_codes": codes[which]}
+        start = None if start is None or size[0] > start.shape[2] else start[which, :, : size[0]]
+        return htp_batch(targets[which], *size, **settings | given, start=start)
 
-    return _best(len(targets), sizes, solve, settings["n_rounds"])
+    everything, n_rounds = list(range(len(targets))), settings["n_rounds"]
+    if sizes[0][0] > 0:
+        return _best(len(targets), sizes, solve, n_rounds)
+    solutions = solve(everything, sizes[0], max(1, n_rounds // 3))
+    if len(sizes) == 1:
+        return solutions
+    left = torch.stack([y - r @ found.coefficients for y, r, found in zip(targets, whiteners, solutions, strict=True)])
+    basis = left_singular_vectors(left, min(max(atoms for atoms, _ in sizes), d_in, d_out))
+    chosen, errors = _probed(len(targets), sizes[1:], lambda which, size, rounds: solve(which, size, rounds, basis))
+    for candidate, size in enumerate(sizes[1:]):
+        which = [i for i in everything if chosen[i] == candidate and errors[i] < WITHIN_REACH * solutions[i].errors[-1]]
+        for i, found in zip(which, solve(which, size, n_rounds, basis) if which else [], strict=True):
+            solutions[i] = min(solutions[i], found, key=lambda solution: solution.errors[-1])
+    return solutions
 
 
 def size_beside_identity(d_in: int, d_out: int, compression_ratio: float, fraction: float, members: int = 1) -> Size:
     """So many learned atoms beside the identity's, and the mean number of non-zeros per column that leaves.
 
+    >>> size_beside_identity(576, 1536, 0.3, 0.125)
+    (72, 335.69987)
+
     Raises:
         UserError: when there is no room for one non-zero per column.
     """
-    atoms, columns = round(fraction * d_in), members * d_out
+    columns = members * d_out
+    atoms = round(fraction * min(d_in, columns))
     return atoms, budget.nonzeros(d_in, d_out, compression_ratio, atoms, members, at_least=columns) / columns
 
 
@@ -115,24 +130,26 @@ def _those_that_fit(size_of: Callable[[float], Size], candidates: Sequence[float
 
 
 def _best(count: int, sizes: Sequence[Size], solve: Solve, n_rounds: int) -> list[Solution]:
-    """A short run of every size; then full ones of each matrix' best and of the first, of which the lower error is kept.
-
-    Sizes go up until no matrix gains any more.
-    """
+    """A short run of every size, then a full one of each matrix' best."""
     everything = list(range(count))
     if len(sizes) == 1:
         return solve(everything, sizes[0], n_rounds)
+    chosen, _ = _probed(count, sizes, solve)
+    solutions: dict[int, Solution] = {}
+    for candidate in sorted(set(chosen)):
+        members = [i for i in everything if chosen[i] == candidate]
+        solutions |= dict(zip(members, solve(members, sizes[candidate], n_rounds), strict=True))
+    return [solutions[i] for i in everything]
+
+
+def _probed(count: int, sizes: Sequence[Size], solve: Solve) -> tuple[list[int], list[float]]:
+    """The best size of every matrix after a short run, and its error; sizes go up until no matrix gains any more."""
     lowest = torch.full((count,), torch.inf, dtype=torch.float64)
     chosen = torch.zeros(count, dtype=torch.long)
     for candidate, size in enumerate(sizes):
-        errors = torch.tensor([s.errors[-1] for s in solve(everything, size, PROBE_ROUNDS)], dtype=torch.float64)
+        errors = torch.tensor([s.errors[-1] for s in solve(list(range(count)), size, PROBE_ROUNDS)])
         gains = errors < lowest
-        chosen[gains], lowest = candidate, torch.minimum(errors, lowest)
+        chosen[gains], lowest = candidate, torch.minimum(errors.double(), lowest)
         if not gains.any():
             break
-    solutions = solve(everything, sizes[0], n_rounds)
-    for candidate in sorted(set(chosen.tolist()) - {0}):
-        members = (chosen == candidate).nonzero()[:, 0].tolist()
-        for member, found in zip(members, solve(members, sizes[candidate], n_rounds), strict=True):
-            solutions[member] = min(solutions[member], found, key=lambda solution: solution.errors[-1])
-    return solutions
+    return chosen.tolist(), lowest.tolist()
