@@ -37,7 +37,7 @@ SUPPORTS = ("column", "matrix")
 EMBEDDED_TASKS = ("heldout_perplexity", "heldout_cloze")
 ACCOUNTINGS = ("mask", "paper")
 METRICS = ("own", "mean")
-CONSECUTIVE, MATCHED = "consecutive", "matched"
+CONSECUTIVE, SAME_INPUT, MATCHED = "consecutive", "same_input", "matched"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -218,23 +218,28 @@ class GroupedConfig(FactorizationConfig):
     """A method whose projections may share a dictionary, or a basis, that is stored and counted once."""
 
     group_size: int = 1
-    """Projections that share one; 1: every projection has its own."""
+    """Consecutive layers whose projections share one."""
     grouped: list[str] | None = None
-    """Projections that share (``self_attn.q_proj`` …). ``null``: under ``consecutive`` those whose input feeds several and
-    none that is wider, so all of q, k, v where heads have their own keys, q alone where they share them, gate and up;
-    under ``matched`` all."""
+    """Projections that share (``self_attn.q_proj`` …). ``null``: those whose input feeds several and none that is wider, so
+    all of q, k, v where heads have their own keys, q alone where they share them, gate and up; under ``matched`` all."""
     pairing: str = CONSECUTIVE
     """``consecutive``: one projection of ``group_size`` layers in a row, counted from layer 0; the rest at the end shares in
-    a smaller group. ``matched``: pairs of any two projections of equal shape, the closest ones (GeoPair)."""
+    a smaller group. ``same_input``: also those of equal shape that read the same input, as gate and up do. ``matched``:
+    pairs of any two projections of equal shape, the closest ones (GeoPair)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least("factorization.group_size", self.group_size, 1)
-        _one_of("factorization.pairing", self.pairing, (CONSECUTIVE, MATCHED))
+        _one_of("factorization.pairing", self.pairing, (CONSECUTIVE, SAME_INPUT, MATCHED))
         _require(
             self.pairing != MATCHED or self.group_size == 2,
             f"factorization.pairing=matched makes pairs, and factorization.group_size={self.group_size}. Set it to 2.",
         )
+
+    @property
+    def shares(self) -> bool:
+        """Whether any projection may share with another."""
+        return self.group_size > 1 or self.pairing == SAME_INPUT
 
 
 @dataclass
@@ -335,7 +340,7 @@ class CoSpaDiConfig(GroupedConfig):
         _require(self.tolerance < 1, f"factorization.tolerance={self.tolerance:g} is no fraction. Set less than 1.")
         _one_of("factorization.metric", self.metric, METRICS)
         _require(
-            self.metric == "mean" or self.group_size == 1 or (self.solver == "htp" and self._size_is_given),
+            self.metric == "mean" or not self.shares or (self.solver == "htp" and self._size_is_given),
             "factorization.metric=own of a group needs factorization.solver=htp and a number for factorization.rho, with "
             "fixed_atoms=identity for factorization.learned_atoms. Set them, or metric=mean.",
         )
@@ -494,7 +499,7 @@ class EvaluationConfig:
     threads: int = 1
     """CPU threads of one evaluation, whatever ``--cores`` says: other counts change the last digits."""
     device: str = "auto"
-    revision: int = 1
+    revision: int = 2
 
     def __post_init__(self) -> None:
         for setting in ("window", "max_length"):

@@ -285,6 +285,7 @@ def evaluate(
 
     from cospadi import devices, models
     from cospadi.evaluation import evaluate
+    from cospadi.kernels.products import products
 
     settings = {"model": asdict(config.model), "evaluation": asdict(config.evaluation)}
     if factors:
@@ -294,14 +295,15 @@ def evaluate(
     device = devices.pick(config.evaluation.device, "evaluation.device")
     network = models.load(model, config.model.dtype, device)
     models.replace_weights(network, ((name, f.weight()) for name, f in read_factors(factors)))
-    result, rows = evaluate(
-        network,
-        models.load_tokenizer(model),
-        read_json(documents),
-        config.evaluation,
-        reference=reference if factors else None,
-        write_reference=None if factors else reference,
-    )
+    with products(exact=True):
+        result, rows = evaluate(
+            network,
+            models.load_tokenizer(model),
+            read_json(documents),
+            config.evaluation,
+            reference=reference if factors else None,
+            write_reference=None if factors else reference,
+        )
     with new_path(samples) as partial:
         partial.mkdir()
         for task, documents_rows in rows.items():

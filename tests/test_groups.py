@@ -104,6 +104,22 @@ def test_projections_wider_than_their_siblings_share_and_the_rest_at_the_end_is_
     assert sorted(itertools.chain(*found)) == sorted(itertools.chain(*names([p] for p in projections(5))))
 
 
+def test_siblings_share_where_they_read_the_same_input():
+    config = cospadi_config(group_size=1, pairing="same_input")
+    assert [g for g in names(groups.groups_of(config, projections(2), None)) if len(g) > 1] == [
+        ("0gate", "0up"),
+        ("1gate", "1up"),
+    ]
+    everything = cospadi_config(group_size=2, pairing="same_input", grouped=list(INPUTS))
+    found = names(groups.groups_of(everything, projections(2, kv=16), None))
+    assert set(found) == {
+        ("0q", "0k", "0v", "1q", "1k", "1v"),
+        ("0o", "1o"),
+        ("0gate", "0up", "1gate", "1up"),
+        ("0down", "1down"),
+    }
+
+
 def test_keys_and_values_share_where_every_head_has_its_own():
     assert set(groups.shared_by_default(projections(2, kv=16))) == set(INPUTS) - {"self_attn.o_proj", "mlp.down_proj"}
     assert set(groups.shared_by_default(projections(2, kv=8))) == {"self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj"}
@@ -275,7 +291,17 @@ def test_a_group_keeps_to_the_bits_of_its_members(d_in, d_out, members, ratio, r
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"metric": "own"}, {"solver": "one_shot"}, {"rho": "auto"}, {"accounting": "paper"}]
+    "settings",
+    [
+        {},
+        {"metric": "own"},
+        {"solver": "one_shot"},
+        {"rho": "auto"},
+        {"accounting": "paper"},
+        {"fixed_atoms": "identity"},
+        {"fixed_atoms": "identity", "learned_atoms": 0.1, "metric": "own"},
+        {"fixed_atoms": "identity", "learned_atoms": 0.1, "metric": "own", "support": "matrix"},
+    ],
 )
 @pytest.mark.parametrize("members", [1, 2, 3])
 def test_what_a_group_stores_is_within_its_budget(settings, members):
@@ -284,7 +310,8 @@ def test_what_a_group_stores_is_within_its_budget(settings, members):
     assert all(f.dictionary is factors[0].dictionary for f in factors)
     stored = sum(stored_bits(f, shares=i > 0) for i, f in enumerate(factors))
     assert stored <= members * budget.budget_bits(21, 27, 0.3)
-    assert stored == stored_bits(factors[0]) * members - (members - 1) * 16 * factors[0].dictionary.numel()
+    values, masks = (sum(f.tensors()[part].nbytes for f in factors) for part in ("values", "mask"))
+    assert stored == 16 * factors[0].dictionary.numel() + 8 * (values + masks)
     assert error_of(found, factors) < 0.7
 
 
@@ -450,8 +477,8 @@ def test_methods_that_share_nothing_say_so():
 
 # --- files, checkpoints, ties
 
-GROUPED = ("cospadi_group", "geopair", "basis_sharing")
-STORED = {"cospadi_group": "dictionary", "geopair": "dictionary", "basis_sharing": "left"}
+GROUPED = ("cospadi_group", "cospadi_plus_group", "geopair", "basis_sharing")
+STORED = dict.fromkeys(GROUPED, "dictionary") | {"basis_sharing": "left"}
 
 
 @pytest.fixture(scope="module")
@@ -483,8 +510,8 @@ def shared_parameters(model):
     """Owner -> layers that share its tensor, found by the tensors themselves."""
     found = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, CompressedLinear):
-            found.setdefault(getattr(layer, layer.shared_part).data_ptr(), []).append(name)
+        if isinstance(layer, CompressedLinear) and (part := getattr(layer, layer.shared_part)).numel():
+            found.setdefault(part.data_ptr(), []).append(name)
     return sorted(tuple(names) for names in found.values() if len(names) > 1)
 
 

@@ -1,4 +1,4 @@
-"""Which projections share a dictionary: the same one of consecutive layers, or the two that are closest.
+"""Which projections share a dictionary: the same one of consecutive layers, those of one input, or the two closest.
 
 A group is a tuple of projections of equal shape. The first one stores what all share. Every projection is in exactly one
 group, most often alone.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cospadi.config import MATCHED, FactorizationConfig, GroupedConfig, layers_together
+from cospadi.config import MATCHED, SAME_INPUT, FactorizationConfig, GroupedConfig, layers_together
 from cospadi.errors import UserError
 from cospadi.factorization.factors import Factors
 from cospadi.factorization.methods import Problem, factorize_groups
@@ -67,24 +67,30 @@ def groups_of(
     Raises:
         UserError: projections of a group differ in shape.
     """
-    if not isinstance(config, GroupedConfig) or config.group_size == 1:
+    if not isinstance(config, GroupedConfig) or not config.shares:
         return [(p,) for p in projections]
     if config.pairing == MATCHED:
         named = config.grouped or {p.projection for p in projections}
         sketches = {p.name: _sketch_of(problem_of(p)) for p in projections if p.projection in named}
         return matched(projections, sketches)
-    return consecutive(projections, config.group_size, config.grouped or shared_by_default(projections))
+    grouped = config.grouped or shared_by_default(projections)
+    return consecutive(projections, config.group_size, grouped, siblings=config.pairing == SAME_INPUT)
 
 
-def consecutive(projections: Sequence[Projection], size: int, grouped: Sequence[str]) -> list[Group]:
+def consecutive(
+    projections: Sequence[Projection], size: int, grouped: Sequence[str], siblings: bool = False
+) -> list[Group]:
     """Same-named projections of ``size`` consecutive layers, counted from layer 0; the rest at the end is a smaller group.
+
+    With ``siblings`` those of equal shape that read the same input are in one group, too.
 
     Raises:
         UserError: those of a group differ in shape.
     """
-    groups: dict[tuple[int, str], list[Projection]] = {}
+    groups: dict[tuple[Any, ...], list[Projection]] = {}
     for p in projections:
-        key = (p.layer // size, p.projection) if p.projection in grouped else (p.layer, p.name)
+        kind = (p.shared_input, _shape(p)) if siblings else (p.projection,)
+        key = (p.layer // size, *kind) if p.projection in grouped else (p.name,)
         groups.setdefault(key, []).append(p)
     for group in groups.values():
         first = group[0]

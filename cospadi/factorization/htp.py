@@ -216,7 +216,8 @@ class _Problem:
             return
         found = [piece(rows) for rows in pieces]  # no column's support is known before all candidates are
         candidates = torch.cat([gradient for _, gradient in found], dim=1).mul_(step).add_(codes)
-        support = largest(candidates.flatten(1), round(sparsity * codes.shape[1])).view_as(codes)
+        count = int(sparsity * codes.shape[1] + 1e-6)  # a mean of whole numbers is not quite one in floating point
+        support = largest(candidates.flatten(1), count).view_as(codes)
         del candidates
         for rows, (correlations, gradient) in zip(pieces, found, strict=True):
             yield rows, correlations, gradient, support[:, rows]
