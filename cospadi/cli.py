@@ -123,7 +123,7 @@ def _add_tools(stages) -> None:
     compress.add_argument("model", help="a folder, a hub id, or the name of a file in conf/model")
     compress.add_argument("out", type=Path, help="folder to write")
     compress.add_argument("--ratio", type=float, default=0.2, help="fraction of bits to remove (default %(default)s)")
-    compress.add_argument("--method", default="cospadi", help="a file in conf/factorization (default %(default)s)")
+    compress.add_argument("--method", default="cospadi_plus", help="a file in conf/factorization (default %(default)s)")
     compress.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
     compress.add_argument(
         "--calibration", metavar="TEXT", help="a text file, a document a line, or a file in conf/text"

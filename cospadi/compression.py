@@ -158,7 +158,7 @@ def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     compression_ratio: float = 0.2,
-    method: str = "cospadi",
+    method: str = "cospadi_plus",
     texts: Sequence[str] | None = None,
     overrides: Sequence[str] = (),
 ) -> PreTrainedModel:
