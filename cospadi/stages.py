@@ -314,7 +314,7 @@ def evaluate(
 
 def tabulate(study: Any, folder: Path) -> None:
     """Room 7: records -> tables and figures."""
-    from cospadi.tables import Cell, write_figures, write_tables
+    from cospadi.tables import Cell, write_figures, write_overviews, write_tables
 
     cells = []
     for model in study.study.models:
@@ -334,6 +334,7 @@ def tabulate(study: Any, folder: Path) -> None:
                 )
             )
     write_tables(cells, folder, study.study.title)
+    write_overviews(cells, folder)
     write_figures(cells, folder, study.study.title)
 
 

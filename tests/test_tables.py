@@ -22,6 +22,7 @@ from cospadi.tables import (
     read_summary,
     summary,
     write_figures,
+    write_overviews,
     write_tables,
 )
 from cospadi.tables.cells import LEADING_COLUMNS, PROJECTION_COLUMNS
@@ -453,6 +454,27 @@ def test_a_method_with_ratios_of_its_own_has_rows_of_its_own(tmp_path):
     assert {path.name for path in write_tables(cells, tmp_path, "Study")} >= {"summary.csv", "small.md", "small.html"}
     check_pictures(write_figures(cells, tmp_path))
     assert "0.4375" in (tmp_path / "small.md").read_text()
+
+
+def test_the_overview_has_methods_down_ratios_across_and_the_best_bold(tmp_path):
+    cells = [
+        dense(),
+        cell("svd", 0.2, ppl=40.0, accuracy=0.25, model="small"),
+        cell("svd", 0.3, ppl=50.0, accuracy=0.25, model="small"),
+        cell("cospadi", 0.2, ppl=30.0, accuracy=0.375, model="small"),
+    ]
+    (path,) = write_overviews(cells, tmp_path)
+    assert path.name == "small_overview.md"
+    first, _, third = path.read_text(encoding="utf-8").strip().split("\n\n")
+    titles = {c.method: c.method_title for c in cells}
+    assert first.splitlines() == [
+        "| Token perplexity ↓ | 0.2 | 0.3 |",
+        "| :-- | --: | --: |",
+        "| Dense | 22.55 |  |",
+        f"| {titles['svd']} | 40.00 | 50.00 |",
+        f"| {titles['cospadi']} | **30.00** |  |",
+    ]
+    assert third.splitlines()[-1] == f"| {titles['cospadi']} | **37.5** |  |"
 
 
 def test_the_error_maps_are_at_a_ratio_that_most_methods_have(tmp_path):

@@ -5,16 +5,19 @@ Every number comes from the records of the rooms before; nothing is measured her
 
 from cospadi.tables.cells import Cell, projection_errors, read_summary, summary
 from cospadi.tables.figures import write_figures
+from cospadi.tables.overview import overview, write_overviews
 from cospadi.tables.render import PaperTable, notes, paper_table, write_tables
 
 __all__ = [
     "Cell",
     "PaperTable",
     "notes",
+    "overview",
     "paper_table",
     "projection_errors",
     "read_summary",
     "summary",
     "write_figures",
+    "write_overviews",
     "write_tables",
 ]

@@ -19,6 +19,7 @@ from cospadi.tables.cells import DENSE, Cell, projection_errors, summary
 from cospadi.tables.render import PaperTable, paper_table, perplexity, tables
 
 _KNOWN_COLOURS = {"svd": "#7F7F7F", "asvd": "#E69F00", "svd_llm": "#0072B2", "cospadi": "#D55E00"}
+_KNOWN_COLOURS |= {"cospadi_plus": "#1c2024"}
 _COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#117733")
 _COLOURS += ("#CC6677", "#88CCEE", "#661100")
 _MARKERS = "osD^v<>phd*8"
@@ -114,8 +115,10 @@ def _against_size(frame: pd.DataFrame, metric: str):
     panels = figure.subplots(height, width, squeeze=False)
     unplaced = False
     for panel, (model, title) in zip(panels.flat, models.items(), strict=False):
-        unplaced |= _draw_lines(panel, frame[frame["model"] == model], metric, methods)
+        rows = frame[frame["model"] == model]
+        unplaced |= _draw_lines(panel, rows, metric, methods)
         panel.set_title(title)
+        _label_megabytes(panel, rows)
     for panel in panels.flat[len(models) :]:
         panel.set_visible(False)
     for panel in panels[-1, :]:
@@ -137,6 +140,18 @@ def _against_size(frame: pd.DataFrame, metric: str):
         figure.set_figheight(figure.get_figheight() + 0.21 * (math.ceil(len(entries) / columns) - 1))
         figure.legend(handles=entries, loc="outside lower center", ncols=columns)
     return figure
+
+
+def _label_megabytes(panel, rows: pd.DataFrame) -> None:
+    """A second axis at the top: what the projections take on disk, masks and indices counted."""
+    compressed = rows[(rows["method"] != DENSE) & (rows["stored_ratio"] < 1) & (rows["bits"] > 0)]
+    if compressed.empty:
+        return
+    row = compressed.iloc[0]
+    dense = float(row["bits"]) / (1 - float(row["stored_ratio"])) / 8e6
+    axis = panel.secondary_xaxis("top", functions=(lambda ratio: dense * (1 - ratio), lambda size: 1 - size / dense))
+    axis.set_xlabel("Projections, MB stored", fontsize=9, color=_SOFT)
+    axis.tick_params(labelsize=8, colors=_SOFT)
 
 
 def _draw_lines(panel, rows: pd.DataFrame, metric: str, methods: dict[str, str]) -> bool:
