@@ -54,9 +54,10 @@ def write(
 ) -> None:
     """The checkpoint ``source`` with the projections named in ``factors`` compressed, a shard in memory at a time.
 
-    Factors that hold the same dictionary, or left factor, share it: the first stores it. Tensors that are not compressed keep their dtype, as do tokenizer and generation settings. With ``stub`` a few lines of
-    Python are put beside them that import cospadi, for programs that load with ``trust_remote_code=True`` and cannot
-    import it themselves; nothing runs them unasked.
+    Factors that hold the same dictionary, or left factor, share it: the first stores it. Tensors that are not compressed
+    keep their dtype, as do tokenizer and generation settings. With ``stub`` a few lines of Python are put beside them that
+    import cospadi, for programs that load with ``trust_remote_code=True`` and cannot import it themselves; nothing runs
+    them unasked.
 
     Raises:
         UserError: ``folder`` is not ours to replace, the disk is full, or a name is not in ``source``.
@@ -360,7 +361,7 @@ def _dense(
         layer.load_state_dict({part: checkpoint.read(full) for part, full in parts.items()})
         layer.check()
         compressed |= set(parts.values())
-        yield f"{name}.weight", _cast(f"{name}.weight", layer.weight().T, dtype)
+        yield f"{name}.weight", _cast(f"{name}.weight", layer.dense_weight().T, dtype)
         if layer.bias is not None:
             yield f"{name}.bias", _cast(f"{name}.bias", layer.bias.detach(), dtype)
     for name in checkpoint.names:

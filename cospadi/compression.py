@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from cospadi.config import CONF, Config, load
+from cospadi.config import CONF, IDENTITY, Config, load
 from cospadi.errors import UserError
 from cospadi.records import check_output_folder, own_folder, read_json, text_hash, versions, write_json
 from cospadi.sources.addresses import local_path
@@ -103,6 +103,13 @@ def configured(source: str, overrides: Sequence[str], text: str | None) -> Confi
     elif text is not None:
         chosen += ["text@calibration.text=file", _set("calibration.text.source", str(Path(text).resolve()))]
     config = load([*chosen, *overrides])
+    if getattr(config.factorization, "fixed_atoms", None) == IDENTITY and any(
+        "factorization.rho=" in o for o in overrides
+    ):
+        raise UserError(
+            f"factorization.rho has no effect on {config.factorization.name}, which has fixed atoms. "
+            "Set factorization.learned_atoms, or take --method cospadi."
+        )
     if getattr(config.factorization, "rank_search", None) is not None:
         raise UserError("compress has no rank search. Take factorization=asvd, or run the study that has asvd_search.")
     return config

@@ -230,6 +230,10 @@ class GroupedConfig(FactorizationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least("factorization.group_size", self.group_size, 1)
+        _require(
+            self.grouped is None or len(self.grouped) > 0,
+            "factorization.grouped is empty, so nothing would share. Set null for the default, or group_size=1.",
+        )
         _one_of("factorization.pairing", self.pairing, (CONSECUTIVE, SAME_INPUT, MATCHED))
         _require(
             self.pairing != MATCHED or self.group_size == 2,
@@ -357,11 +361,16 @@ class CoSpaDiConfig(GroupedConfig):
                 f"factorization.{setting}={value} needs factorization.solver=htp and factorization.accounting=mask. "
                 f"Set {setting}={plain}, or these two.",
             )
+        if self.fixed_atoms == IDENTITY:
+            self.rho = CoSpaDiConfig.rho  # not read: a value given to other methods of a study makes nothing stale here
+        else:
+            self.learned_atoms = AUTO  # likewise
         if self.learned_atoms == AUTO:
             return
         _require(
             not isinstance(self.learned_atoms, str) and 0 <= self.learned_atoms < 1,
-            f"factorization.learned_atoms={self.learned_atoms} is no fraction of the shorter side. Set 0 or more and less than 1, or auto.",
+            f"factorization.learned_atoms={self.learned_atoms} is no fraction of the shorter side. "
+            "Set 0 or more and less than 1, or auto.",
         )
         self.learned_atoms = float(self.learned_atoms)
 
@@ -549,10 +558,11 @@ class StudyConfig:
             values = getattr(self, setting)
             _require(len(values) > 0, f"study.{setting} is empty: there is nothing to compare.")
             _require(len(set(values)) == len(values), f"study.{setting} names an entry twice: {list(values)}.")
-        for method, ratios in self.ratios_of.items():
+        known = [*self.methods, *(file.stem for file in (CONF / "factorization").glob("*.yaml"))]
+        for method, ratios in self.ratios_of.items():  # of methods that a study is narrowed down not to have, too
             _require(
-                method in self.methods,
-                f"study.ratios_of.{method} is of no method of this study{did_you_mean(method, self.methods)} "
+                method in known,
+                f"study.ratios_of.{method} is of no method{did_you_mean(method, known)} "
                 f"study.methods are: {', '.join(self.methods)}.",
             )
             _require(len(ratios) > 0, f"study.ratios_of.{method} is empty. Take {method} out of study.methods instead.")

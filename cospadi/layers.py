@@ -35,7 +35,7 @@ NONE = "none"
 
 
 class CompressedLinear(nn.Module):
-    """What both kinds share: sizes, an optional bias, and the choice between few and many tokens."""
+    """What all kinds share: sizes, an optional bias, and the choice between few and many tokens."""
 
     kind: str
     shared_part: str | None = None
@@ -60,8 +60,11 @@ class CompressedLinear(nn.Module):
         outputs = outputs if self.bias is None else outputs + self.bias
         return outputs.view(*inputs.shape[:-1], self.out_features)
 
-    def weight(self) -> Float[Tensor, "d_in d_out"]:
-        """The weight multiplied out in float32: ``outputs = inputs @ weight``."""
+    def dense_weight(self) -> Float[Tensor, "d_in d_out"]:
+        """The weight multiplied out in float32: ``outputs = inputs @ dense_weight``.
+
+        Not named ``weight``: transformers takes a tied module that has one for a linear layer and looks at its shape.
+        """
         raise NotImplementedError
 
     def _few(self, rows: Tensor) -> Tensor:
@@ -133,7 +136,7 @@ class LowRankLinear(CompressedLinear):
     def _sizes(self) -> dict[str, Any]:
         return {"rank": self.left.shape[1], "storage_dtype": _name(self.left.dtype)}
 
-    def weight(self) -> Float[Tensor, "d_in d_out"]:
+    def dense_weight(self) -> Float[Tensor, "d_in d_out"]:
         return self.left.float() @ self.right.float()
 
     def _few(self, rows: Tensor) -> Tensor:
@@ -202,7 +205,7 @@ class SparseDictionaryLinear(CompressedLinear):
             "value_bits": self.value_bits,
         }
 
-    def weight(self) -> Float[Tensor, "d_in d_out"]:
+    def dense_weight(self) -> Float[Tensor, "d_in d_out"]:
         codes = self._codes().float()
         learned = self.dictionary.float() @ codes[:, self.n_fixed :].T
         return learned + codes[:, : self.n_fixed].T if self.n_fixed else learned
@@ -295,6 +298,7 @@ class SparsePlusLowRankLinear(SparseDictionaryLinear):
     """``y = x S + (x L) R + b``: sparse ``S`` as coefficients of the identity, ``L`` and ``R`` in 16 bits beside it."""
 
     kind = SparsePlusLowRank.kind
+    shared_part = None
 
     def __init__(
         self,
@@ -314,8 +318,8 @@ class SparsePlusLowRankLinear(SparseDictionaryLinear):
     def _sizes(self) -> dict[str, Any]:
         return {"rank": len(self.right), "n_values": self.n_values, "storage_dtype": _name(self.left.dtype)}
 
-    def weight(self) -> Float[Tensor, "d_in d_out"]:
-        return super().weight() + self.left.float() @ self.right.float()
+    def dense_weight(self) -> Float[Tensor, "d_in d_out"]:
+        return super().dense_weight() + self.left.float() @ self.right.float()
 
     def _few(self, rows: Tensor) -> Tensor:
         return super()._few(rows) + _few_through_rank(rows, self.left, self.right)

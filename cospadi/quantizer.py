@@ -100,7 +100,7 @@ class CoSpaDiQuantizer(HfQuantizer):
         shared = ties(specs(model))
         for name, layer in list(model.named_modules()):
             if isinstance(layer, CompressedLinear):
-                weight = layer.weight()
+                weight = layer.dense_weight()
                 dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
                 dense.weight = nn.Parameter(weight.T.to(dtype or torch.float32).contiguous(), requires_grad=False)
                 if layer.bias is not None:

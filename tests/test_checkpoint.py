@@ -401,7 +401,7 @@ def test_a_layer_is_its_factors(d_in, d_out, atoms, density, rows, with_bias, dt
     with torch.inference_mode():
         torch.testing.assert_close(layer(inputs), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer._many(inputs), inputs @ factors.weight(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layer.weight(), factors.weight(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.dense_weight(), factors.weight(), rtol=1e-5, atol=1e-6)
     bits = sum(8 * t.numel() * t.element_size() for n, t in layer.state_dict().items() if n != "bias")
     assert bits == stored_bits(factors)
 
@@ -422,7 +422,7 @@ def test_identity_atoms_stand_before_the_learned_ones(atoms, rows):
     inputs = torch.randn(rows, d_in, generator=draw)
     with torch.inference_mode():
         torch.testing.assert_close(layer(inputs), inputs @ weight, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layer.weight(), weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.dense_weight(), weight, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(factors.weight(), weight, rtol=1e-5, atol=1e-6)
 
 
@@ -447,7 +447,7 @@ def test_a_sparse_plus_low_rank_layer_is_its_factors(d_in, d_out, rank, density,
     with torch.inference_mode():
         torch.testing.assert_close(layer(inputs), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer._many(inputs), inputs @ factors.weight(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layer.weight(), factors.weight(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.dense_weight(), factors.weight(), rtol=1e-5, atol=1e-6)
     bits = sum(8 * t.numel() * t.element_size() for n, t in layer.state_dict().items() if n != "bias")
     assert bits == stored_bits(factors)
     n_values = int((factors.sparse.coefficients != 0).sum())
@@ -466,7 +466,7 @@ def test_a_mask_that_disagrees_with_its_values_is_refused(made):
 def test_casting_a_layer_keeps_its_stored_bits(made, method, cast):
     layer = cospadi.load(made("qwen2", method)[1]).model.layers[0].self_attn.q_proj
     inputs, before = torch.randn(3, 32), {name: t.clone() for name, t in layer.state_dict().items() if name != "bias"}
-    expected = inputs @ layer.weight() + layer.bias
+    expected = inputs @ layer.dense_weight() + layer.bias
     layer.to(cast)
     assert layer.bias.dtype == cast
     assert all(layer.state_dict()[name].equal(tensor) for name, tensor in before.items())
@@ -487,7 +487,7 @@ def test_gradients_flow_through_to_the_inputs(made):
     layer = cospadi.load(made()[1]).model.layers[0].mlp.up_proj
     inputs = torch.randn(3, 32, requires_grad=True)
     layer(inputs).sum().backward()
-    torch.testing.assert_close(inputs.grad, layer.weight().sum(dim=1).expand(3, 32), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(inputs.grad, layer.dense_weight().sum(dim=1).expand(3, 32), rtol=1e-3, atol=1e-4)
 
 
 # --- the commands

@@ -8,11 +8,12 @@ import references
 import torch
 from hypothesis import given
 
+from cospadi.compression import configured
 from cospadi.config import CoSpaDiConfig, load
 from cospadi.errors import UserError
 from cospadi.factorization import budget, search
 from cospadi.factorization.factors import SparseDictionary, stored_bits
-from cospadi.factorization.htp import htp, htp_batch
+from cospadi.factorization.htp import Solution, htp, htp_batch
 from cospadi.factorization.methods import Problem, factorize, factorize_all
 from cospadi.factorization.whitening import output_error, whitener
 
@@ -112,6 +113,20 @@ def test_a_batch_gives_what_its_members_give_alone():
         assert alone.errors[-1] == pytest.approx(together[i].errors[-1], rel=0.03)
 
 
+def test_the_size_of_a_matrix_is_not_that_of_its_batch():
+    errors = {0: (5.0, 6.0, 4.0, 1.0), 1: (5.0, 4.0, 3.0, 3.5), 2: (5.0, 4.0, 4.0, 1.0)}
+
+    def solve(which, size, n_rounds):
+        assert n_rounds == search.PROBE_ROUNDS
+        return [Solution(torch.zeros(1, 1), torch.zeros(1, 1), [errors[i][size[0]]]) for i in which]
+
+    sizes = [(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0)]
+    assert search._probed(3, sizes, solve) == ([0, 2, 1], [5.0, 3.0, 4.0])
+    for i in range(3):
+        alone = search._probed(1, sizes, lambda which, *rest, i=i: solve([i], *rest))
+        assert alone == ([[0, 2, 1][i]], [[5.0, 3.0, 4.0][i]])
+
+
 def test_free_supports_also_serve_dictionaries_without_fixed_atoms():
     given = problem(3)
     target = (given.whitener @ given.weight.double()).float()
@@ -149,6 +164,14 @@ def test_the_configurations_are_what_their_names_say():
     flagship, sparse = (load([f"factorization={name}"]).factorization for name in ("cospadi_plus", "cospadi_sparse"))
     assert (flagship.fixed_atoms, flagship.learned_atoms) == ("identity", "auto")
     assert (sparse.fixed_atoms, sparse.learned_atoms) == ("identity", 0.0)
+
+
+def test_settings_that_are_not_read_change_nothing():
+    assert plus(rho=3) == plus()
+    learned_only = {"fixed_atoms": "none", "support": "column"}
+    assert plus(learned_atoms=0.1, **learned_only) == plus(**learned_only)
+    with pytest.raises(UserError, match=r"factorization\.rho has no effect on cospadi_plus"):
+        configured("tiny_llama", ["factorization=cospadi_plus", "factorization.rho=3"], None)
 
 
 def test_nothing_is_lost_between_factors_and_file():

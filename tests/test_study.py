@@ -167,8 +167,7 @@ def test_a_ratio_that_a_method_cannot_have_is_known_before_the_first_job():
 @pytest.mark.parametrize(
     ("ratios_of", "sentence"),
     [
-        ("svdd=[0.3]", "study.ratios_of.svdd is of no method of this study. Did you mean svd?"),
-        ("wanda=[0.3]", "study.ratios_of.wanda is of no method of this study"),
+        ("svdd=[0.3]", "study.ratios_of.svdd is of no method. Did you mean svd?"),
         ("svd=[]", "study.ratios_of.svd is empty"),
         ("svd=[0.3,0.3]", "study.ratios_of.svd names an entry twice"),
         ("svd=[3]", "factorization.compression_ratio=3 is not between 0 and 1"),
@@ -176,6 +175,14 @@ def test_a_ratio_that_a_method_cannot_have_is_known_before_the_first_job():
 )
 def test_ratios_of_a_method_are_checked(ratios_of, sentence):
     assert mistake(f"+study.ratios_of.{ratios_of}").startswith(sentence)
+
+
+def test_a_study_with_ratios_of_its_methods_can_be_narrowed_down():
+    grid = Study("rivals", ["study.methods=[svd_llm,wanda]"])
+    assert [(c.method, c.ratio) for c in grid.cells] == [
+        *(("svd_llm", ratio) for ratio in ("0.2", "0.3", "0.4", "0.5")),
+        *(("wanda", ratio) for ratio in ("0.2", "0.3", "0.4", "0.4375", "0.5")),
+    ]
 
 
 def test_a_recipe_is_canonical_json(plain):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from cospadi.errors import UserError
 from cospadi.tables import (
     Cell,
+    figures,
     notes,
     paper_table,
     projection_errors,
@@ -454,6 +455,18 @@ def test_a_method_with_ratios_of_its_own_has_rows_of_its_own(tmp_path):
     assert {path.name for path in write_tables(cells, tmp_path, "Study")} >= {"summary.csv", "small.md", "small.html"}
     check_pictures(write_figures(cells, tmp_path))
     assert "0.4375" in (tmp_path / "small.md").read_text()
+
+
+def test_the_upper_axis_tells_what_projections_take_on_disk():
+    cells = [dense(), *(cell("svd", ratio, model="small") for ratio in (0.2, 0.4))]
+    frame = summary(cells)
+    figure = figures._against_size(frame, "token_perplexity")
+    figure.draw_without_rendering()
+    (panel,) = figure.axes
+    (upper,) = panel.child_axes
+    megabytes = frame["dense_bits"].max() / 8e6
+    low, high = panel.get_xlim()
+    assert upper.get_xlim() == pytest.approx((megabytes * (1 - low), megabytes * (1 - high)))
 
 
 def test_the_overview_has_methods_down_ratios_across_and_the_best_bold(tmp_path):

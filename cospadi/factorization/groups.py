@@ -71,8 +71,7 @@ def groups_of(
         return [(p,) for p in projections]
     if config.pairing == MATCHED:
         named = config.grouped or {p.projection for p in projections}
-        sketches = {p.name: _sketch_of(problem_of(p)) for p in projections if p.projection in named}
-        return matched(projections, sketches)
+        return matched(projections, _sketches([p for p in projections if p.projection in named], problem_of))
     grouped = config.grouped or shared_by_default(projections)
     return consecutive(projections, config.group_size, grouped, siblings=config.pairing == SAME_INPUT)
 
@@ -146,7 +145,14 @@ def matched(projections: Sequence[Projection], sketches: Mapping[str, Float[Tens
 
 
 @torch.no_grad()
-def sketch(weight: Float[Tensor, "d_in d_out"], whitener: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in n"]:
+def gram_root(whitener: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
+    """The symmetric ``G^½`` of ``G = RᵀR``."""
+    values, vectors = torch.linalg.eigh(whitener.mT @ whitener)
+    return vectors * values.clamp_min(0).sqrt() @ vectors.mT
+
+
+@torch.no_grad()
+def sketch(weight: Float[Tensor, "d_in d_out"], root: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in n"]:
     """``A Ω`` for ``A = G^½ W Wᵀ G^½ / ‖…‖_F``, ``G = RᵀR``, and a fixed Gaussian ``Ω``: what distances are taken between.
 
     ``A`` says which input directions, in units of output, the columns of a weight span and how much of it lies in each:
@@ -155,8 +161,6 @@ def sketch(weight: Float[Tensor, "d_in d_out"], whitener: Float[Tensor, "d_in d_
     whitened weights (arXiv:1905.00414). That GeoPair matches on a distance between whitened weights is the paper's; this
     distance is ours. The sketch keeps it within some ten percent (Johnson-Lindenstrauss) at ``SKETCH / d_in`` of the memory.
     """
-    values, vectors = torch.linalg.eigh(whitener.mT @ whitener)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.mT
     spanned = root @ weight.to(root.dtype)
     n = min(SKETCH, len(spanned))
     draw = torch.randn(len(spanned), n, generator=torch.Generator().manual_seed(0), dtype=root.dtype).to(root.device)
@@ -164,8 +168,15 @@ def sketch(weight: Float[Tensor, "d_in d_out"], whitener: Float[Tensor, "d_in d_
     return (spanned @ (spanned.mT @ draw) / scale.clamp_min(torch.finfo(root.dtype).tiny) / n**0.5).float()
 
 
-def _sketch_of(problem: Problem) -> Tensor:
-    return sketch(problem.weight, problem.whitener)
+def _sketches(projections: Sequence[Projection], problem_of: Callable[[Projection], Problem]) -> dict[str, Tensor]:
+    """Those of one input one after another, so that they share its whitener and the root of its gram."""
+    found = {}
+    for _, run in itertools.groupby(projections, key=lambda p: (p.layer, p.shared_input)):
+        members = list(run)
+        problems = [problem_of(p) for p in members]
+        root = gram_root(problems[0].whitener)
+        found |= {p.name: sketch(problem.weight, root) for p, problem in zip(members, problems, strict=True)}
+    return found
 
 
 def by_shared_input(config: FactorizationConfig, groups: Sequence[Group]) -> Iterator[list[Group]]:

@@ -45,9 +45,9 @@ def learned_only(
     )
     basis = left_singular_vectors(targets, min(d_in, d_out))
 
-    def solve(members: list[int], size: Size, n_rounds: int) -> list[Solution]:
-        start = first_atoms(targets[members], *size, basis[members])
-        return htp_batch(targets[members], *size, **settings | {"n_rounds": n_rounds}, start=start)
+    def solve(which: list[int], size: Size, n_rounds: int) -> list[Solution]:
+        start = first_atoms(targets[which], *size, basis[which])
+        return htp_batch(targets[which], *size, **settings | {"n_rounds": n_rounds}, start=start)
 
     return _best(len(targets), sizes, solve, settings["n_rounds"])
 
@@ -101,6 +101,8 @@ def beside_identity(
 def size_beside_identity(d_in: int, d_out: int, compression_ratio: float, fraction: float, members: int = 1) -> Size:
     """So many learned atoms beside the identity's, and the mean number of non-zeros per column that leaves.
 
+    Of the same number in every column, the fraction is lost: less than a value per column.
+
     >>> size_beside_identity(576, 1536, 0.3, 0.125)
     (72, 335.69987)
 
@@ -137,19 +139,19 @@ def _best(count: int, sizes: Sequence[Size], solve: Solve, n_rounds: int) -> lis
     chosen, _ = _probed(count, sizes, solve)
     solutions: dict[int, Solution] = {}
     for candidate in sorted(set(chosen)):
-        members = [i for i in everything if chosen[i] == candidate]
-        solutions |= dict(zip(members, solve(members, sizes[candidate], n_rounds), strict=True))
+        which = [i for i in everything if chosen[i] == candidate]
+        solutions |= dict(zip(which, solve(which, sizes[candidate], n_rounds), strict=True))
     return [solutions[i] for i in everything]
 
 
 def _probed(count: int, sizes: Sequence[Size], solve: Solve) -> tuple[list[int], list[float]]:
-    """The best size of every matrix after a short run, and its error; sizes go up until no matrix gains any more."""
-    lowest = torch.full((count,), torch.inf, dtype=torch.float64)
-    chosen = torch.zeros(count, dtype=torch.long)
+    """The best size of every matrix after a short run, and its error; sizes go up until the matrix gains no more."""
+    chosen, lowest, going = [0] * count, [float("inf")] * count, list(range(count))
     for candidate, size in enumerate(sizes):
-        errors = torch.tensor([s.errors[-1] for s in solve(list(range(count)), size, PROBE_ROUNDS)])
-        gains = errors < lowest
-        chosen[gains], lowest = candidate, torch.minimum(errors.double(), lowest)
-        if not gains.any():
+        errors = {i: s.errors[-1] for i, s in zip(going, solve(going, size, PROBE_ROUNDS), strict=True)}
+        going = [i for i in going if errors[i] < lowest[i]]  # each on its own: a batch changes nothing
+        for i in going:
+            chosen[i], lowest[i] = candidate, errors[i]
+        if not going:
             break
-    return chosen.tolist(), lowest.tolist()
+    return chosen, lowest

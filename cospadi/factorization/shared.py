@@ -55,7 +55,7 @@ def shared_htp(
     problem (arXiv:2509.22075, eq. 30, here of weights that count alike). Every round then codes each member over its own
     atoms ``R_l D``, made unit, where a column keeps its old code if the new one is no better, and solves
     ``Σ_l G_l D M_l = Σ_l G_l W_l S_lᵀ`` with ``M_l = S_l S_lᵀ``, ``G_l = R_lᵀR_l`` (`shared_dictionary`), gone past by
-    ``relaxation`` of the way. Both lower the error or leave it, so the result is never worse than the start. From the
+    ``relaxation`` of the way. Both lower the error or leave it, so the result is never worse than the start (if ``balanced``). From the
     eigenbasis rather than from there, the same rounds end at a far higher error: atoms that are orthonormal under the mean
     gram are not under any member's, and a few conjugate-gradient steps do not make up for it.
 
@@ -157,8 +157,10 @@ def shared_dictionary(
 
     def image(change: Tensor) -> Tensor:
         """``Σ_l A_lᵀA_l X M_l``, the ridge included."""
-        found = torch.stack([a.mT @ (a @ change @ m) for a, m in zip(maps, moments, strict=True)]).sum(dim=0)
-        return found.add_(change, alpha=float(ridge))
+        return (
+            torch.stack([a.mT @ (a @ change @ m) for a, m in zip(maps, moments, strict=True)]).sum(dim=0)
+            + ridge * change
+        )
 
     def preconditioned(residual: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(factor.mT, residual, upper=True, left=False)

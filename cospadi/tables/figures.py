@@ -144,11 +144,9 @@ def _against_size(frame: pd.DataFrame, metric: str):
 
 def _label_megabytes(panel, rows: pd.DataFrame) -> None:
     """A second axis at the top: what the projections take on disk, masks and indices counted."""
-    compressed = rows[(rows["method"] != DENSE) & (rows["stored_ratio"] < 1) & (rows["bits"] > 0)]
-    if compressed.empty:
+    dense = rows.loc[rows["dense_bits"] > 0, "dense_bits"].max() / 8e6
+    if not dense > 0:
         return
-    row = compressed.iloc[0]
-    dense = float(row["bits"]) / (1 - float(row["stored_ratio"])) / 8e6
     axis = panel.secondary_xaxis("top", functions=(lambda ratio: dense * (1 - ratio), lambda size: 1 - size / dense))
     axis.set_xlabel("Projections, MB stored", fontsize=9, color=_SOFT)
     axis.tick_params(labelsize=8, colors=_SOFT)
