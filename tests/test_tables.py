@@ -466,7 +466,7 @@ def test_the_upper_axis_tells_what_projections_take_on_disk():
     (upper,) = panel.child_axes
     megabytes = frame["dense_bits"].max() / 8e6
     low, high = panel.get_xlim()
-    assert upper.get_xlim() == pytest.approx((megabytes * (1 - low), megabytes * (1 - high)))
+    assert sorted(upper.get_xlim()) == pytest.approx([megabytes * (1 - high), megabytes * (1 - low)])
 
 
 def test_the_overview_has_methods_down_ratios_across_and_the_best_bold(tmp_path):
