@@ -21,9 +21,9 @@ SECONDS = {
     "calibrate": 420,
     "search_ranks": 600,
     "choose_ranks": 10,
-    "factorize": 36,
-    "evaluate_dense": 80,
-    "evaluate": 85,
+    "factorize": 110,
+    "evaluate_dense": 55,
+    "evaluate": 60,
     "tabulate": 15,
 }
 """A job's core-seconds relative to the others', measured on the default study; only their proportions matter."""

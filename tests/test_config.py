@@ -84,7 +84,7 @@ def test_a_misspelt_key_is_refused_by_name(override, named, meant):
 @pytest.mark.parametrize(
     ("file", "line", "named"),
     [
-        ("factorization/cospadi.yaml", "rhoo: 3", "factorization.rhoo"),
+        ("factorization/cospadi_plus.yaml", "rhoo: 3", "factorization.rhoo"),
         ("calibration/news.yaml", "n_sample: 3", "calibration.n_sample"),
         ("evaluation/embedded.yaml", "windw: 3", "evaluation.windw"),
         ("text/lee_news.yaml", "tittle: x", "calibration.text.tittle"),
@@ -102,9 +102,9 @@ def test_a_misspelt_key_in_a_file_is_refused_with_the_file(conf, file, line, nam
 @pytest.mark.parametrize(
     ("file", "content", "named"),
     [
-        ("factorization/cospadi.yaml", "rho: [3", "cospadi.yaml"),
-        ("factorization/cospadi.yaml", "rho: 4", "cospadi.yaml"),  # a second time
-        ("factorization/cospadi.yaml", "tolerance: abc", "factorization.tolerance"),
+        ("factorization/cospadi_plus.yaml", "rho: [3", "cospadi_plus.yaml"),
+        ("factorization/cospadi_plus.yaml", "cg_steps: 4", "cospadi_plus.yaml"),  # a second time
+        ("factorization/cospadi_plus.yaml", "tolerance: abc", "factorization.tolerance"),
         ("model/smollm2_135m.yaml", "dtype: int8", "model.dtype=int8"),
     ],
 )
