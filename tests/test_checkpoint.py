@@ -507,7 +507,7 @@ def test_compress_writes_what_load_reads(compressed, capsys):
     assert sum(isinstance(m, CompressedLinear) for m in model.modules()) == 14
     found = checkpoint.ledger(compressed / "out")
     assert 0.3 <= found["removed"] < 0.35
-    assert found["record"]["factorization"]["name"] == "cospadi"
+    assert found["record"]["factorization"]["name"] == "cospadi_plus"
     assert cli.main(["info", str(compressed / "out")]) == 0
     assert "30." in capsys.readouterr().out
     assert cli.main(["info", str(compressed / "out"), "--json"]) == 0
@@ -520,7 +520,7 @@ def test_compress_goes_on_where_it_was_cut_off(compressed, monkeypatch):
     def refuse(*_):
         raise AssertionError("this was finished")
 
-    settings = ["factorization=cospadi", "factorization.compression_ratio=0.3", "calibration=smoke"]
+    settings = ["factorization=cospadi_plus", "factorization.compression_ratio=0.3", "calibration=smoke"]
     settings += ["factorization.device=auto", "calibration.device=auto"]
     for stage in ("prepare_model", "prepare_text", "calibrate", "factorize"):
         monkeypatch.setattr(stages, stage, refuse)

@@ -103,7 +103,7 @@ def test_tables_are_made_of_every_cell(plain):
     ("override", "rooms"),
     [
         ("evaluation.n_windows=3", {"evaluation"}),
-        ("evaluation.revision=2", {"evaluation"}),
+        ("evaluation.revision=9", {"evaluation"}),
         ("calibration.n_samples=15", {"calibration"}),
         ("calibration.revision=2", {"calibration"}),
         ("calibration.damping=0.01", {"factorization"}),
@@ -240,7 +240,7 @@ def test_a_setting_that_the_grid_would_overrule_is_refused(override, instead):
 
 
 def test_an_unknown_study_is_refused():
-    with pytest.raises(UserError, match=r"study=nope does not exist.*default, smoke"):
+    with pytest.raises(UserError, match=r"study=nope does not exist.*default, groups, rivals, smoke"):
         Study("nope")
 
 

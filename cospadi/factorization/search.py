@@ -103,8 +103,8 @@ def size_beside_identity(d_in: int, d_out: int, compression_ratio: float, fracti
 
     Of the same number in every column, the fraction is lost: less than a value per column.
 
-    >>> size_beside_identity(576, 1536, 0.3, 0.125)
-    (72, 335.69987)
+    >>> size_beside_identity(576, 576, 0.5, 0.0625)
+    (36, 213.75)
 
     Raises:
         UserError: when there is no room for one non-zero per column.
