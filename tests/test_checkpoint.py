@@ -530,7 +530,7 @@ def test_compress_goes_on_where_it_was_cut_off(compressed, monkeypatch):
         monkeypatch.setattr(stages, stage, refuse)
     settings[1] = "factorization.compression_ratio=0.5"
     found = compress_to("tiny_llama", compressed / "out", settings, keep_work=True)
-    assert found["removed"] > 0.5
+    assert found["removed"] >= 0.5
 
 
 def test_compress_takes_a_folder_and_a_text_file(made, compressed, tmp_path):
