@@ -477,7 +477,7 @@ def test_methods_that_share_nothing_say_so():
 
 # --- files, checkpoints, ties
 
-GROUPED = ("cospadi_group", "cospadi_plus_group", "geopair", "basis_sharing")
+GROUPED = ("cospadi_group", "cospadi_plus", "geopair", "basis_sharing")
 STORED = dict.fromkeys(GROUPED, "dictionary") | {"basis_sharing": "left"}
 
 
@@ -688,7 +688,7 @@ def test_compress_in_python_shares_too(made, tmp_path, method):
             assert float((layer.dense_weight() - stored[name].weight()).norm() / layer.dense_weight().norm()) < 0.2
 
 
-@pytest.mark.parametrize("method", ["cospadi_group", "basis_sharing", "cospadi_plus_group"])
+@pytest.mark.parametrize("method", ["cospadi_group", "basis_sharing", "cospadi_plus"])
 def test_layers_with_biases_share_too(made, tmp_path, method):
     dense = made("cospadi_group") / "out.work/model"
     tokenizer = AutoTokenizer.from_pretrained(dense)
