@@ -49,7 +49,15 @@ def learned_only(
         start = first_atoms(targets[which], *size, basis[which])
         return htp_batch(targets[which], *size, **settings | {"n_rounds": n_rounds}, start=start)
 
-    return _best(len(targets), sizes, solve, settings["n_rounds"])
+    everything, n_rounds = list(range(len(targets))), settings["n_rounds"]
+    if len(sizes) == 1:
+        return solve(everything, sizes[0], n_rounds)
+    chosen, _ = _probed(len(targets), sizes, solve)
+    solutions: dict[int, Solution] = {}
+    for candidate in sorted(set(chosen)):
+        which = [i for i in everything if chosen[i] == candidate]
+        solutions |= dict(zip(which, solve(which, sizes[candidate], n_rounds), strict=True))
+    return [solutions[i] for i in everything]
 
 
 def beside_identity(
@@ -62,6 +70,8 @@ def beside_identity(
     members: int = 1,
 ) -> list[Solution]:
     """``Y ≈ [R D] S``: identity atoms, whitened, and the best of ``fractions`` of the shorter side learned ones.
+
+    ``fractions`` is one, or several from 0 up.
 
     Coding starts from the weight itself, which reproduces ``Y = R W`` but is not sparse. Without learned atoms what
     comes out is sparse least squares on the weight, settled in a third of the rounds; learned atoms start as singular
@@ -79,17 +89,15 @@ def beside_identity(
 
     def solve(which: list[int], size: Size, n_rounds: int, start: Tensor | None = None) -> list[Solution]:
         given = {"n_rounds": n_rounds, "fixed": whiteners[which], "fixed_codes": codes[which]}
-        start = None if start is None or size[0] > start.shape[2] else start[which, :, : size[0]]
+        start = None if start is None else start[which, :, : size[0]]
         return htp_batch(targets[which], *size, **settings | given, start=start)
 
     everything, n_rounds = list(range(len(targets))), settings["n_rounds"]
-    if sizes[0][0] > 0:
-        return _best(len(targets), sizes, solve, n_rounds)
-    solutions = solve(everything, sizes[0], max(1, n_rounds // 3))
+    solutions = solve(everything, sizes[0], n_rounds if sizes[0][0] else max(1, n_rounds // 3))
     if len(sizes) == 1:
         return solutions
     left = torch.stack([y - r @ found.coefficients for y, r, found in zip(targets, whiteners, solutions, strict=True)])
-    basis = left_singular_vectors(left, min(max(atoms for atoms, _ in sizes), d_in, d_out))
+    basis = left_singular_vectors(left, max(atoms for atoms, _ in sizes))
     chosen, errors = _probed(len(targets), sizes[1:], lambda which, size, rounds: solve(which, size, rounds, basis))
     for candidate, size in enumerate(sizes[1:]):
         which = [i for i in everything if chosen[i] == candidate and errors[i] < WITHIN_REACH * solutions[i].errors[-1]]
@@ -129,19 +137,6 @@ def _those_that_fit(size_of: Callable[[float], Size], candidates: Sequence[float
     if error and not sizes:
         raise error
     return list(dict.fromkeys(sizes))
-
-
-def _best(count: int, sizes: Sequence[Size], solve: Solve, n_rounds: int) -> list[Solution]:
-    """A short run of every size, then a full one of each matrix' best."""
-    everything = list(range(count))
-    if len(sizes) == 1:
-        return solve(everything, sizes[0], n_rounds)
-    chosen, _ = _probed(count, sizes, solve)
-    solutions: dict[int, Solution] = {}
-    for candidate in sorted(set(chosen)):
-        which = [i for i in everything if chosen[i] == candidate]
-        solutions |= dict(zip(which, solve(which, sizes[candidate], n_rounds), strict=True))
-    return [solutions[i] for i in everything]
 
 
 def _probed(count: int, sizes: Sequence[Size], solve: Solve) -> tuple[list[int], list[float]]:
