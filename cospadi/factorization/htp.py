@@ -196,7 +196,7 @@ class _Problem:
                 gain = torch.maximum(gain, before)
             codes[:, rows] = new
             explained += gain.sum(dim=1, dtype=torch.float64)
-        return self._relative(self.energies.sum(dim=1, dtype=torch.float64) - explained)
+        return self.relative(self.energies.sum(dim=1, dtype=torch.float64) - explained)
 
     def _supports(
         self, joint: Tensor, gram: Tensor, codes: Tensor, step: float, sparsity: int | float
@@ -243,20 +243,27 @@ class _Problem:
         """The best round, its dictionary fitted to its codes and its least squares continued; supports stay."""
         codes = best.codes.clone()
         dictionary = self.update(best.dictionary, codes, 1.0)
-        joint, before = self._joint(dictionary), self._joint(best.dictionary)
+        squared, squared_before = self.polish(dictionary, codes, best.dictionary, best.codes, cg_steps)
+        worse = (squared > squared_before)[:, None, None]  # rounding: keep the round as it was
+        torch.where(worse, best.dictionary, dictionary, out=dictionary)
+        torch.where(worse, best.codes, codes, out=codes)
+        codes[..., : self.n_fixed] /= self.fixed_norms
+        return dictionary, codes, self.relative(torch.minimum(squared, squared_before)).tolist()
+
+    def polish(
+        self, dictionary: Tensor, codes: Tensor, dictionary_before: Tensor, codes_before: Tensor, cg_steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """Least squares of ``codes`` on their supports, in place; squared errors with them, and of what was before."""
+        joint, before = self._joint(dictionary), self._joint(dictionary_before)
         gram = product(joint.mT, joint)
-        squared, squared_before = torch.zeros_like(best.error), torch.zeros_like(best.error)
+        squared, squared_before = torch.zeros(2, len(codes), dtype=torch.float64, device=codes.device)
         for rows in self._rows(joint.shape[2]):
             old, columns = codes[:, rows], self.targets[:, :, rows].mT
             gradient = torch.baddbmm(product(columns, joint), old, gram, alpha=-1)
             codes[:, rows], _ = least_squares(gram, gradient, old, (old != 0).to(old), cg_steps)
             squared += _squared(columns - product(codes[:, rows], joint.mT))
-            squared_before += _squared(columns - product(best.codes[:, rows], before.mT))
-        worse = (squared > squared_before)[:, None, None]  # rounding: keep the round as it was
-        torch.where(worse, best.dictionary, dictionary, out=dictionary)
-        torch.where(worse, best.codes, codes, out=codes)
-        codes[..., : self.n_fixed] /= self.fixed_norms
-        return dictionary, codes, self._relative(torch.minimum(squared, squared_before)).tolist()
+            squared_before += _squared(columns - product(codes_before[:, rows], before.mT))
+        return squared, squared_before
 
     def _joint(self, dictionary: Tensor) -> Tensor:
         return torch.cat([self.fixed, dictionary], dim=2) if self.n_fixed else dictionary
@@ -269,7 +276,8 @@ class _Problem:
             rows = max(32, GPU_BYTES // (10 * batch * max(atoms, 1) * self.targets.element_size()))
         return (slice(first, first + rows) for first in range(0, d_out, rows))
 
-    def _relative(self, squared: Tensor) -> Tensor:
+    def relative(self, squared: Tensor) -> Tensor:
+        """Of squared errors, one for every problem: ``‖Y − DS‖_F / ‖Y‖_F``."""
         energy = self.energies.sum(dim=1, dtype=torch.float64)
         return (squared.clamp_min(0) / torch.where(energy > 0, energy, 1.0)).sqrt()
 
@@ -376,11 +384,20 @@ def best_dictionary(
     ridge = 10 * torch.finfo(moments.dtype).eps * moments.shape[1] * diagonal.mean(dim=1, keepdim=True)
     diagonal.add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(moments)
-    # rather than cholesky_solve, which takes the transpose and half as long again on a CPU
     products = products.addcmul_(ridge[..., None], dictionary)
-    solved = torch.linalg.solve_triangular(factor.mT, products, upper=True, left=False, out=products)
-    solved = torch.linalg.solve_triangular(factor, solved, upper=False, left=False, out=solved)
+    solved = times_inverse(products, factor, out=products)
     return torch.where((failed > 0)[:, None, None], dictionary, solved, out=solved)
+
+
+def times_inverse(
+    matrix: Float[Tensor, "*batch n atoms"], factor: Float[Tensor, "*batch atoms atoms"], out: Tensor | None = None
+) -> Float[Tensor, "*batch n atoms"]:
+    """``matrix · (L Lᵀ)⁻¹`` of a lower ``factor`` ``L``, written to ``out`` where that is given.
+
+    Rather than by ``cholesky_solve``, which takes the transpose and half as long again on a CPU.
+    """
+    half = torch.linalg.solve_triangular(factor.mT, matrix, upper=True, left=False, out=out)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False, out=out)
 
 
 def product(left: Float[Tensor, "batch n m"], right: Float[Tensor, "batch m p"]) -> Float[Tensor, "batch n p"]:

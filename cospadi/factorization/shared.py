@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cospadi.factorization.htp import _lengths, _Problem, _squared, _stalled, htp_batch, least_squares, product
+from cospadi.factorization.htp import _lengths, _Problem, _stalled, htp_batch, product, times_inverse
 from cospadi.factorization.sparse_coding import require_finite
 from cospadi.factorization.whitening import unwhiten
 from cospadi.kernels.products import products
@@ -157,19 +157,13 @@ def shared_dictionary(
 
     def image(change: Tensor) -> Tensor:
         """``Σ_l A_lᵀA_l X M_l``, the ridge included."""
-        return (
-            torch.stack([a.mT @ (a @ change @ m) for a, m in zip(maps, moments, strict=True)]).sum(dim=0)
-            + ridge * change
-        )
-
-    def preconditioned(residual: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(factor.mT, residual, upper=True, left=False)
-        return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+        parts = [a.mT @ (a @ change @ m) for a, m in zip(maps, moments, strict=True)]
+        return torch.stack(parts).sum(dim=0) + ridge * change
 
     pulls = [a.mT @ (p - a @ dictionary @ m) for a, p, m in zip(maps, products, moments, strict=True)]
     residual = torch.stack(pulls).sum(dim=0)
     change = torch.zeros_like(dictionary)
-    guess = preconditioned(residual)
+    guess = times_inverse(residual, factor)
     direction, length = guess, (residual * guess).sum()
     smallest = torch.finfo(moments.dtype).eps ** 2 * length
     for _ in range(0 if failed else steps):
@@ -179,7 +173,7 @@ def shared_dictionary(
         step = torch.where(going, length / curvature, 0.0)
         change = change + step * direction
         residual = residual - step * forward
-        guess = preconditioned(residual)
+        guess = times_inverse(residual, factor)
         shorter = (residual * guess).sum()
         direction = guess + torch.where(going, shorter / length, 0.0) * direction
         length = shorter
@@ -225,16 +219,8 @@ def _refine(
     before, lengths = _seen(maps, best.learned)
     learned = _update(problem, maps, best.learned, codes, lengths, 1.0, dictionary_steps)
     after, _ = _seen(maps, learned)
-    before, after = (torch.cat([problem.fixed, atoms], dim=2) for atoms in (before, after))
-    gram = product(after.mT, after)
-    squared, squared_before = (torch.zeros(len(codes), dtype=torch.float64, device=codes.device) for _ in range(2))
-    for rows in problem._rows(after.shape[2]):
-        old, columns = codes[:, rows], problem.targets[:, :, rows].mT
-        gradient = torch.baddbmm(product(columns, after), old, gram, alpha=-1)
-        codes[:, rows], _ = least_squares(gram, gradient, old, (old != 0).to(old), cg_steps)
-        squared += _squared(columns - product(codes[:, rows], after.mT))
-        squared_before += _squared(columns - product(best.codes[:, rows], before.mT))
-    errors, errors_before = (_together(problem._relative(s)) for s in (squared, squared_before))
+    squared = problem.polish(after, codes, before, best.codes, cg_steps)
+    errors, errors_before = (_together(problem.relative(s)) for s in squared)
     if errors > errors_before:  # rounding: keep the round as it was
         return best.learned, best.codes, errors_before
     return learned, codes, errors
