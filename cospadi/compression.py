@@ -9,14 +9,14 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 from cospadi.config import CONF, IDENTITY, Config, load
 from cospadi.errors import UserError
 from cospadi.records import check_output_folder, own_folder, read_json, text_hash, versions, write_json
-from cospadi.sources.addresses import local_path
+from cospadi.sources.addresses import state_on_disk
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -56,8 +56,8 @@ def compress_to(
     model, documents, grams = work / "model", work / "documents.json", work / "grams"
     factors, record = work / "factors.safetensors", work / "factorization.json"
     settings = asdict(config)
-    settings["model"]["files"] = _stamps(config.model.source)
-    settings["calibration"]["text"]["files"] = _stamps(config.calibration.text.source)
+    settings["model"]["files"] = state_on_disk(config.model.source)
+    settings["calibration"]["text"]["files"] = state_on_disk(config.calibration.text.source)
     done = _Resumed(work)
     done("model", settings["model"], model, lambda: stages.prepare_model(config, model, work / "model.json"))
     calibration = config.calibration
@@ -121,15 +121,6 @@ def _set(setting: str, value: str) -> str:
     return f"{setting}='{quoted}'"
 
 
-def _stamps(source: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of what lies at a place on this disk, to notice when it changes; nothing for other places."""
-    place = local_path(source)
-    if place is None or not place.exists():
-        return []
-    files = sorted(place.rglob("*")) if place.is_dir() else [place]
-    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-
-
 class _Resumed:
     """Runs a step unless its output is there and was made with the same settings, those of earlier steps included."""
 
@@ -187,9 +178,7 @@ def compress(
     """
     from cospadi.calibration import draw_samples, gather
     from cospadi.factorization.factors import Dense
-    from cospadi.factorization.groups import by_shared_input, factorize_projections
-    from cospadi.factorization.methods import Problem
-    from cospadi.factorization.whitening import whitener
+    from cospadi.factorization.groups import by_shared_input, factorize_projections, problems_from
     from cospadi.layers import layer_of
     from cospadi.models import Projection
     from cospadi.quantizer import attach
@@ -208,16 +197,14 @@ def compress(
             d_out, d_in = model.get_submodule(name).weight.shape
             projection = name.removeprefix(f"{config.model.blocks}.{layer}.")
             projections.append(Projection(name, int(layer), projection, shared_input, d_in, d_out))
-    beside: WeakValueDictionary[tuple[int, str], Problem] = WeakValueDictionary()  # as long as they are in use
 
-    def problem_of(projection: Projection) -> Problem:
-        key = projection.layer, projection.shared_input
-        known = beside.get(key)
-        root = whitener(inputs[key].gram, calibration.damping) if known is None else known.whitener
-        weight = model.get_submodule(projection.name).weight.detach().T.float()
-        problem = beside[key] = Problem(weight, root, inputs[key].absolute_mean)
-        return problem
+    def statistics_of(projection: Projection) -> tuple[Tensor, Tensor]:
+        found = inputs[projection.layer, projection.shared_input]
+        return found.gram, found.absolute_mean
 
+    problem_of = problems_from(
+        lambda p: model.get_submodule(p.name).weight.detach().T.float(), statistics_of, calibration.damping
+    )
     smaller, batches = {}, partial(by_shared_input, config.factorization)
     for projection, group, _, factors in factorize_projections(config.factorization, projections, problem_of, batches):
         if not isinstance(factors, Dense):

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 from cospadi.config import ASVDConfig, Config, TextConfig
 from cospadi.errors import UserError
@@ -157,29 +156,16 @@ def _factorized(config: Config, checkpoint: Any, projections: Sequence[Any], gra
     """
     from cospadi import devices
     from cospadi.calibration import read_statistics
-    from cospadi.factorization.groups import factorize_projections
-    from cospadi.factorization.methods import Problem
-    from cospadi.factorization.whitening import whitener
+    from cospadi.factorization.groups import factorize_projections, problems_from
 
     factorization = config.factorization
     device = devices.pick(factorization.device, "factorization.device")
-    beside: WeakValueDictionary[tuple[int, str], Problem] = WeakValueDictionary()  # as long as they are in use
-
-    def problem_of(projection: Any) -> Problem:
-        key = projection.layer, projection.shared_input
-        try:
-            if (known := beside.get(key)) is not None:
-                root, absolute_mean = known.whitener, known.absolute_mean
-            else:
-                gram, absolute_mean = read_statistics(grams, *key, device)
-                root = whitener(gram, config.calibration.damping)
-            rank = ranks[projection.name] if ranks else None
-            weight = checkpoint.weight(projection).to(device)
-            problem = Problem(weight, root, absolute_mean, rank, keep_dense=ranks is not None and rank is None)
-        except UserError as error:
-            raise UserError(f"{projection.name}: {error}") from error
-        beside[key] = problem
-        return problem
+    problem_of = problems_from(
+        lambda p: checkpoint.weight(p).to(device),
+        lambda p: read_statistics(grams, p.layer, p.shared_input, device),
+        config.calibration.damping,
+        ranks,
+    )
 
     def batches(groups: Sequence[Any]):
         return _batches(groups, factorization, device)

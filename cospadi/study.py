@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cospadi.config import METHODS, Config, FactorizationConfig, TextConfig, did_you_mean, layers_together, load
 from cospadi.errors import UserError
-from cospadi.sources import local_path, n_layers
+from cospadi.sources import local_path, n_layers, state_on_disk
 
 RESULTS = "results"
 
@@ -205,10 +205,10 @@ class Study:
         """The settings a job of ``room`` depends on, as canonical JSON: a change re-runs just that job."""
         if room == "text":
             text = self.texts[wildcards["text"]]
-            return _canonical([_without(asdict(text), "title"), _state_on_disk(text.source)])
+            return _canonical([_without(asdict(text), "title"), state_on_disk(text.source)])
         config = self.config(wildcards.get("model"), wildcards.get("method"), wildcards.get("ratio"))
         sections = {
-            "model": lambda: [_without(asdict(config.model), "title"), _state_on_disk(config.model.source)],
+            "model": lambda: [_without(asdict(config.model), "title"), state_on_disk(config.model.source)],
             "calibration": lambda: _without(asdict(config.calibration), "text", "damping"),
             "sensitivity": lambda: _sensitivity(config.factorization),
             "factorization": lambda: [_without(asdict(config.factorization), "title"), _damping(config)],
@@ -328,15 +328,6 @@ def _place(text: TextConfig) -> tuple[str | None, ...]:
     path = local_path(text.source)
     source = text.source if path is None else str(path.resolve())
     return source, text.dataset_config, text.split if text.parser == "dataset" else None
-
-
-def _state_on_disk(source: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a local source's files, so that an edited one is noticed; of others nothing."""
-    path = local_path(source)
-    if path is None or not path.exists():
-        return []
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    return [(f.name, (state := f.stat()).st_size, state.st_mtime_ns) for f in files]
 
 
 def _damping(config: Config) -> dict[str, float]:

@@ -196,7 +196,8 @@ def nonzeros(
     taken = DENSE_BITS * d_in * atoms + members * mask_bits(d_in + atoms, d_out)
     most = (members * budget_bits(d_in, d_out, compression_ratio) - taken) // DENSE_BITS
     if most < at_least:
-        raise _too_small(d_in, d_out, compression_ratio, f"{atoms} atoms, a mask and {at_least} non-zeros")
+        least = f"a mask and {at_least} non-zero value{'s' if at_least > 1 else ''}"
+        raise _too_small(d_in, d_out, compression_ratio, f"{atoms} atoms, {least}" if atoms else least)
     return most
 
 
@@ -209,10 +210,7 @@ def nonzeros_per_output(d_in: int, d_out: int, compression_ratio: float) -> int:
     Raises:
         UserError: when there is no room for one.
     """
-    most = nonzeros(d_in, d_out, compression_ratio) // d_out
-    if most < 1:
-        raise _too_small(d_in, d_out, compression_ratio, "a mask and one non-zero per output")
-    return most
+    return nonzeros(d_in, d_out, compression_ratio, at_least=d_out) // d_out
 
 
 def pattern_ratio(kept: int, group: int) -> float:

@@ -87,10 +87,11 @@ class SparseDictionary:
         """Unit atoms and coefficients to match, in ``storage_dtype``; low mantissa bits beyond ``value_bits`` cut."""
         norms = dictionary.norm(dim=0)
         norms = torch.where(norms > 0, norms, torch.ones_like(norms))
-        every = torch.nn.functional.pad(
-            norms, (len(dictionary) if identity else 0, 0), value=1.0
-        )  # those of I are unit
-        values = rounded(coefficients * every[:, None], storage_dtype)
+        if identity:  # its atoms are unit
+            scales = torch.cat([norms.new_ones(len(dictionary)), norms])
+        else:
+            scales = norms
+        values = rounded(coefficients * scales[:, None], storage_dtype)
         if value_bits < 16:  # truncation, as in the paper
             values = (values.contiguous().view(torch.int16) & -(1 << (16 - value_bits))).view(storage_dtype)
         return cls(rounded(dictionary / norms, storage_dtype), values, value_bits, identity)

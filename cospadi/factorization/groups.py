@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,7 @@ from cospadi.config import MATCHED, SAME_INPUT, FactorizationConfig, GroupedConf
 from cospadi.errors import UserError
 from cospadi.factorization.factors import Factors
 from cospadi.factorization.methods import Problem, factorize_groups
+from cospadi.factorization.whitening import whitener
 
 if TYPE_CHECKING:
     from cospadi.models import Projection
@@ -26,6 +28,41 @@ if TYPE_CHECKING:
 
 SKETCH = 128
 """Columns of a sketch: distances between sketches are those between the matrices within some ten percent."""
+
+
+def problems_from(
+    weight_of: Callable[[Projection], Tensor],
+    statistics_of: Callable[[Projection], tuple[Tensor, Tensor]],
+    damping: float,
+    ranks: Mapping[str, int | None] | None = None,
+) -> Callable[[Projection], Problem]:
+    """A function that makes problems; those that read the same input share its whitener while any of them is in use.
+
+    Args:
+        weight_of: the weight of a projection, ``d_in × d_out``.
+        statistics_of: gram and mean absolute activation of its input.
+        damping: of the whitener.
+        ranks: of every projection, ``None`` where it stays dense; by default from the ratio.
+    """
+    beside: WeakValueDictionary[tuple[int, str], Problem] = WeakValueDictionary()
+
+    def problem_of(projection: Projection) -> Problem:
+        key = projection.layer, projection.shared_input
+        try:
+            if (known := beside.get(key)) is not None:
+                root, absolute_mean = known.whitener, known.absolute_mean
+            else:
+                gram, absolute_mean = statistics_of(projection)
+                root = whitener(gram, damping)
+            rank = ranks[projection.name] if ranks else None
+            keep_dense = ranks is not None and rank is None
+            problem = Problem(weight_of(projection), root, absolute_mean, rank, keep_dense)
+        except UserError as error:
+            raise UserError(f"{projection.name}: {error}") from error
+        beside[key] = problem
+        return problem
+
+    return problem_of
 
 
 def factorize_projections(

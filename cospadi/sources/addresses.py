@@ -25,6 +25,15 @@ def local_path(source: str) -> Path | None:
     return path if looks_local or path.exists() else None
 
 
+def state_on_disk(source: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a local source's files, so that an edited one is noticed; of others nothing."""
+    path = local_path(source)
+    if path is None or not path.exists():
+        return []
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    return [(f.name, (state := f.stat()).st_size, state.st_mtime_ns) for f in files]
+
+
 def check_hub_id(source: str, setting: str) -> str:
     """``source`` itself.
 

@@ -18,8 +18,13 @@ from cospadi import records
 from cospadi.tables.cells import DENSE, Cell, projection_errors, summary
 from cospadi.tables.render import PaperTable, paper_table, perplexity, tables
 
-_KNOWN_COLOURS = {"svd": "#7F7F7F", "asvd": "#E69F00", "svd_llm": "#0072B2", "cospadi": "#D55E00"}
-_KNOWN_COLOURS |= {"cospadi_plus": "#1c2024"}
+_KNOWN_COLOURS = {
+    "svd": "#7F7F7F",
+    "asvd": "#E69F00",
+    "svd_llm": "#0072B2",
+    "cospadi": "#D55E00",
+    "cospadi_plus": "#1c2024",
+}
 _COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#117733")
 _COLOURS += ("#CC6677", "#88CCEE", "#661100")
 _MARKERS = "osD^v<>phd*8"
