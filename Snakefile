@@ -48,6 +48,7 @@ report: "workflow/report/workflow.rst"
 include: "workflow/rules/sources.smk"
 include: "workflow/rules/calibration.smk"
 include: "workflow/rules/factorization.smk"
+include: "workflow/rules/quantization.smk"
 include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/tables.smk"
 

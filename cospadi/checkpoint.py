@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from cospadi.config import DTYPES
 from cospadi.errors import UserError
 from cospadi.factorization import budget
-from cospadi.factorization.factors import Dense, Factors, shared_tensor
+from cospadi.factorization.factors import Dense, Factors, shared_matrix
 from cospadi.integrity import CHECKSUMS, checksum, verify_files
 from cospadi.layers import SHARES, CompressedLinear, empty_layer, layer_of, ties
 from cospadi.models import Checkpoint
@@ -110,11 +110,11 @@ def _compressed(
             raise UserError(
                 f"The factors are of {name}, which {checkpoint.folder} does not hold. Factorize this model."
             )
-        if isinstance(found, Dense):
+        if isinstance(found, Dense) and not found.formats:
             continue
         bias = checkpoint.read(f"{name}.bias") if f"{name}.bias" in names else None
         layer = layer_of(found, bias)
-        shared = shared_tensor(found)
+        shared = shared_matrix(found)
         owner = name if shared is None else first.setdefault(shared, name)
         modules[name] = layer.spec | ({SHARES: owner} if owner != name else {})
         replaced |= {f"{name}.weight", f"{name}.bias"}
@@ -388,7 +388,7 @@ def _parts(name: str, spec: Mapping[str, Any]) -> dict[str, str]:
         with torch.device("meta"):
             layer = empty_layer(spec)
             parts = {part: f"{name}.{part}" for part in layer.state_dict()}
-        return parts | ({layer.shared_part: f"{spec[SHARES]}.{layer.shared_part}"} if SHARES in spec else {})
+        return parts | ({part: f"{spec[SHARES]}.{part}" for part in layer.shared_names} if SHARES in spec else {})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"config.json describes {name} in a way this cospadi does not know ({error}).") from error
 

@@ -95,6 +95,17 @@ def _parser() -> argparse.ArgumentParser:
         ranks="(optional) of choose-ranks",
     )
     stage(
+        "quantize",
+        _quantize,
+        "factors -> fewer bits",
+        model="checkpoint",
+        grams="grams",
+        factors="factors of a block of layers",
+        factorization="their record",
+        quantized="safetensors to write",
+        record="record to write",
+    )
+    stage(
         "evaluate",
         _evaluate,
         "measure the dense model, or a compressed one",
@@ -122,8 +133,14 @@ def _add_tools(stages) -> None:
     compress = tool("compress", _compress, "make one model smaller: load, calibrate, factorize, save")
     compress.add_argument("model", help="a folder, a hub id, or the name of a file in conf/model")
     compress.add_argument("out", type=Path, help="folder to write")
-    compress.add_argument("--ratio", type=float, default=0.2, help="fraction of bits to remove (default %(default)s)")
+    compress.add_argument("--ratio", type=float, help="fraction of 16-bit weights' bits to remove (default 0.2)")
     compress.add_argument("--method", default="cospadi_plus", help="a file in conf/factorization (default %(default)s)")
+    compress.add_argument(
+        "--quantize",
+        default="none",
+        metavar="BITS",
+        help="a file in conf/quantization: int8, int4 … for what is stored after that (default %(default)s: 16 bits)",
+    )
     compress.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
     compress.add_argument(
         "--calibration", metavar="TEXT", help="a text file, a document a line, or a file in conf/text"
@@ -229,6 +246,12 @@ def _factorize(o: argparse.Namespace) -> None:
     stages.factorize(_config(o), o.model, o.grams, o.layers, o.factors, o.record, o.ranks)
 
 
+def _quantize(o: argparse.Namespace) -> None:
+    from cospadi import stages
+
+    stages.quantize(_config(o), o.model, o.grams, o.factors, o.factorization, o.quantized, o.record)
+
+
 def _evaluate(o: argparse.Namespace) -> None:
     from cospadi import stages
 
@@ -248,8 +271,10 @@ def _compress(o: argparse.Namespace) -> None:
     from cospadi.checkpoint import ledger_text
     from cospadi.compression import compress_to
 
-    overrides = [f"factorization={o.method}", f"factorization.compression_ratio={o.ratio}"]
-    overrides += [f"factorization.device={o.device}", f"calibration.device={o.device}", *o.overrides]
+    ratio = 0.0 if o.ratio is None and o.method == "plain" else 0.2 if o.ratio is None else o.ratio
+    overrides = [f"factorization={o.method}", f"factorization.compression_ratio={ratio}", f"quantization={o.quantize}"]
+    overrides += [f"{room}.device={o.device}" for room in ("calibration", "factorization", "quantization")]
+    overrides += o.overrides
     print(ledger_text(compress_to(o.model, o.out, overrides, o.calibration, o.keep_work, o.stub)))
 
 

@@ -80,6 +80,16 @@ def compress_to(
         factors,
         lambda: stages.factorize(config, model, grams, f"0-{last}", factors, record, None),
     )
+    if config.quantization.changes:
+        quantized, begun = work / "quantized.safetensors", record
+        record = work / "quantization.json"
+        done(
+            "quantized",
+            [settings[room] for room in ("model", "calibration", "factorization", "quantization")],
+            quantized,
+            lambda: stages.quantize(config, model, grams, factors, begun, quantized, record),
+        )
+        factors = quantized
     summary = _summary(config, read_json(record))
     checkpoint.write(out, model, stages.read_factors([factors]), summary, stub=stub)
     if not keep_work:
@@ -133,7 +143,7 @@ class _Resumed:
         key = {"settings": text_hash(json.dumps([settings, versions()], sort_keys=True, default=str))}
         if not self.again and output.exists() and mark.is_file() and read_json(mark) == key:
             return
-        self.again = self.again or step in ("model", "text", "grams")
+        self.again = self.again or step in ("model", "text", "grams", "factors")
         mark.unlink(missing_ok=True)
         run()
         write_json(mark, key)
@@ -143,8 +153,10 @@ def _summary(config: Config, record: dict[str, Any]) -> dict[str, Any]:
     """How the checkpoint was made: what goes into its config."""
     factorization = {k: v for k, v in asdict(config.factorization).items() if k != "device"}
     calibration = {k: v for k, v in asdict(config.calibration).items() if k not in ("device", "text")}
+    quantization = {k: v for k, v in asdict(config.quantization).items() if k != "device"}
     return {
         "factorization": factorization,
+        **({"quantization": quantization} if config.quantization.changes else {}),
         "calibration": calibration | {"text": config.calibration.text.source},
         "inputs": record["inputs"],
         "versions": record["versions"],
@@ -159,6 +171,7 @@ def compress(
     method: str = "cospadi_plus",
     texts: Sequence[str] | None = None,
     overrides: Sequence[str] = (),
+    quantization: str = "none",
 ) -> PreTrainedModel:
     """Compress a loaded model in place, and return it: ``save_pretrained`` then writes a compressed checkpoint.
 
@@ -172,19 +185,19 @@ def compress(
         method: name of a file in ``conf/factorization``.
         texts: documents for calibration; by default those of ``conf/text/lee_news``.
         overrides: further settings, as Hydra takes them: ``calibration.n_samples=16``.
+        quantization: name of a file in ``conf/quantization``: ``int8``, ``int4``.
 
     Raises:
         UserError: a setting or the text does not do, a projection is missing, or activations are not finite.
     """
     from cospadi.calibration import draw_samples, gather
-    from cospadi.factorization.factors import Dense
     from cospadi.factorization.groups import by_shared_input, factorize_projections, problems_from
-    from cospadi.layers import layer_of
     from cospadi.models import Projection
     from cospadi.quantizer import attach
     from cospadi.sources import read_documents
 
-    settings = [f"factorization={method}", f"factorization.compression_ratio={compression_ratio}", *overrides]
+    settings = [f"factorization={method}", f"factorization.compression_ratio={compression_ratio}"]
+    settings += [f"quantization={quantization}", *overrides]
     config = configured("any", ["model.source=./in-memory", *settings], None)
     calibration = config.calibration
     texts = read_documents(calibration.text) if texts is None else list(texts)
@@ -205,14 +218,34 @@ def compress(
     problem_of = problems_from(
         lambda p: model.get_submodule(p.name).weight.detach().T.float(), statistics_of, calibration.damping
     )
-    smaller, batches = {}, partial(by_shared_input, config.factorization)
-    for projection, group, _, factors in factorize_projections(config.factorization, projections, problem_of, batches):
-        if not isinstance(factors, Dense):
-            dense = model.get_submodule(projection.name)
-            layer = smaller[projection.name] = layer_of(factors, dense.bias).to(dense.weight.device)
-            if projection is not group[0]:
-                layer.share_with(smaller[group[0].name])
+    smaller, batches, begun = {}, partial(by_shared_input, config.factorization), []
+    for found in factorize_projections(config.factorization, projections, problem_of, batches):
+        begun.append(found)  # the members of a group come one after another
+        if len(begun) == len(found[1]):
+            smaller |= _layers(config, model, begun)
+            begun = []
     for name, layer in smaller.items():  # all at once: cut off before, the model is as it was
         model.set_submodule(name, layer)
-    attach(model, {"factorization": asdict(config.factorization)})
+    attach(model, {"factorization": asdict(config.factorization), "quantization": asdict(config.quantization)})
     return model
+
+
+def _layers(config: Config, model: PreTrainedModel, group: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+    """The layers of a group of projections by their names; none for what stays dense."""
+    from cospadi.factorization.factors import Dense
+    from cospadi.layers import layer_of
+    from cospadi.quantization.methods import quantize
+
+    projections, _, problems, factors = zip(*group, strict=True)
+    if config.quantization.changes:
+        factors = quantize(config.quantization, factors, problems)
+    layers: dict[str, Any] = {}
+    for projection, compact in zip(projections, factors, strict=True):
+        if isinstance(compact, Dense) and not compact.formats:
+            continue
+        dense = model.get_submodule(projection.name)
+        layer = layer_of(compact, dense.bias).to(dense.weight.device)
+        if layers:
+            layer.share_with(next(iter(layers.values())))
+        layers[projection.name] = layer
+    return layers

@@ -24,6 +24,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from cospadi.errors import UserError
 from cospadi.factorization.budget import pattern_ratio, pattern_too_large
+from cospadi.quantization.formats import TRUNCATED, require_known
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONF = PROJECT / "conf" if (PROJECT / "conf").is_dir() else Path(__file__).parent / "conf"
@@ -35,6 +36,7 @@ IDENTITY = "identity"
 FIXED_ATOMS = ("none", IDENTITY)
 SUPPORTS = ("column", "matrix")
 EMBEDDED_TASKS = ("heldout_perplexity", "heldout_cloze")
+ROUNDINGS = ("compensated", "nearest")
 ACCOUNTINGS = ("mask", "paper")
 METRICS = ("own", "mean")
 CONSECUTIVE, SAME_INPUT, MATCHED = "consecutive", "same_input", "matched"
@@ -202,15 +204,32 @@ class FactorizationConfig:
     """Raise it when a code change alters the numbers: finished cells become stale."""
 
     def __post_init__(self) -> None:
+        self._check_ratio()
+        _device("factorization.device", self.device)
+        _one_of("factorization.accounting", self.accounting, ACCOUNTINGS)
+        _one_of("factorization.storage_dtype", self.storage_dtype, ("float16", "bfloat16"))
+
+    def _check_ratio(self) -> None:
         ratio = self.compression_ratio
         if not 0 < ratio < 1:
             raise UserError(
                 f"factorization.compression_ratio={ratio:g} is not between 0 and 1. "
                 "It is the fraction of bits removed: to keep 80 % of them, set 0.2."
             )
-        _device("factorization.device", self.device)
-        _one_of("factorization.accounting", self.accounting, ACCOUNTINGS)
-        _one_of("factorization.storage_dtype", self.storage_dtype, ("float16", "bfloat16"))
+
+
+@dataclass
+class PlainConfig(FactorizationConfig):
+    """Every weight as it is, in 16 bits: for a quantization without factorization."""
+
+    compression_ratio: float = 0.0
+
+    def _check_ratio(self) -> None:
+        _require(
+            self.compression_ratio == 0,
+            f"factorization.compression_ratio={self.compression_ratio:g} has no effect on factorization={self.name}, which "
+            "removes nothing. Set it to 0, in a study study.ratios_of.plain=[0], and choose a quantization.",
+        )
 
 
 @dataclass
@@ -476,6 +495,50 @@ class OATSConfig(FactorizationConfig):
 
 
 @dataclass
+class QuantizationConfig:
+    """Fewer bits for what a factorization stores; masks stay bits."""
+
+    name: str = MISSING
+    """The file name in ``conf/quantization``."""
+    title: str = MISSING
+    """How tables and figures name it, behind the method."""
+    dictionary: str | None = None
+    """Format of a dictionary, or of a left factor: ``int2`` to ``int8``, ``float8``; ``null``: 16 bits, as it is."""
+    values: str | None = None
+    """Format of the values, of a right factor, of dense weights; ``truncated14`` also, for values alone: the paper's."""
+    group_size: int = 128
+    """Rows of a column that have a scale together; a multiple of 32, the last group of a column may be smaller."""
+    rounding: str = "compensated"
+    """``compensated``: numbers make up for each other's errors, at the layer's output; ``nearest``: each for itself."""
+    damping: float = 0.01
+    """compensated: of the gram in the first pass, as a fraction of its mean diagonal."""
+    sweeps: int = 4
+    """compensated: rounds of coordinate descent."""
+    device: str = "auto"
+    """``auto`` (a GPU when there is one), ``cpu`` or ``cuda``."""
+    revision: int = 1
+    """Raise it when a code change alters the numbers."""
+
+    def __post_init__(self) -> None:
+        require_known("quantization.dictionary", self.dictionary)
+        require_known("quantization.values", self.values, (TRUNCATED,))
+        _require(
+            self.group_size > 0 and self.group_size % 32 == 0,
+            f"quantization.group_size={self.group_size} is no multiple of 32, and the kernels take 32 weights at a time. "
+            f"Set it to {max(32, self.group_size // 32 * 32)}.",
+        )
+        _one_of("quantization.rounding", self.rounding, ROUNDINGS)
+        _at_least("quantization.damping", self.damping, 0)
+        _at_least("quantization.sweeps", self.sweeps, 0)
+        _device("quantization.device", self.device)
+
+    @property
+    def changes(self) -> bool:
+        """Whether it does anything."""
+        return self.dictionary is not None or self.values is not None
+
+
+@dataclass
 class EvaluationConfig:
     """What is measured on the dense and on every compressed model."""
 
@@ -549,24 +612,31 @@ class StudyConfig:
     compression_ratios: list[float] = MISSING
     ratios_of: dict[str, list[float]] = field(default_factory=dict)
     """Ratios of single methods, where they are other ones: ``wanda_2_4: [0.4375]``."""
+    quantizations: list[str] = field(default_factory=lambda: ["none"])
+    """Names of ``conf/quantization`` files, every one for every method and ratio; ``none`` is the factors in 16 bits."""
+    quantizations_of: dict[str, list[str]] = field(default_factory=dict)
+    """Quantizations of single methods, where they are other ones: ``plain: [int8, int4]``."""
     layers_per_job: int | None = None
     """Blocks that one factorization job covers; ``null``: all of the model."""
 
     def __post_init__(self) -> None:
         _at_least("study.layers_per_job", self.layers_per_job, 1)
-        for setting in ("models", "methods", "compression_ratios"):
+        for setting in ("models", "methods", "compression_ratios", "quantizations"):
             values = getattr(self, setting)
             _require(len(values) > 0, f"study.{setting} is empty: there is nothing to compare.")
             _require(len(set(values)) == len(values), f"study.{setting} names an entry twice: {list(values)}.")
         known = [*self.methods, *(file.stem for file in (CONF / "factorization").glob("*.yaml"))]
-        for method, ratios in self.ratios_of.items():  # of methods that a study is narrowed down not to have, too
-            _require(
-                method in known,
-                f"study.ratios_of.{method} is of no method{did_you_mean(method, known)} "
-                f"study.methods are: {', '.join(self.methods)}.",
-            )
-            _require(len(ratios) > 0, f"study.ratios_of.{method} is empty. Take {method} out of study.methods instead.")
-            _require(len(set(ratios)) == len(ratios), f"study.ratios_of.{method} names an entry twice: {list(ratios)}.")
+        for setting in ("ratios_of", "quantizations_of"):
+            for method, chosen in getattr(self, setting).items():  # of methods that a study is narrowed down not to have, too
+                _require(
+                    method in known,
+                    f"study.{setting}.{method} is of no method{did_you_mean(method, known)} "
+                    f"study.methods are: {', '.join(self.methods)}.",
+                )
+                _require(
+                    len(chosen) > 0, f"study.{setting}.{method} is empty. Take {method} out of study.methods instead."
+                )
+                _require(len(set(chosen)) == len(chosen), f"study.{setting}.{method} names an entry twice: {list(chosen)}.")
 
 
 @dataclass
@@ -577,6 +647,7 @@ class Config:
     model: ModelConfig = MISSING
     calibration: CalibrationConfig = MISSING
     factorization: FactorizationConfig = MISSING
+    quantization: QuantizationConfig = MISSING
     evaluation: EvaluationConfig = MISSING
 
     def __post_init__(self) -> None:
@@ -587,9 +658,24 @@ class Config:
                 f"factorization.grouped={name} is no projection of model {self.model.name}{did_you_mean(name, known)} "
                 f"There are: {', '.join(known)}.",
             )
+        self._check_quantization()
+
+    def _check_quantization(self) -> None:
+        factorization, values = self.factorization, self.quantization.values
+        _require(
+            values != TRUNCATED or isinstance(factorization, CoSpaDiConfig | MagnitudeConfig | PruningConfig),
+            f"quantization.values={TRUNCATED} is for the values of sparse methods, and {factorization.name} has none. "
+            "Choose another quantization.",
+        )
+        _require(
+            factorization.accounting == "mask" or not self.quantization.changes,
+            f"quantization={self.quantization.name} and factorization.accounting=paper both cut bits of the same values. "
+            "Set accounting=mask, or quantization=none.",
+        )
 
 
 METHODS: dict[str, type[FactorizationConfig]] = {
+    "plain": PlainConfig,
     "svd": SVDConfig,
     "svd_llm": SVDLLMConfig,
     "asvd": ASVDConfig,
@@ -620,6 +706,7 @@ def _register() -> None:
     store.store("model_schema", ModelConfig, group="model")
     store.store("text_schema", TextConfig, group="text")
     store.store("calibration_schema", CalibrationConfig, group="calibration")
+    store.store("quantization_schema", QuantizationConfig, group="quantization")
     store.store("evaluation_schema", EvaluationConfig, group="evaluation")
     for method, schema in METHODS.items():
         store.store(f"{method}_schema", schema, group="factorization")

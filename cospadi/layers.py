@@ -6,7 +6,7 @@ packed form; many (prefill) through dense products of what is unpacked for the m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from cospadi.errors import UserError
 from cospadi.factorization.budget import mask_bits
 from cospadi.factorization.factors import (
     STORAGE_DTYPES,
+    Dense,
     Factors,
     LowRank,
     SparseDictionary,
@@ -25,9 +26,13 @@ from cospadi.factorization.factors import (
     unpack_bits,
 )
 from cospadi.kernels.products import products
+from cospadi.quantization.formats import bits_of, require_known
+from cospadi.quantization.matrix import Quantized, empty_packed, groups, pack, unpack
 
 FEW = 16
 """Rows up to which the packed form is read directly: beyond, unpacking it once is cheaper than reading it per row."""
+LANES = 32
+"""What a group of weights with one scale is a multiple of: the kernels take so many at a time."""
 SHARES = "shares"
 """Key of a layer's description in a checkpoint: path of the layer that stores what this one shares."""
 IDENTITY = "identity"
@@ -35,18 +40,69 @@ NONE = "none"
 
 
 class CompressedLinear(nn.Module):
-    """What all kinds share: sizes, an optional bias, and the choice between few and many tokens."""
+    """What all kinds share: sizes, an optional bias, and the choice between few and many tokens.
+
+    ``formats`` says which parts are quantized, and how: format and group size. They are held as packed codes, under the
+    part's name, and scales, under its name and ``_scales``; all others in 16 bits.
+    """
 
     kind: str
     shared_part: str | None = None
-    """Name of the parameter that layers of a group share: one tensor for all, stored by the first (`ties`)."""
+    """Name of the part that layers of a group share: one tensor for all, stored by the first (`ties`)."""
 
-    def __init__(self, d_in: int, d_out: int, bias: bool, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        bias: bool,
+        dtype: torch.dtype | None,
+        storage_dtype: str,
+        formats: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
         super().__init__()
         if min(d_in, d_out) < 1:
             raise ValueError(f"a layer of {d_in}×{d_out}")
         self.in_features, self.out_features = d_in, d_out
+        self.storage = _storage(storage_dtype)
+        self.formats = {part: (str(name), int(group_size)) for part, (name, group_size) in (formats or {}).items()}
+        for name, group_size in self.formats.values():
+            require_known("formats", name)
+            if group_size < 1 or group_size % LANES:
+                raise ValueError(f"group_size={group_size}")
         self.bias = _frozen(torch.empty(d_out, dtype=dtype)) if bias else None
+        self._derived: dict[str, tuple[Any, Any]] = {}
+
+    def _hold(self, part: str, rows: int, columns: int) -> None:
+        """Room for a matrix, in the form that ``formats`` says."""
+        if part not in self.formats:
+            setattr(self, part, _frozen(torch.empty(rows, columns, dtype=self.storage)))
+            return
+        name, group_size = self.formats[part]
+        setattr(self, part, _frozen(empty_packed(name, rows, columns)))
+        scales = torch.empty(groups(rows, group_size), columns, dtype=self.storage)
+        setattr(self, f"{part}_scales", _frozen(scales))
+
+    def _matrix(self, part: str, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+        """A matrix in full."""
+        found = getattr(self, part)
+        if part not in self.formats:
+            return found.to(dtype)
+        (name, group_size), scales = self.formats[part], getattr(self, f"{part}_scales")
+        return Quantized(unpack(found, name, scales.shape[1]), scales, name, group_size).float().to(dtype)
+
+    def _packed(self, part: str) -> Any:
+        """A matrix as the kernels take it; codes of other widths than theirs are held a byte each from then on."""
+        from cospadi.kernels.sparse_product import FORMS, Packed
+
+        found = getattr(self, part)
+        if part not in self.formats:
+            return found
+        (name, group_size), scales = self.formats[part], getattr(self, f"{part}_scales")
+        if name not in FORMS:
+            columns = scales.shape[1]
+            found = self._once(part, (found,), lambda: pack(unpack(found, name, columns).contiguous(), "int8"))
+            name = "int8"
+        return Packed(found, scales, name, group_size)
 
     def forward(self, inputs: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         rows = inputs.reshape(-1, self.in_features)
@@ -77,7 +133,9 @@ class CompressedLinear(nn.Module):
     def spec(self) -> dict[str, Any]:
         """What a checkpoint's config says of this layer: enough to build it empty."""
         shape = {"kind": self.kind, "d_in": self.in_features, "d_out": self.out_features}
-        return shape | self._sizes | {"bias": self.bias is not None}
+        rest = {"storage_dtype": _name(self.storage), "bias": self.bias is not None}
+        formats = {"formats": {part: list(how) for part, how in self.formats.items()}} if self.formats else {}
+        return shape | self._sizes | rest | formats
 
     @property
     def _sizes(self) -> dict[str, Any]:
@@ -85,18 +143,26 @@ class CompressedLinear(nn.Module):
         raise NotImplementedError
 
     def share_with(self, owner: CompressedLinear) -> None:
-        """Use the very parameter of ``owner``, which stores it for both.
+        """Use the very parameters of ``owner``, which stores them for both.
 
         Raises:
             UserError: it lies on another device.
         """
-        mine, its = getattr(self, self.shared_part), getattr(owner, self.shared_part)
-        if mine.device != its.device:
-            raise UserError(
-                f"Layers on {mine.device} and {its.device} would share a tensor. Load the model on one device, or set "
-                "factorization.group_size=1."
-            )
-        setattr(self, self.shared_part, its)
+        for part in self.shared_names:
+            mine, its = getattr(self, part), getattr(owner, part)
+            if mine.device != its.device:
+                raise UserError(
+                    f"Layers on {mine.device} and {its.device} would share a tensor. Load the model on one device, or set "
+                    "factorization.group_size=1."
+                )
+            setattr(self, part, its)
+
+    @property
+    def shared_names(self) -> list[str]:
+        """Names of the tensors that layers of a group share."""
+        if self.shared_part is None:
+            return []
+        return [self.shared_part, *([f"{self.shared_part}_scales"] if self.shared_part in self.formats else [])]
 
     def check(self) -> None:
         """That the tensors fit each other.
@@ -114,52 +180,103 @@ class CompressedLinear(nn.Module):
 
         return super()._apply(same_bits, recurse)
 
+    def _once(self, name: str, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
+        """Derived tensors belong to their sources as they are: changed, or on another device, they are made anew."""
+        key = tuple((t.data_ptr(), str(t.device), _version(t)) for t in sources)
+        known = self._derived.get(name)
+        if known is None or known[0] != key:
+            known = self._derived[name] = key, make().to(sources[0].device)
+        return known[1]
+
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.spec.items())
 
 
 class LowRankLinear(CompressedLinear):
-    """``y = (x L) R + b`` with ``L (d_in × rank)`` and ``R (rank × d_out)`` in 16 bits."""
+    """``y = (x L) R + b`` with ``L (d_in × rank)`` and ``R (rank × d_out)``."""
 
     kind = LowRank.kind
     shared_part = LowRank.shared_part
 
     def __init__(
-        self, d_in: int, d_out: int, rank: int, storage_dtype: str, bias: bool = False, dtype: torch.dtype | None = None
+        self,
+        d_in: int,
+        d_out: int,
+        rank: int,
+        storage_dtype: str,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        formats: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        super().__init__(d_in, d_out, bias, dtype)
-        storage = _storage(storage_dtype)
-        self.left = _frozen(torch.empty(d_in, rank, dtype=storage))
-        self.right = _frozen(torch.empty(rank, d_out, dtype=storage))
+        super().__init__(d_in, d_out, bias, dtype, storage_dtype, formats)
+        self.rank = rank
+        self._hold("left", d_in, rank)
+        self._hold("right", rank, d_out)
 
     @property
     def _sizes(self) -> dict[str, Any]:
-        return {"rank": self.left.shape[1], "storage_dtype": _name(self.left.dtype)}
+        return {"rank": self.rank}
 
     def dense_weight(self) -> Float[Tensor, "d_in d_out"]:
-        return self.left.float() @ self.right.float()
+        return self._matrix("left", torch.float32) @ self._matrix("right", torch.float32)
 
     def _few(self, rows: Tensor) -> Tensor:
-        return _few_through_rank(rows, self.left, self.right)
+        return _few_through_rank(self, rows)
 
     def _many(self, rows: Tensor) -> Tensor:
-        return _many_through_rank(rows, self.left, self.right)
+        return _many_through_rank(self, rows)
 
 
-def _few_through_rank(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _few_through_rank(layer: CompressedLinear, rows: Tensor) -> Tensor:
     if rows.is_cuda:
-        return _many_through_rank(rows, left, right)
+        return _many_through_rank(layer, rows)
     from cospadi.kernels.sparse_product import dense_product
 
-    return dense_product(dense_product(rows.float(), left), right).to(rows.dtype)
+    projected = dense_product(rows.float(), layer._packed("left"))
+    return dense_product(projected, layer._packed("right")).to(rows.dtype)
 
 
-def _many_through_rank(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return rows @ left.to(rows.dtype) @ right.to(rows.dtype)
+def _many_through_rank(layer: CompressedLinear, rows: Tensor) -> Tensor:
+    return rows @ layer._matrix("left", rows.dtype) @ layer._matrix("right", rows.dtype)
+
+
+class QuantizedLinear(CompressedLinear):
+    """``y = x W + b`` with a dense ``W`` in few bits."""
+
+    kind = Dense.kind
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        storage_dtype: str,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        formats: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        super().__init__(d_in, d_out, bias, dtype, storage_dtype, formats)
+        self._hold("dense", d_in, d_out)
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        return {}
+
+    def dense_weight(self) -> Float[Tensor, "d_in d_out"]:
+        return self._matrix("dense", torch.float32)
+
+    def _few(self, rows: Tensor) -> Tensor:
+        if rows.is_cuda:
+            return self._many(rows)
+        from cospadi.kernels.sparse_product import dense_product
+
+        return dense_product(rows.float(), self._packed("dense")).to(rows.dtype)
+
+    def _many(self, rows: Tensor) -> Tensor:
+        return rows @ self._matrix("dense", rows.dtype)
 
 
 class SparseDictionaryLinear(CompressedLinear):
-    """``y = x [I D] S + b``: learned atoms ``D`` in 16 bits, ``S`` as values and one bit per coefficient.
+    """``y = x [I D] S + b``: learned atoms ``D``, and ``S`` as values and one bit per coefficient.
 
     ``fixed_atoms`` is ``none``, or ``identity``: then the first ``d_in`` atoms are the inputs themselves and cost nothing.
     """
@@ -178,36 +295,38 @@ class SparseDictionaryLinear(CompressedLinear):
         value_bits: int = 16,
         bias: bool = False,
         dtype: torch.dtype | None = None,
+        formats: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        super().__init__(d_in, d_out, bias, dtype)
-        storage = _storage(storage_dtype)
-        if fixed_atoms not in (NONE, IDENTITY) or value_bits not in (14, 16):
+        super().__init__(d_in, d_out, bias, dtype, storage_dtype, formats)
+        known = [bits_of(self.formats["values"][0])] if "values" in self.formats else [14, 16]
+        if fixed_atoms not in (NONE, IDENTITY) or value_bits not in known:
             raise ValueError(f"fixed_atoms={fixed_atoms}, value_bits={value_bits}")
         self.fixed_atoms, self.value_bits, self.n_values = fixed_atoms, value_bits, n_values
         self.n_fixed = d_in if fixed_atoms == IDENTITY else 0
-        self.all_atoms = self.n_fixed + atoms
-        self.dictionary = _frozen(torch.empty(d_in, atoms, dtype=storage))
-        values = torch.empty(n_values, dtype=storage)
-        if value_bits != 16:
-            values = torch.empty((n_values * value_bits + 7) // 8, dtype=torch.uint8)
-        self.register_buffer("values", values)
+        self.atoms, self.all_atoms = atoms, self.n_fixed + atoms
+        self._hold("dictionary", d_in, atoms)
+        self._hold_values()
         self.register_buffer("mask", torch.empty(mask_bits(self.all_atoms, d_out) // 8, dtype=torch.uint8))
-        self._derived: dict[str, Tensor] = {}
-        self._derived_from: Any = None
+
+    def _hold_values(self) -> None:
+        if "values" in self.formats:
+            name, group_size = self.formats["values"]
+            self.register_buffer("values", empty_packed(name, self.n_values))
+            scales = torch.empty(self.out_features, groups(self.all_atoms, group_size), dtype=self.storage)
+            self.register_buffer("values_scales", scales)
+        elif self.value_bits == 16:
+            self.register_buffer("values", torch.empty(self.n_values, dtype=self.storage))
+        else:
+            self.register_buffer("values", torch.empty((self.n_values * self.value_bits + 7) // 8, dtype=torch.uint8))
 
     @property
     def _sizes(self) -> dict[str, Any]:
-        return {
-            "atoms": self.dictionary.shape[1],
-            "n_values": self.n_values,
-            "storage_dtype": _name(self.dictionary.dtype),
-            "fixed_atoms": self.fixed_atoms,
-            "value_bits": self.value_bits,
-        }
+        sizes = {"atoms": self.atoms, "n_values": self.n_values, "fixed_atoms": self.fixed_atoms}
+        return sizes | {"value_bits": self.value_bits}
 
     def dense_weight(self) -> Float[Tensor, "d_in d_out"]:
         codes = self._codes().float()
-        learned = self.dictionary.float() @ codes[:, self.n_fixed :].T
+        learned = self._matrix("dictionary", torch.float32) @ codes[:, self.n_fixed :].T
         return learned + codes[:, : self.n_fixed].T if self.n_fixed else learned
 
     def _few(self, rows: Tensor) -> Tensor:
@@ -216,20 +335,20 @@ class SparseDictionaryLinear(CompressedLinear):
     def _few_on_gpu(self, rows: Tensor) -> Tensor:
         from cospadi.kernels.triton_product import sparse_product
 
-        projected = self._beside_fixed(rows, rows @ self.dictionary.to(rows.dtype))
+        projected = self._beside_fixed(rows, rows @ self._matrix("dictionary", rows.dtype))
         return sparse_product(projected, self.mask, self._values(), self._offsets(), self.out_features)
 
     def _few_on_cpu(self, rows: Tensor) -> Tensor:
         from cospadi.kernels.sparse_product import dense_product, sparse_product
 
         rows, dtype = rows.float(), rows.dtype
-        projected = self._beside_fixed(rows, dense_product(rows, self.dictionary))
+        projected = self._beside_fixed(rows, dense_product(rows, self._packed("dictionary")))
         return sparse_product(projected, self.mask, self._values(), self._offsets()).to(dtype)
 
     def _many(self, rows: Tensor) -> Tensor:
         """Through the atoms, or through the weight multiplied out: whichever takes fewer operations."""
         codes = self._codes().to(rows.dtype)
-        dictionary = self.dictionary.to(rows.dtype)
+        dictionary = self._matrix("dictionary", rows.dtype)
         (d_in, atoms), d_out = dictionary.shape, self.out_features
         through_atoms = len(rows) * (d_in * atoms + self.all_atoms * d_out)
         through_weight = d_in * d_out * (atoms + len(rows))
@@ -255,16 +374,30 @@ class SparseDictionaryLinear(CompressedLinear):
             return triton_product.unpack(self.mask, self._values(), self._offsets(), *sizes)
         shifts = torch.arange(8, device=self.mask.device, dtype=torch.uint8)
         bits = (self.mask[:, None] >> shifts & 1).flatten()[: self.out_features * self.all_atoms]
-        codes = torch.zeros(len(bits), dtype=self.dictionary.dtype, device=self.mask.device)
-        return codes.masked_scatter_(bits.bool(), self._values()).view(self.out_features, self.all_atoms)
+        values = self._values()
+        codes = torch.zeros(len(bits), dtype=self.storage, device=self.mask.device)
+        if "values" not in self.formats:
+            return codes.masked_scatter_(bits.bool(), values).view(self.out_features, self.all_atoms)
+        listed = unpack(values.codes, values.format, self.n_values).to(codes.dtype)
+        codes = codes.masked_scatter_(bits.bool(), listed).view(self.out_features, self.all_atoms).float()
+        return codes * values.scales.float().repeat_interleave(values.group_size, dim=1)[:, : self.all_atoms]
 
-    def _values(self) -> Tensor:
-        """The values, 16 bits each."""
+    def _values(self) -> Any:
+        """The values, 16 bits each or packed as the kernels take them."""
+        if "values" in self.formats:
+            from cospadi.kernels.sparse_product import FORMS, Packed
+
+            (name, group_size), codes = self.formats["values"], self.values
+            if name not in FORMS:  # held a byte each from then on
+                codes = self._once("values", (codes,), lambda: pack(unpack(self.values, name, self.n_values), "int8"))
+                name = "int8"
+            return Packed(codes, self.values_scales, name, group_size)
         if self.value_bits == 16:
             return self.values
         return self._once(
             "values",
-            lambda: unpack_bits(self.values.cpu(), self.value_bits, self.n_values).view(self.dictionary.dtype),
+            (self.values,),
+            lambda: unpack_bits(self.values.cpu(), self.value_bits, self.n_values).view(self.storage),
         )
 
     def check(self) -> None:
@@ -282,20 +415,11 @@ class SparseDictionaryLinear(CompressedLinear):
                 )
             return found
 
-        return self._once("offsets", count)
-
-    def _once(self, name: str, make: Any) -> Tensor:
-        """Derived tensors belong to the mask and values as they are: changed, or on another device, they are made anew."""
-        key = tuple((t.data_ptr(), str(t.device), _version(t)) for t in (self.mask, self.values))
-        if self._derived_from != key:
-            self._derived, self._derived_from = {}, key
-        if name not in self._derived:
-            self._derived[name] = make().to(self.mask.device)
-        return self._derived[name]
+        return self._once("offsets", (self.mask,), count)
 
 
 class SparsePlusLowRankLinear(SparseDictionaryLinear):
-    """``y = x S + (x L) R + b``: sparse ``S`` as coefficients of the identity, ``L`` and ``R`` in 16 bits beside it."""
+    """``y = x S + (x L) R + b``: sparse ``S`` as coefficients of the identity, ``L`` and ``R`` beside it."""
 
     kind = SparsePlusLowRank.kind
     shared_part = None
@@ -309,23 +433,27 @@ class SparsePlusLowRankLinear(SparseDictionaryLinear):
         storage_dtype: str,
         bias: bool = False,
         dtype: torch.dtype | None = None,
+        formats: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        super().__init__(d_in, d_out, 0, n_values, storage_dtype, IDENTITY, bias=bias, dtype=dtype)
-        self.left = _frozen(torch.empty(d_in, rank, dtype=self.dictionary.dtype))
-        self.right = _frozen(torch.empty(rank, d_out, dtype=self.dictionary.dtype))
+        bits = bits_of(formats["values"][0]) if "values" in (formats or {}) else 16
+        super().__init__(d_in, d_out, 0, n_values, storage_dtype, IDENTITY, bits, bias, dtype, formats)
+        self.rank = rank
+        self._hold("left", d_in, rank)
+        self._hold("right", rank, d_out)
 
     @property
     def _sizes(self) -> dict[str, Any]:
-        return {"rank": len(self.right), "n_values": self.n_values, "storage_dtype": _name(self.left.dtype)}
+        return {"rank": self.rank, "n_values": self.n_values}
 
     def dense_weight(self) -> Float[Tensor, "d_in d_out"]:
-        return super().dense_weight() + self.left.float() @ self.right.float()
+        left, right = self._matrix("left", torch.float32), self._matrix("right", torch.float32)
+        return super().dense_weight() + left @ right
 
     def _few(self, rows: Tensor) -> Tensor:
-        return super()._few(rows) + _few_through_rank(rows, self.left, self.right)
+        return super()._few(rows) + _few_through_rank(self, rows)
 
     def _many(self, rows: Tensor) -> Tensor:
-        return super()._many(rows) + _many_through_rank(rows, self.left, self.right)
+        return super()._many(rows) + _many_through_rank(self, rows)
 
 
 def _version(tensor: Tensor) -> int:
@@ -344,7 +472,7 @@ def _storage(name: str) -> torch.dtype:
 
 
 KINDS: dict[str, type[CompressedLinear]] = {
-    c.kind: c for c in (LowRankLinear, SparseDictionaryLinear, SparsePlusLowRankLinear)
+    c.kind: c for c in (LowRankLinear, SparseDictionaryLinear, SparsePlusLowRankLinear, QuantizedLinear)
 }
 
 
@@ -366,24 +494,21 @@ def layer_of(factors: Factors, bias: Tensor | None = None) -> CompressedLinear:
     """
     tensors = factors.tensors()
     if isinstance(factors, LowRank):
-        (d_in, rank), d_out = factors.left.shape, factors.right.shape[1]
-        sizes = {"kind": factors.kind, "d_in": d_in, "d_out": d_out, "rank": rank}
-        sizes["storage_dtype"] = _name(factors.left.dtype)
+        (d_in, rank), d_out, dtype = factors.left.shape, factors.right.shape[1], factors.left.dtype
+        sizes: dict[str, Any] = {"rank": rank}
     elif isinstance(factors, SparseDictionary):
         (d_in, atoms), d_out = factors.dictionary.shape, factors.coefficients.shape[1]
-        sizes = {"kind": factors.kind, "d_in": d_in, "d_out": d_out, "atoms": atoms}
-        sizes |= {"n_values": int((factors.coefficients != 0).sum()), "value_bits": factors.value_bits}
-        sizes |= {
-            "storage_dtype": _name(factors.dictionary.dtype),
-            "fixed_atoms": IDENTITY if factors.identity else NONE,
-        }
+        dtype, sizes = factors.dictionary.dtype, {"atoms": atoms, "n_values": int(factors.mask.sum())}
+        sizes |= {"value_bits": factors.value_bits, "fixed_atoms": IDENTITY if factors.identity else NONE}
     elif isinstance(factors, SparsePlusLowRank):
-        d_in, d_out = factors.sparse.coefficients.shape
-        sizes = {"kind": factors.kind, "d_in": d_in, "d_out": d_out, "rank": factors.low_rank.left.shape[1]}
-        sizes |= {"n_values": int((factors.sparse.coefficients != 0).sum())}
-        sizes["storage_dtype"] = _name(factors.low_rank.left.dtype)
+        (d_in, d_out), (_, rank) = factors.sparse.coefficients.shape, factors.low_rank.left.shape
+        dtype, sizes = factors.low_rank.left.dtype, {"rank": rank, "n_values": int(factors.sparse.mask.sum())}
+    elif factors.formats:
+        (d_in, d_out), dtype, sizes = factors.dense.shape, factors.dense.dtype, {}
     else:
-        raise TypeError(f"A {type(factors).__name__} projection has no compressed layer.")
+        raise TypeError(f"A {type(factors).__name__} projection in 16 bits has no compressed layer.")
+    sizes |= {"kind": factors.kind, "d_in": d_in, "d_out": d_out, "storage_dtype": _name(dtype)}
+    sizes |= {"formats": factors.formats} if factors.formats else {}
     layer = empty_layer(sizes | {"bias": bias is not None}, bias.dtype if bias is not None else None)
     layer.load_state_dict(tensors | ({"bias": bias} if bias is not None else {}))
     return layer
@@ -418,15 +543,21 @@ def ties(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
                 f"The checkpoint's config.json says that {name} shares with {spec[SHARES]}, which does not store what it "
                 "needs. Get the checkpoint again."
             )
-        found[f"{name}.{part}"] = f"{spec[SHARES]}.{part}"
+        for tensor in _empty(spec).shared_names:
+            found[f"{name}.{tensor}"] = f"{spec[SHARES]}.{tensor}"
     return found
 
 
-def _shared_size(spec: Mapping[str, Any]) -> tuple[Any, ...]:
+def _empty(spec: Mapping[str, Any]) -> CompressedLinear:
+    """The described layer without memory."""
     with torch.device("meta"):
-        layer = empty_layer(spec)
+        return empty_layer(spec)
+
+
+def _shared_size(spec: Mapping[str, Any]) -> tuple[Any, ...]:
+    layer = _empty(spec)
     shared = getattr(layer, layer.shared_part) if layer.shared_part else torch.empty(0)
-    return layer.kind, shared.shape, shared.dtype
+    return layer.kind, shared.shape, shared.dtype, layer.formats.get(layer.shared_part)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

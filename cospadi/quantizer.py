@@ -21,16 +21,18 @@ from cospadi.integrity import CHECKSUMS, checksum, verify_files
 from cospadi.layers import SHARES, CompressedLinear, empty_layer, specs, ties
 
 METHOD = "cospadi"
-FORMAT_VERSION = 2
-"""Of what a checkpoint's config and tensors mean: the newest that is read. Only layers that share need 2, others are 1."""
+FORMAT_VERSION = 3
+"""Of what a checkpoint's config and tensors mean: the newest that is read. Layers that share need 2, quantized ones 3."""
 
 
 def format_version(modules: Mapping[str, Mapping[str, Any]]) -> int:
     """The oldest format that can say this.
 
-    >>> format_version({"a": {}}), format_version({"a": {}, "b": {"shares": "a"}})
-    (1, 2)
+    >>> format_version({"a": {}}), format_version({"a": {}, "b": {"shares": "a"}}), format_version({"a": {"formats": {}}})
+    (1, 2, 3)
     """
+    if any("formats" in spec for spec in modules.values()):
+        return 3
     return 2 if any(SHARES in spec for spec in modules.values()) else 1
 
 

@@ -22,6 +22,7 @@ SECONDS = {
     "search_ranks": 600,
     "choose_ranks": 10,
     "factorize": 110,
+    "quantize": 60,
     "evaluate_dense": 55,
     "evaluate": 60,
     "tabulate": 15,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +134,17 @@ def factorize(
     chosen = read_json(ranks)["ranks"] if ranks else None
     size = [p.d_in * p.d_out for p in projections]
     progress = Progress(len(projections), f"{config.factorization.title}, layers {layers}", float(sum(size)))
-    rows, tensors = [], {}
+    rows, tensors, entries = [], {}, {}
     for projection, result in _factorized(config, checkpoint, projections, grams, chosen):
         compact, row = result
         stored = private_tensors(compact, _shares(row))
         tensors |= {f"{projection.name}.{part}": tensor for part, tensor in stored.items()}
         rows.append(row)
+        entries[projection.name] = _file_entry(row, compact)
         progress.step(projection.name, _told(row), float(projection.d_in * projection.d_out))
     order = {p.name: i for i, p in enumerate(projections)}
     rows.sort(key=lambda row: order[row["name"]])  # a GPU takes them by shape
-    write_tensors(factors, tensors, {row["name"]: _file_entry(row) for row in rows})
+    write_tensors(factors, tensors, {row["name"]: entries[row["name"]] for row in rows})
     statistics = [statistics_file(grams, layer) for layer in sorted({p.layer for p in projections})]
     inputs = _hashes(*statistics, *([ranks] if ranks else [])) | _weights(model)
     log.finish(record, inputs=inputs, projections=rows)
@@ -206,21 +207,28 @@ def _batches(groups: Sequence[Any], factorization: Any, device: Any):
 def _row(projection: Any, group: Sequence[Any], factors: Any, problem: Any, compression_ratio: float) -> dict[str, Any]:
     """What the record keeps of one projection; what a group shares is counted at its first member."""
     from cospadi.factorization import budget
+
+    row = asdict(projection) | {"group": [p.name for p in group] if len(group) > 1 else None}
+    row |= {
+        "dense_bits": budget.dense_bits(projection.d_in, projection.d_out),
+        "budget_bits": budget.budget_bits(projection.d_in, projection.d_out, compression_ratio),
+    }
+    return row | _measured(factors, problem, _shares(row)) | {"fallback": None}
+
+
+def _measured(factors: Any, problem: Any, shares: bool) -> dict[str, Any]:
+    """Sizes and errors of factors."""
     from cospadi.factorization.factors import stored_bits
     from cospadi.factorization.whitening import output_error, weight_error
 
     approximation = factors.weight()
-    row = asdict(projection) | {"group": [p.name for p in group] if len(group) > 1 else None}
-    return row | {
+    return {
         "kind": factors.kind,
         **factors.sizes,
         "value_bits": factors.value_bits,
-        "dense_bits": budget.dense_bits(projection.d_in, projection.d_out),
-        "budget_bits": budget.budget_bits(projection.d_in, projection.d_out, compression_ratio),
-        "stored_bits": stored_bits(factors, _shares(row)),
+        "stored_bits": stored_bits(factors, shares),
         "output_error": output_error(problem.whitener, problem.weight, approximation),
         "weight_error": weight_error(problem.weight, approximation),
-        "fallback": None,
     }
 
 
@@ -229,10 +237,14 @@ def _shares(row: dict[str, Any]) -> bool:
     return row["group"] is not None and row["group"][0] != row["name"]
 
 
-def _file_entry(row: dict[str, Any]) -> str:
-    """What a factors file's metadata says of a projection: kind, shape, and who stores what it shares."""
-    entry = f"{row['kind']} {row['d_in']} {row['d_out']}"
-    return f"{entry} {row['group'][0]}" if _shares(row) else entry
+def _file_entry(row: dict[str, Any], factors: Any) -> str:
+    """What a factors file's metadata says of a projection: kind, shape, who stores what it shares, and formats.
+
+    ``sparse_dictionary 576 1536 model.layers.0.mlp.gate_proj dictionary=int4:128 values=int4:128``, the last three only
+    where they apply.
+    """
+    words = [row["kind"], str(row["d_in"]), str(row["d_out"]), *([row["group"][0]] if _shares(row) else [])]
+    return " ".join([*words, *(f"{part}={name}:{size}" for part, (name, size) in factors.formats.items())])
 
 
 def read_factors(files: Sequence[Path]):
@@ -243,11 +255,16 @@ def read_factors(files: Sequence[Path]):
     import torch
     from safetensors import safe_open
 
-    from cospadi.factorization.factors import KINDS
+    from cospadi.factorization.factors import KINDS, shared_matrix, shared_names
 
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            entries = {name: entry.split() for name, entry in tensors.metadata().items() if name != "format"}
+            entries, formats = {}, {}
+            for name, entry in tensors.metadata().items():
+                if name != "format":
+                    words = entry.split()
+                    entries[name] = [word for word in words if "=" not in word]
+                    formats[name] = {part: (how, int(size)) for part, how, size in map(_format, words[3:]) if part}
             first_of = {name: entry[3] if len(entry) > 3 else name for name, entry in entries.items()}
             keys: dict[str, list[str]] = {name: [] for name in entries}
             for key in tensors.keys():  # noqa: SIM118
@@ -257,10 +274,80 @@ def read_factors(files: Sequence[Path]):
                 kind, _, d_out = entries[name][:3]
                 parts = {key.rpartition(".")[2]: tensors.get_tensor(key) for key in keys[name]}
                 if first_of[name] == name:
-                    shared = {part: t for part, t in parts.items() if part == getattr(KINDS[kind], "shared_part", None)}
+                    found = KINDS[kind].from_tensors(parts | {"d_out": torch.tensor(int(d_out))}, formats[name])
+                    shared = {part: t for part, t in parts.items() if part in shared_names(found)}
+                    first = found
                 else:
-                    parts |= shared
-                yield name, KINDS[kind].from_tensors(parts | {"d_out": torch.tensor(int(d_out))})
+                    found = KINDS[kind].from_tensors(
+                        parts | shared | {"d_out": torch.tensor(int(d_out))}, formats[name]
+                    )
+                    found = replace(found, **{found.shared_part: shared_matrix(first)})
+                yield name, found
+
+
+def _format(word: str) -> tuple[str, str, int]:
+    """
+    >>> _format("values=int4:128"), _format("model.layers.0.mlp.gate_proj")
+    (('values', 'int4', 128), ('', '', 0))
+    """
+    part, _, how = word.rpartition("=")
+    name, _, size = how.partition(":")
+    return (part, name, int(size)) if part else ("", "", 0)
+
+
+def quantize(config: Config, model: Path, grams: Path, factors: Path, factorization: Path, out: Path, record: Path) -> None:
+    """Room 4: factors of a block of layers -> the same in fewer bits.
+
+    ``factorization`` is the record of ``factors``; what it says of every projection goes on, sizes and errors new.
+    """
+    from cospadi import devices
+    from cospadi.calibration import read_statistics
+    from cospadi.factorization.factors import private_tensors
+    from cospadi.factorization.groups import problems_from
+    from cospadi.models import Checkpoint, find_projections
+    from cospadi.quantization.methods import quantize
+
+    log = Record(
+        "quantization",
+        {
+            "quantization": asdict(config.quantization),
+            "factorization": asdict(config.factorization),
+            "calibration": asdict(config.calibration),
+        },
+    )
+    before = {row["name"]: row for row in read_json(factorization)["projections"]}
+    projections = {p.name: p for p in find_projections(model, config.model)}
+    device, checkpoint = devices.pick(config.quantization.device, "quantization.device"), Checkpoint(model)
+    problem_of = problems_from(
+        lambda p: checkpoint.weight(p).to(device),
+        lambda p: read_statistics(grams, p.layer, p.shared_input, device),
+        config.calibration.damping,
+    )
+    title = f"{config.factorization.title} in {config.quantization.title}"
+    progress = Progress(len(before), title, float(sum(row["d_in"] * row["d_out"] for row in before.values())))
+    rows, tensors, entries = [], {}, {}
+    for group in _groups_of(read_factors([factors]), before):
+        started = time.perf_counter()
+        problems = [problem_of(projections[name]) for name, _ in group]
+        found = quantize(config.quantization, [f for _, f in group], problems)
+        seconds = (time.perf_counter() - started) / len(group)
+        for (name, _), smaller, problem in zip(group, found, problems, strict=True):
+            row = before[name] | _measured(smaller, problem, _shares(before[name])) | {"seconds": seconds}
+            stored = private_tensors(smaller, _shares(row))
+            tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
+            entries[name] = _file_entry(row, smaller)
+            rows.append(row)
+            progress.step(name, _told(row), float(row["d_in"] * row["d_out"]))
+    order = list(before)
+    rows.sort(key=lambda row: order.index(row["name"]))
+    write_tensors(out, tensors, entries)
+    log.finish(record, inputs=_hashes(factors, factorization) | _weights(model), projections=rows)
+
+
+def _groups_of(factors: Iterable[tuple[str, Any]], rows: dict[str, dict[str, Any]]) -> Iterable[list[tuple[str, Any]]]:
+    """Factors that share, together."""
+    for _, group in itertools.groupby(factors, lambda found: (rows[found[0]]["group"] or [found[0]])[0]):
+        yield list(group)
 
 
 def evaluate(
@@ -307,7 +394,7 @@ def tabulate(study: Any, folder: Path) -> None:
         title = study.config(model).model.title
         cells.append(Cell(model, title, "dense", "Dense", None, [], read_json(Path(study.dense_record(model)))))
         for cell in (c for c in study.cells if c.model == model):
-            config = study.config(cell.model, cell.method, cell.ratio)
+            config = study.config(cell.model, cell.method, cell.ratio, cell.quantization)
             cells.append(
                 Cell(
                     model,
@@ -315,8 +402,10 @@ def tabulate(study: Any, folder: Path) -> None:
                     cell.method,
                     config.factorization.title,
                     config.factorization.compression_ratio,
-                    [read_json(Path(record)) for record in study.factorization_records(cell)],
+                    [read_json(Path(record)) for record in study.factors(cell, "json")],
                     read_json(Path(study.evaluation_record(cell))),
+                    [read_json(Path(record)) for record in study.earlier_records(cell)],
+                    *((cell.quantization, config.quantization.title) if config.quantization.changes else ()),
                 )
             )
     write_tables(cells, folder, study.study.title)

@@ -17,11 +17,22 @@ from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 
-from cospadi.config import METHODS, Config, FactorizationConfig, TextConfig, did_you_mean, layers_together, load
+from cospadi.config import (
+    METHODS,
+    Config,
+    FactorizationConfig,
+    QuantizationConfig,
+    TextConfig,
+    did_you_mean,
+    layers_together,
+    load,
+)
 from cospadi.errors import UserError
 from cospadi.sources import local_path, n_layers, state_on_disk
 
 RESULTS = "results"
+NONE = "none"
+"""The quantization that leaves factors in 16 bits."""
 
 
 def n_gpus() -> int:
@@ -39,6 +50,12 @@ class CellId:
     model: str
     method: str
     ratio: str
+    quantization: str = NONE
+
+    @property
+    def folder(self) -> str:
+        """Its name among those of one model and calibration."""
+        return f"{self.method}-{self.ratio}" + (f"-{self.quantization}" if self.quantization != NONE else "")
 
 
 def parse_overrides(given: str | Sequence[str] | None) -> list[str]:
@@ -91,15 +108,21 @@ class Study:
             except UserError as error:
                 errors[str(error)] = None
                 continue
-            for ratio in self.study.ratios_of.get(method, self.study.compression_ratios):
-                cell = CellId(model, method, _digits(ratio))
+            ratios = self.study.ratios_of.get(method, self.study.compression_ratios)
+            for ratio, name in product(ratios, self.study.quantizations_of.get(method, self.study.quantizations)):
+                cell = CellId(model, method, _digits(ratio), name)
                 try:  # a composition takes a tenth of a second, checking one more ratio nothing
                     factorization = replace(config.factorization, compression_ratio=ratio)
+                    found = replace(config, factorization=factorization, quantization=self._quantization(name))
                 except UserError as error:
                     errors[str(error)] = None
                     continue
-                self._configs[cell] = replace(config, factorization=factorization)
-                self._overrides[cell] = [*overrides, f"factorization.compression_ratio={cell.ratio}"]
+                self._configs[cell] = found
+                self._overrides[cell] = [
+                    *overrides,
+                    f"factorization.compression_ratio={cell.ratio}",
+                    f"quantization={name}",
+                ]
         errors |= dict.fromkeys(self._mistakes())
         if errors:
             raise UserError("\n".join(errors))
@@ -112,6 +135,11 @@ class Study:
                 f"Methods: {', '.join(self.study.methods)}; their settings: {', '.join(known)}."
             )
 
+    @cache  # noqa: B019 - lives as long as the study
+    def _quantization(self, name: str) -> QuantizationConfig:
+        common = [o for o in self.overrides if not _factorization_field(o)]
+        return load([*common, f"quantization={name}"]).quantization
+
     def _mistakes(self) -> Iterator[str]:
         """What no single setting shows: names that do not match their files, texts that overlap, unknown tasks."""
         given = [(self.name, self.study.name, "study")]
@@ -119,6 +147,7 @@ class Study:
             given += [
                 (cell.model, config.model.name, "model"),
                 (cell.method, config.factorization.name, "factorization"),
+                (cell.quantization, config.quantization.name, "quantization"),
             ]
         for option, name, group in dict.fromkeys(given):
             if option != name:
@@ -167,32 +196,50 @@ class Study:
         texts = (self.root.calibration.text, self.root.evaluation.text)
         return {text.name: text for text in texts}
 
-    def config(self, model: str | None = None, method: str | None = None, ratio: str | None = None) -> Config:
+    def config(
+        self,
+        model: str | None = None,
+        method: str | None = None,
+        ratio: str | None = None,
+        quantization: str | None = None,
+    ) -> Config:
         """The composition of a cell; of the first that fits when not every part is named."""
-        return self._configs[self._first(model, method, ratio)]
+        return self._configs[self._first(model, method, ratio, quantization)]
 
-    def overrides_for(self, model: str | None = None, method: str | None = None, ratio: str | None = None) -> str:
+    def overrides_for(
+        self,
+        model: str | None = None,
+        method: str | None = None,
+        ratio: str | None = None,
+        quantization: str | None = None,
+    ) -> str:
         """The cell's Hydra overrides as they are typed on a command line."""
-        return shlex.join(self._overrides[self._first(model, method, ratio)])
+        return shlex.join(self._overrides[self._first(model, method, ratio, quantization)])
 
     @property
     def typed(self) -> str:
         """The study's own overrides as they are typed on a command line."""
         return shlex.join(self.overrides)
 
-    def cell(self, model: str, method: str, ratio: str) -> CellId:
-        """The cell with these wildcards."""
-        return self._first(model, method, ratio)
+    def cell(self, model: str, method: str, ratio: str, quantized: str = "") -> CellId:
+        """The cell with these wildcards: ``quantized`` is ``-int8``, or nothing."""
+        return self._first(model, method, ratio, quantized.removeprefix("-") or NONE)
 
-    def _first(self, model: str | None, method: str | None, ratio: str | None) -> CellId:
+    def _first(
+        self, model: str | None, method: str | None, ratio: str | None, quantization: str | None = None
+    ) -> CellId:
+        wanted = (model, method, ratio, quantization)
         for cell in self._configs:
-            if model in (None, cell.model) and method in (None, cell.method) and ratio in (None, cell.ratio):
+            named = (cell.model, cell.method, cell.ratio, cell.quantization)
+            if all(part in (None, its) for part, its in zip(wanted, named, strict=True)):
                 return cell
-        raise UserError(f"Study {self.name} has no cell with model {model}, method {method}, ratio {ratio}.")
+        raise UserError(
+            f"Study {self.name} has no cell with model {model}, method {method}, ratio {ratio}, quantization {quantization}."
+        )
 
     def layers(self, cell: CellId) -> list[str]:
         """The blocks of layers that factorization jobs cover, as ``first-last``; none cuts layers apart that share."""
-        config = self._configs[cell]
+        config = self.config(cell.model, cell.method, cell.ratio)
         depth = n_layers(config.model)
         together = layers_together(config.factorization, depth)
         step = -(-(self.study.layers_per_job or depth) // together) * together
@@ -206,17 +253,20 @@ class Study:
         if room == "text":
             text = self.texts[wildcards["text"]]
             return _canonical([_without(asdict(text), "title"), state_on_disk(text.source)])
-        config = self.config(wildcards.get("model"), wildcards.get("method"), wildcards.get("ratio"))
+        named = (wildcards.get(name) for name in ("model", "method", "ratio", "quantization"))
+        config = self.config(*named)
         sections = {
             "model": lambda: [_without(asdict(config.model), "title"), state_on_disk(config.model.source)],
             "calibration": lambda: _without(asdict(config.calibration), "text", "damping"),
             "sensitivity": lambda: _sensitivity(config.factorization),
             "factorization": lambda: [_without(asdict(config.factorization), "title"), _damping(config)],
+            "quantization": lambda: [_without(asdict(config.quantization), "title"), _damping(config)],
             "evaluation": lambda: _without(asdict(config.evaluation), "text"),
             "tables": lambda: [
                 self.study.title,
                 {c.model.name: c.model.title for c in self._configs.values()},
                 {c.factorization.name: c.factorization.title for c in self._configs.values()},
+                {c.quantization.name: c.quantization.title for c in self._configs.values()},
                 {name: text.title for name, text in self.texts.items()},
             ],
         }
@@ -231,6 +281,8 @@ class Study:
             "calibration": r"[^/]+",
             "method": r"[^/-]+",
             "ratio": r"0\.\d+",
+            "quantization": r"\w+",
+            "quantized": r"(-\w+)?",
             "layers": r"\d+-\d+",
             "evaluation": r"[^/]+",
             "study": r"[^/]+",
@@ -239,23 +291,22 @@ class Study:
     # Paths: one place that knows where every room puts its results.
 
     def factors(self, cell: CellId, suffix: str) -> list[str]:
-        return [
-            f"{RESULTS}/factorization/{cell.model}/{self.calibration}/{cell.method}-{cell.ratio}/{layers}.{suffix}"
-            for layers in self.layers(cell)
-        ]
+        """What a cell's model is made of: its factors, quantized where it is."""
+        room = "factorization" if cell.quantization == NONE else "quantization"
+        folder = f"{RESULTS}/{room}/{cell.model}/{self.calibration}/{cell.folder}"
+        return [f"{folder}/{layers}.{suffix}" for layers in self.layers(cell)]
 
     def evaluation_record(self, cell: CellId) -> str:
-        return (
-            f"{RESULTS}/evaluation/{cell.model}/{self.calibration}/{cell.method}-{cell.ratio}/"
-            f"{self.evaluation}/record.json"
-        )
+        return f"{RESULTS}/evaluation/{cell.model}/{self.calibration}/{cell.folder}/{self.evaluation}/record.json"
 
     def dense_record(self, model: str) -> str:
         return f"{RESULTS}/evaluation/{model}/dense/{self.evaluation}/record.json"
 
-    def factorization_records(self, cell: CellId) -> list[str]:
-        """Everything that took time to compress a cell, its rank search included."""
-        records = self.factors(cell, "json")
+    def earlier_records(self, cell: CellId) -> list[str]:
+        """What took time to compress a cell before its factors were made: a rank search; before they were quantized, them."""
+        records = []
+        if cell.quantization != NONE:
+            records += self.factors(replace(cell, quantization=NONE), "json")
         if self.searches_ranks(cell.method):
             folder = f"{RESULTS}/factorization/{cell.model}/{self.calibration}"
             records += [f"{folder}/{cell.method}/sensitivity.json", f"{folder}/{cell.method}-{cell.ratio}/ranks.json"]
@@ -265,7 +316,7 @@ class Study:
         """Every record a study's tables are made of."""
         records = [self.dense_record(model) for model in self.study.models]
         for cell in self.cells:
-            records += [self.evaluation_record(cell), *self.factorization_records(cell)]
+            records += [self.evaluation_record(cell), *self.factors(cell, "json"), *self.earlier_records(cell)]
         return records
 
 
@@ -274,6 +325,7 @@ def _refuse_axes(overrides: Sequence[str]) -> None:
     axes = {
         "model": "study.models",
         "factorization": "study.methods",
+        "quantization": "study.quantizations",
         "factorization.compression_ratio": "study.compression_ratios",
         "study": "--config study=<name>",
     }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,15 @@ from transformers import AutoModelForCausalLM
 import cospadi
 from cospadi import checkpoint, cli
 from cospadi.compression import compress_to
-from cospadi.config import CoSpaDiConfig, ModelConfig, OATSConfig, SVDLLMConfig, WandaConfig
+from cospadi.config import (
+    CoSpaDiConfig,
+    ModelConfig,
+    OATSConfig,
+    PlainConfig,
+    QuantizationConfig,
+    SVDLLMConfig,
+    WandaConfig,
+)
 from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.factorization.factors import KINDS, LowRank, SparseDictionary, SparsePlusLowRank, stored_bits
@@ -27,6 +36,7 @@ from cospadi.integrity import CHECKSUMS
 from cospadi.integrity import checksum as checksum_of
 from cospadi.layers import CompressedLinear, layer_of
 from cospadi.models import Checkpoint, find_projections
+from cospadi.quantization.methods import quantize
 from cospadi.sources import prepare_model
 
 TINY = {
@@ -45,6 +55,14 @@ METHODS = {
     "svd_llm": SVDLLMConfig(name="svd_llm", title="", compression_ratio=0.3),
     "wanda": WandaConfig(name="wanda", title="", compression_ratio=0.3),
     "oats": OATSConfig(name="oats", title="", compression_ratio=0.3, n_rounds=5),
+    "plus_int4": CoSpaDiConfig(
+        name="plus", title="", compression_ratio=0.3, fixed_atoms="identity", learned_atoms=0.25, n_rounds=4
+    ),
+    "cospadi_int3": CoSpaDiConfig(name="cospadi", title="", compression_ratio=0.3, n_rounds=4),
+    "oats_int8": OATSConfig(name="oats", title="", compression_ratio=0.3, n_rounds=5),
+    "svd_llm_int8": SVDLLMConfig(name="svd_llm", title="", compression_ratio=0.3, storage_dtype="bfloat16"),
+    "plain_int4": PlainConfig(name="plain", title=""),
+    "plain_float8": PlainConfig(name="plain", title=""),
 }
 
 
@@ -53,7 +71,11 @@ def factors_of(folder, model, method):
     dense = Checkpoint(folder)
     for projection in find_projections(folder, model):
         problem = Problem(dense.weight(projection), torch.eye(projection.d_in).double(), torch.ones(projection.d_in))
-        yield projection.name, next(factorize_all(METHODS[method], [problem]))
+        factors = next(factorize_all(METHODS[method], [problem]))
+        if bits := re.search("int.|float8", method):
+            config = QuantizationConfig(name="", title="", dictionary=bits[0], values=bits[0], group_size=32)
+            (factors,) = quantize(config, [factors], [problem])
+        yield projection.name, factors
 
 
 @pytest.fixture(scope="session")
@@ -287,7 +309,7 @@ def test_a_missing_shard_is_refused(made, tmp_path):
 
 def test_a_newer_format_is_refused(own):
     edited(own, lambda found, _: found.update(format_version=99))
-    refused_by_both(own, "has format_version 99, this cospadi reads up to 2")
+    refused_by_both(own, "has format_version 99, this cospadi reads up to 3")
 
 
 @pytest.mark.parametrize(
@@ -365,6 +387,7 @@ def test_what_is_no_compressed_checkpoint_is_refused(made, tmp_path, command, wh
     path = {"nowhere": tmp_path / "nowhere", "empty": tmp_path, "dense": made()[0], "file": tmp_path / "file"}[what]
     (tmp_path / "file").write_text("{}")
     words = [{"PATH": str(path), "OUT": str(tmp_path / "out")}.get(word, word) for word in command]
+    capsys.readouterr()  # making the model may print its progress
     assert cli.main(words if "PATH" in command else [*words, str(path)]) == 1
     told = capsys.readouterr().err
     assert told.startswith("error: ")

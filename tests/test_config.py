@@ -54,6 +54,7 @@ def test_there_is_a_file_for_every_room():
         "model",
         "calibration",
         "factorization",
+        "quantization",
         "evaluation",
         "study",
     }

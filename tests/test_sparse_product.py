@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 
 from cospadi.kernels import sparse_product as kernels
-from cospadi.kernels.sparse_product import dense_product, offsets, sparse_product, transposed_product, unpack
+from cospadi.kernels.sparse_product import dense_product, offsets, sparse_product, unpack
 
 either = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
@@ -60,7 +60,6 @@ def test_agrees_with_dense_arithmetic(dtype, shape):
     assert torch.equal(offsets(mask, d_out, atoms), starts)
     assert torch.equal(unpack(mask, values, starts, atoms), columns.float())
     close(sparse_product(z, mask, values, starts), z, columns.T)
-    close(transposed_product(z, columns), z, columns.T)
     close(dense_product(x, columns), x, columns)
 
 
@@ -93,7 +92,6 @@ def test_every_finite_16_bit_number_is_widened_exactly(dtype):
     one = torch.zeros(1, 90)
     one[0, 77] = 1
     assert torch.equal(sparse_product(one, mask, values, starts)[0], columns[:, 77].float())
-    assert torch.equal(transposed_product(one, columns)[0], columns[:, 77].float())
     assert torch.equal(dense_product(one, columns[:90])[0], columns[77].float())
 
 
@@ -102,8 +100,7 @@ def test_what_is_infinite_stays_in_its_column(dtype):
     columns = sparse(0, 9, 43, 0.5, dtype)
     columns[4, columns[4].nonzero()[0]] = torch.inf
     z = normal(0, 3, 43)
-    for out in (sparse_product(z, *packed(columns)), transposed_product(z, columns)):
-        assert (out.isfinite() == torch.tensor([j != 4 for j in range(9)])).all()
+    assert (sparse_product(z, *packed(columns)).isfinite() == torch.tensor([j != 4 for j in range(9)])).all()
     assert (dense_product(z, columns.T.contiguous()).isfinite() == torch.tensor([j != 4 for j in range(9)])).all()
 
 
@@ -113,7 +110,6 @@ def test_neither_threads_nor_other_rows_change_a_row(dtype, monkeypatch):
     mask, values, starts = packed(columns)
     calls = [
         lambda rows: sparse_product(rows, mask, values, starts),
-        lambda rows: transposed_product(rows, columns),
         lambda rows: dense_product(rows, columns.T.contiguous()),
         lambda rows: unpack(mask, values, starts, 77),
     ]
@@ -123,7 +119,7 @@ def test_neither_threads_nor_other_rows_change_a_row(dtype, monkeypatch):
         monkeypatch.setattr(kernels.torch, "get_num_threads", lambda threads=threads: threads)
         assert all(torch.equal(call(z), expected) for call, expected in zip(calls, whole, strict=True))
     for row in (0, 8, 14):
-        alone = [call(z[row : row + 1]) for call in calls[:3]]
+        alone = [call(z[row : row + 1]) for call in calls[:2]]
         assert all(torch.equal(one[0], expected[row]) for one, expected in zip(alone, whole, strict=False))
 
 
@@ -131,7 +127,7 @@ def test_one_thread_needs_no_pool(monkeypatch):
     monkeypatch.setattr(kernels, "WORTH", 1)
     monkeypatch.setattr(kernels.torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(kernels, "_threads", None)
-    transposed_product(normal(0, 2, 64), normal(1, 64, 64).half())
+    dense_product(normal(0, 2, 64), normal(1, 64, 64).half())
 
 
 libc = ctypes.CDLL(None)
@@ -160,7 +156,6 @@ def test_nothing_behind_the_end_is_read(dtype, d_out, atoms):
     assert torch.equal(offsets(mask, d_out, atoms), starts)
     assert torch.equal(unpack(mask, values, starts, atoms), columns.float())
     close(sparse_product(z, mask, values, starts), z, columns.T)
-    close(transposed_product(z, at_the_end(columns)), z, columns.T)
     close(dense_product(x, at_the_end(columns)), x, columns)
 
 

@@ -4,6 +4,7 @@
 form out again, so that every number reported belongs to the rounded factors and not to those before rounding.
 
 Factors of a group hold one and the same tensor as their ``shared_part``; the first of them stores it, the others do not.
+A matrix is in 16 bits, or `Quantized`: then its packed codes and its scales are stored in its place.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from cospadi.errors import UserError
 from cospadi.factorization.budget import PAPER_VALUE_BITS, mask_bits
+from cospadi.quantization.formats import bits_of
+from cospadi.quantization.matrix import Quantized, pack, unpack
 
+Matrix = Float[Tensor, "_ _"] | Quantized
+Formats = Mapping[str, tuple[str, int]]
+"""Stored part -> format and group size of its codes, for those that are quantized."""
 STORAGE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -26,11 +32,14 @@ STORAGE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 class LowRank:
     """``W ≈ left @ right``."""
 
-    left: Float[Tensor, "d_in rank"]
-    right: Float[Tensor, "rank d_out"]
+    left: Float[Tensor, "d_in rank"] | Quantized
+    right: Float[Tensor, "rank d_out"] | Quantized
     kind = "low_rank"
     shared_part = "left"
-    value_bits = 16
+
+    @property
+    def value_bits(self) -> int:
+        return _bits(self.right)
 
     @classmethod
     def balanced(cls, left: Tensor, right: Tensor, storage_dtype: torch.dtype) -> LowRank:
@@ -53,11 +62,15 @@ class LowRank:
         return self.left.float() @ self.right.float()
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"left": self.left, "right": self.right}
+        return _stored("left", self.left) | _stored("right", self.right)
+
+    @property
+    def formats(self) -> Formats:
+        return _formats(left=self.left, right=self.right)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LowRank:
-        return cls(tensors["left"], tensors["right"])
+    def from_tensors(cls, tensors: Mapping[str, Tensor], formats: Formats | None = None) -> LowRank:
+        return cls(_read("left", tensors, formats), _read("right", tensors, formats))
 
 
 @dataclass(frozen=True)
@@ -68,9 +81,10 @@ class SparseDictionary:
     With ``identity`` the atoms are ``[I, dictionary]``: the identity's come first, and are not stored.
     """
 
-    dictionary: Float[Tensor, "d_in atoms"]
-    coefficients: Float[Tensor, "all_atoms d_out"]
+    dictionary: Float[Tensor, "d_in atoms"] | Quantized
+    coefficients: Float[Tensor, "all_atoms d_out"] | Quantized
     value_bits: int = 16
+    """Of values in 16 bits, those that are stored: 14 under the paper's accounting. Of quantized ones, of their codes."""
     identity: bool = False
     kind = "sparse_dictionary"
     shared_part = "dictionary"
@@ -92,9 +106,8 @@ class SparseDictionary:
         else:
             scales = norms
         values = rounded(coefficients * scales[:, None], storage_dtype)
-        if value_bits < 16:  # truncation, as in the paper
-            values = (values.contiguous().view(torch.int16) & -(1 << (16 - value_bits))).view(storage_dtype)
-        return cls(rounded(dictionary / norms, storage_dtype), values, value_bits, identity)
+        found = cls(rounded(dictionary / norms, storage_dtype), values, identity=identity)
+        return truncated(found) if value_bits == PAPER_VALUE_BITS else found
 
     @classmethod
     def of_sparse_weight(cls, weight: Float[Tensor, "d_in d_out"], storage_dtype: torch.dtype) -> SparseDictionary:
@@ -104,30 +117,55 @@ class SparseDictionary:
 
     @property
     def sizes(self) -> dict[str, int | None]:
-        nonzeros = (self.coefficients != 0).sum(dim=0)
+        nonzeros = self.mask.sum(dim=0)
         return {"rank": None, "atoms": self.dictionary.shape[1], "sparsity": int(nonzeros.max())}
 
+    @property
+    def mask(self) -> Bool[Tensor, "all_atoms d_out"]:
+        """Where there is a value. One that quantization made zero is none, and takes no bits."""
+        quantized = isinstance(self.coefficients, Quantized)
+        return self.coefficients.nonzero if quantized else self.coefficients != 0
+
     def weight(self) -> Float[Tensor, "d_in d_out"]:
-        n_fixed = len(self.dictionary) if self.identity else 0
-        learned = self.dictionary.float() @ self.coefficients[n_fixed:].float()
-        return learned + self.coefficients[:n_fixed].float() if self.identity else learned
+        n_fixed, coefficients = self.dictionary.shape[0] if self.identity else 0, self.coefficients.float()
+        learned = self.dictionary.float() @ coefficients[n_fixed:]
+        return learned + coefficients[:n_fixed] if self.identity else learned
 
     def tensors(self) -> dict[str, Tensor]:
-        columns = self.coefficients.T.contiguous().cpu()  # column by column of the coefficients
-        mask = columns != 0
-        values = columns[mask]
-        stored = values if self.value_bits == 16 else pack_bits(values.view(torch.int16), self.value_bits)
+        mask = self.mask.T.contiguous().cpu()  # column by column of the coefficients
         mask_bytes = torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
-        return {"dictionary": self.dictionary, "values": stored, "mask": mask_bytes}
+        return _stored("dictionary", self.dictionary) | self._stored_values(mask) | {"mask": mask_bytes}
+
+    def _stored_values(self, mask: Tensor) -> dict[str, Tensor]:
+        found = self.coefficients
+        if isinstance(found, Quantized):
+            codes = found.codes.T.contiguous().cpu().view(torch.uint8)[mask].view(found.codes.dtype)
+            return {"values": pack(codes, found.format), "values_scales": found.scales.T.contiguous()}
+        values = found.T.contiguous().cpu()[mask]
+        return {
+            "values": values if self.value_bits == 16 else pack_bits(values.view(torch.int16), self.value_bits)
+        }
+
+    @property
+    def formats(self) -> Formats:
+        return _formats(dictionary=self.dictionary, values=self.coefficients)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SparseDictionary:
-        dictionary, stored, mask_bytes = tensors["dictionary"], tensors["values"], tensors["mask"]
+    def from_tensors(cls, tensors: Mapping[str, Tensor], formats: Formats | None = None) -> SparseDictionary:
+        dictionary, stored, mask_bytes = _read("dictionary", tensors, formats), tensors["values"], tensors["mask"]
         (d_in, atoms), d_out = dictionary.shape, int(tensors["d_out"])
         identity = len(mask_bytes) != mask_bits(atoms, d_out) // 8  # the mask is longer by d_in · d_out bits
         atoms += d_in if identity else 0
         bits = np.unpackbits(mask_bytes.numpy(), count=atoms * d_out, bitorder="little").astype(bool)
         mask = torch.from_numpy(bits).reshape(d_out, atoms)
+        if "values" in (formats or {}):
+            name, group_size = formats["values"]
+            values = unpack(stored, name, int(mask.sum()))
+            codes = torch.zeros(d_out, atoms, dtype=torch.uint8)
+            codes[mask] = values.view(torch.uint8)
+            scales = tensors["values_scales"].T.contiguous()
+            coefficients = Quantized(codes.view(values.dtype).T, scales, name, group_size)
+            return cls(dictionary, coefficients, bits_of(name), identity)
         value_bits = 16
         if stored.dtype == torch.uint8:
             value_bits = PAPER_VALUE_BITS  # the only packed form; a few values do not tell their width by their bytes
@@ -145,7 +183,10 @@ class SparsePlusLowRank:
     """The identity's atoms alone, see `SparseDictionary.of_sparse_weight`."""
     low_rank: LowRank
     kind = "sparse_plus_low_rank"
-    value_bits = 16
+
+    @property
+    def value_bits(self) -> int:
+        return self.sparse.value_bits
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -157,18 +198,25 @@ class SparsePlusLowRank:
     def tensors(self) -> dict[str, Tensor]:
         return self.sparse.tensors() | self.low_rank.tensors()
 
+    @property
+    def formats(self) -> Formats:
+        return {**self.sparse.formats, **self.low_rank.formats}
+
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SparsePlusLowRank:
-        return cls(SparseDictionary.from_tensors(tensors), LowRank.from_tensors(tensors))
+    def from_tensors(cls, tensors: Mapping[str, Tensor], formats: Formats | None = None) -> SparsePlusLowRank:
+        return cls(SparseDictionary.from_tensors(tensors, formats), LowRank.from_tensors(tensors, formats))
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A projection that a method leaves as it is, in 16 bits."""
+    """A projection that a method leaves as it is, in 16 bits or quantized."""
 
-    dense: Float[Tensor, "d_in d_out"]
+    dense: Float[Tensor, "d_in d_out"] | Quantized
     kind = "dense"
-    value_bits = 16
+
+    @property
+    def value_bits(self) -> int:
+        return _bits(self.dense)
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -178,11 +226,15 @@ class Dense:
         return self.dense.float()
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"dense": self.dense}
+        return _stored("dense", self.dense)
+
+    @property
+    def formats(self) -> Formats:
+        return _formats(dense=self.dense)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Dense:
-        return cls(tensors["dense"])
+    def from_tensors(cls, tensors: Mapping[str, Tensor], formats: Formats | None = None) -> Dense:
+        return cls(_read("dense", tensors, formats))
 
 
 Factors = LowRank | SparseDictionary | SparsePlusLowRank | Dense
@@ -198,13 +250,52 @@ def stored_bits(factors: Factors, shares: bool = False) -> int:
 
 def private_tensors(factors: Factors, shares: bool) -> dict[str, Tensor]:
     """What is stored of ``factors``; where they share what another one stores, all but that."""
-    return {part: t for part, t in factors.tensors().items() if not (shares and part == factors.shared_part)}
+    shared = shared_names(factors) if shares else ()
+    return {part: t for part, t in factors.tensors().items() if part not in shared}
 
 
-def shared_tensor(factors: Factors) -> Tensor | None:
-    """The tensor that factors of a group have in common; ``None`` for a kind that never shares."""
+def shared_names(factors: Factors) -> tuple[str, ...]:
+    """Names of the tensors that factors of a group share."""
+    part = getattr(factors, "shared_part", None)
+    if part is None:
+        return ()
+    return (part, f"{part}_scales") if part in factors.formats else (part,)
+
+
+def shared_matrix(factors: Factors) -> Matrix | None:
+    """What factors of a group have in common, one object for all; ``None`` for a kind that never shares."""
     part = getattr(factors, "shared_part", None)
     return None if part is None else getattr(factors, part)
+
+
+def truncated(factors: SparseDictionary) -> SparseDictionary:
+    """With the low mantissa bits of its 16-bit values cut, 14 left (arXiv:2509.22075, section 3.3)."""
+    values = factors.coefficients.contiguous()
+    values = (values.view(torch.int16) & -(1 << (16 - PAPER_VALUE_BITS))).view(values.dtype)
+    return replace(factors, coefficients=values, value_bits=PAPER_VALUE_BITS)
+
+
+def _stored(part: str, matrix: Matrix) -> dict[str, Tensor]:
+    if isinstance(matrix, Quantized):
+        return {part: pack(matrix.codes, matrix.format), f"{part}_scales": matrix.scales.contiguous()}
+    return {part: matrix}
+
+
+def _read(part: str, tensors: Mapping[str, Tensor], formats: Formats | None) -> Matrix:
+    """What `_stored` made a part into."""
+    if part not in (formats or {}):
+        return tensors[part]
+    name, group_size = formats[part]
+    scales = tensors[f"{part}_scales"]
+    return Quantized(unpack(tensors[part], name, scales.shape[1]), scales, name, group_size)
+
+
+def _formats(**parts: Matrix) -> Formats:
+    return {part: (m.format, m.group_size) for part, m in parts.items() if isinstance(m, Quantized)}
+
+
+def _bits(matrix: Matrix) -> int:
+    return bits_of(matrix.format) if isinstance(matrix, Quantized) else 16
 
 
 def split(factors: Factors, members: int) -> list[Factors]:

@@ -21,6 +21,7 @@ from cospadi.config import (
     FactorizationConfig,
     MagnitudeConfig,
     OATSConfig,
+    PlainConfig,
     PruningConfig,
     SparseGPTConfig,
     SVDConfig,
@@ -81,6 +82,12 @@ def factorize(config: FactorizationConfig, problem: Problem) -> Factors:
         UserError: when the budget is too small for this shape or numbers do not fit the storage dtype.
     """
     raise UserError(f"No factorization method is registered for {type(config).__name__}.")
+
+
+@factorize.register
+def plain(config: PlainConfig, problem: Problem) -> Factors:
+    """Every weight in 16 bits."""
+    return Dense(rounded(problem.weight, STORAGE_DTYPES[config.storage_dtype]))
 
 
 @factorize.register

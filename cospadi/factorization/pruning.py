@@ -62,7 +62,7 @@ def sparsegpt(
         damping: ridge on the gram, as a fraction of its mean diagonal.
     """
     d_in = len(weight)
-    factor = _inverse_factor(gram, damping)
+    factor = inverse_factor(gram, damping)
     left, sparse = weight.clone(), torch.zeros_like(weight)  # what is left to prune, brought up to date
     for first in range(0, d_in, block_size):
         last = min(first + block_size, d_in)
@@ -83,7 +83,7 @@ def sparsegpt(
     return sparse
 
 
-def _inverse_factor(gram: Float[Tensor, "d_in d_in"], damping: float) -> Float[Tensor, "d_in d_in"]:
+def inverse_factor(gram: Float[Tensor, "d_in d_in"], damping: float) -> Float[Tensor, "d_in d_in"]:
     """Upper-triangular ``U`` with ``UᵀU = (gram + damping · mean(diag(gram)) · I)⁻¹``, in float64.
 
     From the factor ``A Aᵀ`` of the matrix itself with ``A`` upper (Cholesky from the last row up): ``U = A⁻¹``.

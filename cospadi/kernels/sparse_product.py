@@ -1,9 +1,12 @@
-"""Products with weights as they are stored, compiled: 16-bit values and the bits of a mask, never a dense matrix.
+"""Products with weights as they are stored, compiled: values of few bits and the bits of a mask, never a dense matrix.
 
 A decode step reads every weight once and multiplies it with a few rows, so its time is that of reading them. These loops
 take `LANES` weights at a time from memory to float32 registers and use them for up to eight rows. They are written in
 LLVM's own vectors, which numba has no types for: half precision, and expanding, which puts the next values into the
 lanes whose mask bit is set. That is one instruction where a CPU has AVX512-VBMI2, and a slow sequence elsewhere.
+
+Weights are in 16 bits, or `Packed`: codes of 8 or 4 bits, one scale for a group of them. A group holds whole vectors, so
+that a vector of codes has one scale.
 
 Numbers are handed over as addresses: looking at an array takes numba as long as a small product.
 """
@@ -11,6 +14,7 @@ Numbers are handed over as addresses: looking at an array takes numba as long as
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -43,10 +47,34 @@ WORTH = 1 << 19
 """Multiplications that are worth another thread."""
 
 
+HALF_FORM, BRAIN_FORM, INT8_FORM, INT4_FORM, FLOAT8_FORM = range(5)
+FORMS = {"int8": INT8_FORM, "int4": INT4_FORM, "float8": FLOAT8_FORM}
+"""Formats of codes that the loops read."""
+WIDTHS = {HALF_FORM: 16, BRAIN_FORM: 16, INT8_FORM: 8, INT4_FORM: 4, FLOAT8_FORM: 8}
+"""Bits of a weight."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Codes as they are stored, and the scales they are multiplied with."""
+
+    codes: UInt8[Tensor, "*rows bytes"]
+    """Of a matrix, row by row, each row whole bytes; or of a list of values."""
+    scales: Float[Tensor, "_ _"]
+    """float16 or bfloat16: (groups × columns) of a matrix, whose groups are rows; (d_out × groups) of values."""
+    format: str
+    """One of `FORMS`."""
+    group_size: int
+    """Rows of a matrix, or atoms, that have a scale together: a multiple of `LANES`."""
+
+
+Weights = Float[Tensor, "..."] | Packed
+
+
 def sparse_product(
     z: Float32[Tensor, "rows atoms"],
     mask: UInt8[Tensor, " bytes"],
-    values: Float[Tensor, " nonzeros"],
+    values: Float[Tensor, " nonzeros"] | Packed,
     offsets: Int32[Tensor, " d_out_and_one"],
 ) -> Float32[Tensor, "rows d_out"]:
     """``z @ S`` with the coefficients ``S`` in their packed form,
@@ -58,67 +86,65 @@ def sparse_product(
     Args:
         z: on the CPU, as are the others.
         mask: bit ``j · atoms + k``, the lowest of a byte first, is set where ``S[k, j]`` is stored.
-        values: float16 or bfloat16, column by column of ``S``.
+        values: column by column of ``S``, float16 or bfloat16, or packed.
         offsets: what `offsets` says about this mask.
     """
     (rows, atoms), d_out = z.shape, len(offsets) - 1
-    z, mask, values, offsets = z.contiguous(), _padded(mask), values.contiguous(), offsets.contiguous()
+    z, mask, offsets = z.contiguous(), _padded(mask), offsets.contiguous()
+    form, numbers, scales, group = _handed_over(values, atoms)
     out = z.new_empty(rows, d_out)
-    weight = (mask.data_ptr(), len(mask), values.data_ptr(), offsets.data_ptr())
+    weight = (mask.data_ptr(), len(mask), numbers.data_ptr(), scales.data_ptr(), group, offsets.data_ptr())
+    work = numbers.numel() * numbers.element_size() * 8 // WIDTHS[form]
     for block, row in _blocks(rows):
         there = (z.data_ptr() + 4 * atoms * row, atoms, *weight, out.data_ptr() + 4 * d_out * row, d_out)
-        _share(_sparse(block, values.dtype is torch.bfloat16), there, d_out, block * len(values))
+        _share(_sparse(block, form, scales.dtype is torch.bfloat16), there, d_out, block * work)
     return out
+
+
+def _handed_over(weights: Weights, rows: int) -> tuple[int, Tensor, Tensor, int]:
+    """Form, numbers, scales and vectors in a group; 16-bit weights are one group without a scale."""
+    if isinstance(weights, Packed):
+        return FORMS[weights.format], weights.codes.contiguous(), weights.scales.contiguous(), weights.group_size // LANES
+    numbers = weights.contiguous()
+    form = BRAIN_FORM if numbers.dtype is torch.bfloat16 else HALF_FORM
+    return form, numbers, numbers, -(-rows // LANES)
 
 
 def dense_product(
-    x: Float32[Tensor, "rows d_in"], dictionary: Float[Tensor, "d_in atoms"]
+    x: Float32[Tensor, "rows d_in"], dictionary: Float[Tensor, "d_in atoms"] | Packed
 ) -> Float32[Tensor, "rows atoms"]:
-    """``x @ D`` in float32 with a dictionary in 16 bits.
+    """``x @ D`` in float32 with a dictionary in 16 bits, or packed.
 
     Args:
         x: on the CPU.
-        dictionary: float16 or bfloat16, on the CPU.
+        dictionary: float16 or bfloat16, or packed; on the CPU.
     """
-    (rows, d_in), atoms = x.shape, dictionary.shape[1]
-    x, dictionary = x.contiguous(), dictionary.contiguous()
-    out = x.new_empty(rows, atoms)
+    packed = isinstance(dictionary, Packed)
+    (rows, d_in), atoms = x.shape, (dictionary.scales if packed else dictionary).shape[1]
+    form, numbers, scales, group = _handed_over(dictionary, d_in)
+    x, out = x.contiguous(), x.new_empty(rows, atoms)
+    row_bytes = numbers.shape[1] * numbers.element_size()
+    weight = (numbers.data_ptr(), row_bytes, scales.data_ptr(), group * LANES)
     for block, row in _blocks(rows):
-        there = (x.data_ptr() + 4 * d_in * row, d_in, dictionary.data_ptr(), out.data_ptr() + 4 * atoms * row, atoms)
-        _share(_dense(block, dictionary.dtype is torch.bfloat16), there, atoms, block * d_in * atoms, LANES)
-    return out
-
-
-def transposed_product(
-    x: Float32[Tensor, "rows d_in"], weight: Float[Tensor, "d_out d_in"]
-) -> Float32[Tensor, "rows d_out"]:
-    """``x @ Wᵀ`` in float32 with a weight in 16 bits.
-
-    Args:
-        x: on the CPU.
-        weight: float16 or bfloat16, on the CPU.
-    """
-    (rows, d_in), d_out = x.shape, len(weight)
-    x, weight = x.contiguous(), weight.contiguous()
-    out = x.new_empty(rows, d_out)
-    for block, row in _blocks(rows):
-        there = (x.data_ptr() + 4 * d_in * row, d_in, weight.data_ptr(), out.data_ptr() + 4 * d_out * row, d_out)
-        _share(_transposed(block, weight.dtype is torch.bfloat16), there, d_out, block * d_in * d_out)
+        there = (x.data_ptr() + 4 * d_in * row, d_in, *weight, out.data_ptr() + 4 * atoms * row, atoms)
+        _share(_dense(block, form, scales.dtype is torch.bfloat16), there, atoms, block * d_in * atoms, LANES)
     return out
 
 
 def unpack(
     mask: UInt8[Tensor, " bytes"],
-    values: Float[Tensor, " nonzeros"],
+    values: Float[Tensor, " nonzeros"] | Packed,
     offsets: Int32[Tensor, " d_out_and_one"],
     atoms: int,
 ) -> Float32[Tensor, "d_out atoms"]:
     """``Sᵀ`` in full, from the packed form that `sparse_product` takes."""
-    mask, values, offsets = _padded(mask), values.contiguous(), offsets.contiguous()
+    mask, offsets = _padded(mask), offsets.contiguous()
+    form, numbers, scales, group = _handed_over(values, atoms)
     d_out = len(offsets) - 1
     out = torch.empty(d_out, atoms)
-    there = (mask.data_ptr(), len(mask), values.data_ptr(), offsets.data_ptr(), out.data_ptr(), atoms)
-    _share(_unpack(values.dtype is torch.bfloat16), there, d_out, d_out * atoms)
+    weight = (mask.data_ptr(), len(mask), numbers.data_ptr(), scales.data_ptr(), group, offsets.data_ptr())
+    there = (*weight, out.data_ptr(), atoms)
+    _share(_unpack(form, scales.dtype is torch.bfloat16), there, d_out, d_out * atoms)
     return out
 
 
@@ -177,7 +203,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 # --- LLVM's vectors -----------------------------------------------------------------------------------------------------
 
-FLOAT, HALF, SHORT, INT = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.IntType(32)
+FLOAT, HALF, BYTE, SHORT, INT = ir.FloatType(), ir.HalfType(), *map(ir.IntType, (8, 16, 32))
 
 
 class Lanes(types.Type):
@@ -220,7 +246,7 @@ def _first(builder, count):
 
 def _masked_load(builder, pointer, lanes, kind):
     """The chosen lanes from memory, zero in the others, whose memory is not touched."""
-    name, size = ("f32", 4) if kind.element == FLOAT else ("i16", 2)
+    name, size = {FLOAT: ("f32", 4), SHORT: ("i16", 2), BYTE: ("i8", 1)}[kind.element]
     name = f"llvm.masked.load.v{LANES}{name}.p0"
     return _call(builder, name, kind, pointer, ir.Constant(INT, size), lanes, ir.Constant(kind, None))
 
@@ -334,39 +360,120 @@ def _bits(context, mask, n_bytes, bit, count):
     return types.int64(types.int64, types.int64, types.int64, types.int64), code
 
 
+def _element(form):
+    """The integer that holds a code, or the bits of a 16-bit weight."""
+    return SHORT if WIDTHS[form] == 16 else BYTE
+
+
+def _place(builder, base, index, form):
+    """The address of the weight with a number; of two in one byte the byte's."""
+    bits = builder.mul(index, ir.Constant(index.type, WIDTHS[form]))
+    return builder.add(base, builder.ashr(bits, ir.Constant(index.type, 3)))
+
+
+def _nibbles(builder, base, index, count):
+    """``count`` codes of four bits from the one with number ``index`` on, a byte each."""
+    bytes_, one = ir.VectorType(BYTE, LANES), ir.Constant(index.type, 1)
+
+    def constant(number):
+        return ir.Constant(bytes_, [number] * LANES)
+
+    second = builder.and_(index, one)  # it begins with the upper half of a byte
+    needed = builder.ashr(builder.add(builder.add(count, second), one), one)
+    pointer = _pointer(builder, _place(builder, base, index, INT4_FORM), bytes_)
+    taken = _masked_load(builder, pointer, _chosen(builder, _first(builder, needed)), bytes_)
+    low, high = builder.and_(taken, constant(15)), builder.and_(builder.lshr(taken, constant(4)), constant(15))
+    pairs = [lane for i in range(LANES // 2) for lane in (i, LANES + i)]
+    even = _shuffled(builder, low, high, pairs)
+    odd = _shuffled(builder, low, high, [*pairs[1:], LANES // 2])
+    codes = builder.select(builder.icmp_signed("!=", second, ir.Constant(second.type, 0)), odd, even)
+    return builder.sub(builder.xor(codes, constant(8)), constant(8))  # the sign
+
+
+def _numbers(context, builder, codes, form):
+    """float32 from codes, or from 16-bit weights."""
+    floats, words = ir.VectorType(FLOAT, LANES), ir.VectorType(SHORT, LANES)
+    if _element(form) == SHORT:
+        return _widened(context, builder, codes, form == BRAIN_FORM)
+    if form != FLOAT8_FORM:
+        return builder.sitofp(builder.sext(codes, ir.VectorType(INT, LANES)), floats)
+
+    def constant(number):
+        return ir.Constant(words, [number] * LANES)
+
+    wide = builder.zext(codes, words)  # as a half: sign and exponent move up, and exponents begin elsewhere
+    sign = builder.shl(builder.and_(wide, constant(0x80)), constant(8))
+    size = builder.shl(builder.and_(wide, constant(0x7F)), constant(7))
+    halves = _widened(context, builder, builder.or_(sign, size), False)
+    return builder.fmul(halves, ir.Constant(floats, [2.0**8] * LANES))
+
+
 @intrinsic(prefer_literal=True)
-def _expand(context, address, bits, brain):
-    """The next values where a bit is set, zero elsewhere."""
+def _expand(context, base, index, bits, form):
+    """The next weights, from the one with number ``index`` on, where a bit is set; zero elsewhere."""
 
     def code(context, builder, signature, arguments):
-        words = ir.VectorType(SHORT, LANES)
-        pointer, bits = _pointer(builder, arguments[0], words), _chosen(builder, arguments[1])
-        nothing = ir.Constant(words, None)
+        base, index, given, _ = arguments
+        kind = ir.VectorType(_element(form.literal_value), LANES)
+        name, bits, nothing = f"v{LANES}i{kind.element.width}", _chosen(builder, given), ir.Constant(kind, None)
+        count, near, pointer = builder.ctpop(given), None, None
+        if form.literal_value == INT4_FORM:
+            near = _nibbles(builder, base, index, count)
+        else:
+            pointer = _pointer(builder, _place(builder, base, index, form.literal_value), kind)
         if _has(context, "avx512vbmi2"):  # `expandload` itself takes twice as long
-            next_ones = _chosen(builder, _first(builder, builder.ctpop(arguments[1])))
-            near = _masked_load(builder, pointer, next_ones, words)
-            taken = _call(builder, f"llvm.x86.avx512.mask.expand.v{LANES}i16", words, near, nothing, bits)
+            if near is None:
+                near = _masked_load(builder, pointer, _chosen(builder, _first(builder, count)), kind)
+            taken = _call(builder, f"llvm.x86.avx512.mask.expand.{name}", kind, near, nothing, bits)
         else:
-            taken = _call(builder, f"llvm.masked.expandload.v{LANES}i16", words, pointer, bits, nothing)
-        return _widened(context, builder, taken, brain.literal_value)
+            if pointer is None:
+                pointer = cgutils.alloca_once(builder, kind)
+                builder.store(near, pointer)
+            taken = _call(builder, f"llvm.masked.expandload.{name}", kind, pointer, bits, nothing)
+        return _numbers(context, builder, taken, form.literal_value)
 
-    return Lanes(1)(types.int64, types.int64, brain), code
+    return Lanes(1)(types.int64, types.int64, types.int64, form), code
 
 
 @intrinsic(prefer_literal=True)
-def _load16(context, address, count, brain):
-    """The first ``count`` of `LANES` values."""
+def _load(context, row, column, count, form):
+    """The first ``count`` of `LANES` weights of a row from an even column on."""
 
     def code(context, builder, signature, arguments):
-        words = ir.VectorType(SHORT, LANES)
-        pointer = _pointer(builder, arguments[0], words)
+        row, column, number, _ = arguments
+        number = ir.Constant(column.type, LANES) if _is(count, LANES) else number
+        if form.literal_value == INT4_FORM:
+            return _numbers(context, builder, _nibbles(builder, row, column, number), INT4_FORM)
+        kind = ir.VectorType(_element(form.literal_value), LANES)
+        pointer = _pointer(builder, _place(builder, row, column, form.literal_value), kind)
         if _is(count, LANES):
-            taken = builder.load(pointer, align=2, typ=words)
+            taken = builder.load(pointer, align=kind.element.width // 8, typ=kind)
         else:
-            taken = _masked_load(builder, pointer, _chosen(builder, _first(builder, arguments[1])), words)
-        return _widened(context, builder, taken, brain.literal_value)
+            taken = _masked_load(builder, pointer, _chosen(builder, _first(builder, number)), kind)
+        return _numbers(context, builder, taken, form.literal_value)
 
-    return Lanes(1)(types.int64, count if _is(count, LANES) else types.int64, brain), code
+    count_type = count if _is(count, LANES) else types.int64
+    return Lanes(1)(types.int64, types.int64, count_type, form), code
+
+
+@intrinsic(prefer_literal=True)
+def _scale(context, address, brain):
+    """A scale in all lanes."""
+
+    def code(context, builder, signature, arguments):
+        word = builder.load(_pointer(builder, arguments[0], SHORT), align=2, typ=SHORT)
+        one = builder.insert_element(ir.Constant(ir.VectorType(SHORT, 1), None), word, ir.Constant(INT, 0))
+        return _widened(context, builder, _shuffled(builder, one, one, [0] * LANES), brain.literal_value)
+
+    return Lanes(1)(types.int64, brain), code
+
+
+@intrinsic(prefer_literal=True)
+def _times(context, left, right):
+    def code(context, builder, signature, arguments):
+        return builder.fmul(*arguments)
+
+    return left(left, right), code
 
 
 @intrinsic(prefer_literal=True)
@@ -472,11 +579,13 @@ def _count(mask, n_bytes, starts, atoms):
 
 
 @cache
-def _sparse(rows, brain):
+def _sparse(rows, form, brain):
     """The loop of `sparse_product` for a block of rows: a word of the mask is decoded once for all of them."""
+    scaled, width = form not in (HALF_FORM, BRAIN_FORM), WIDTHS[form]
 
-    def loop(z, atoms, mask, n_bytes, values, starts, out, d_out, first, last):
+    def loop(z, atoms, mask, n_bytes, values, scales, group, starts, out, d_out, first, last):
         words = (atoms + LANES - 1) // LANES
+        groups = (words + group - 1) // group if scaled else 1
         padded = np.empty(rows * words * LANES + LINE // 4, np.float32)
         stride = 4 * words * LANES
         for row in range(rows):
@@ -485,14 +594,20 @@ def _sparse(rows, brain):
                 _store(_address(padded) + row * stride + 4 * LANES * word, part)
         for j in range(first, last):
             total = _zeros(rows)
-            value = values + 2 * _int32(starts + 4 * j)
-            for word in range(words):
-                bits = _bits(mask, n_bytes, j * atoms + LANES * word, min(LANES, atoms - LANES * word))
-                total = _add(
-                    total, _expand(value, bits, brain), _stack(_address(padded) + 4 * LANES * word, stride, LANES, rows)
-                )
-                value += 2 * _popcount(bits)
-                _prefetch(value + AHEAD)
+            value = _int32(starts + 4 * j)
+            for number in range(groups):
+                if scaled:
+                    scale = _scale(scales + 2 * (j * groups + number), brain)
+                else:
+                    scale = _zeros(1)
+                for word in range(number * group, min(words, (number + 1) * group)):
+                    bits = _bits(mask, n_bytes, j * atoms + LANES * word, min(LANES, atoms - LANES * word))
+                    weights = _expand(values, value, bits, form)
+                    if scaled:
+                        weights = _times(weights, scale)
+                    total = _add(total, weights, _stack(_address(padded) + 4 * LANES * word, stride, LANES, rows))
+                    value += _popcount(bits)
+                    _prefetch(values + value * width // 8 + AHEAD)
             _prefetch(mask + j * atoms // 8 + AHEAD)
             _store_sums(out + 4 * j, 4 * d_out, total)
 
@@ -500,32 +615,41 @@ def _sparse(rows, brain):
 
 
 @cache
-def _dense(rows, brain):
+def _dense(rows, form, brain):
     """The loop of `dense_product`: `DEPTH` rows of the dictionary at a time, so that memory is read in order.
 
-    One lane's sums over all of its rows would need no stores, but touch another page every few steps.
+    One lane's sums over all of its rows would need no stores, but touch another page every few steps. Those `DEPTH` rows
+    are of one group: their sum is scaled once.
     """
+    scaled, width = form not in (HALF_FORM, BRAIN_FORM), WIDTHS[form]
+    scale_form = BRAIN_FORM if brain else HALF_FORM
 
-    def loop(x, d_in, dictionary, out, atoms, first, last):
+    def loop(x, d_in, dictionary, row_bytes, scales, group_rows, out, atoms, first, last):
         words = (last - first + LANES - 1) // LANES
         sums = np.zeros(words * rows * LANES + LINE // 4, np.float32)
         for top in range(0, d_in, DEPTH):
             bottom = min(top + DEPTH, d_in)
+            group = scales + 2 * (top // group_rows) * atoms
             for word in range(words):
                 place = _address(sums) + 4 * LANES * rows * word
                 column = first + LANES * word
                 count = min(LANES, last - column)
-                total = _stack(place, 4 * LANES, LANES, rows)
+                before = _stack(place, 4 * LANES, LANES, rows)
+                total = _zeros(rows) if scaled else before
                 for i in range(bottom, bottom + DEPTH):
-                    _prefetch(dictionary + 2 * (i * atoms + column))
+                    _prefetch(dictionary + i * row_bytes + column * width // 8)
                 if count == LANES:
                     for i in range(top, bottom):
-                        weights = _load16(dictionary + 2 * (i * atoms + column), LANES, brain)
+                        weights = _load(dictionary + i * row_bytes, column, LANES, form)
                         total = _add(total, weights, _spread(x + 4 * i, 4 * d_in, rows))
+                    if scaled:
+                        total = _add(before, _load(group, column, LANES, scale_form), total)
                 else:
                     for i in range(top, bottom):
-                        weights = _load16(dictionary + 2 * (i * atoms + column), count, brain)
+                        weights = _load(dictionary + i * row_bytes, column, count, form)
                         total = _add(total, weights, _spread(x + 4 * i, 4 * d_in, rows))
+                    if scaled:
+                        total = _add(before, _load(group, column, count, scale_form), total)
                 _store(place, total)
         for row in range(rows):
             for word in range(words):
@@ -537,38 +661,24 @@ def _dense(rows, brain):
 
 
 @cache
-def _transposed(rows, brain):
-    """The loop of `transposed_product`: dot products."""
-
-    def loop(x, d_in, weight, out, d_out, first, last):
-        whole = d_in - d_in % LANES
-        for j in range(first, last):
-            total = _zeros(rows)
-            for i in range(0, whole, LANES):
-                _prefetch(weight + 2 * (j * d_in + i) + AHEAD)
-                total = _add(
-                    total, _load16(weight + 2 * (j * d_in + i), LANES, brain), _stack(x + 4 * i, 4 * d_in, LANES, rows)
-                )
-            if whole < d_in:
-                rest = _load16(weight + 2 * (j * d_in + whole), d_in - whole, brain)
-                total = _add(total, rest, _stack(x + 4 * whole, 4 * d_in, d_in - whole, rows))
-            _store_sums(out + 4 * j, 4 * d_out, total)
-
-    return compiled(loop)
-
-
-@cache
-def _unpack(brain):
+def _unpack(form, brain):
     """The loop of `unpack`."""
+    scaled, width = form not in (HALF_FORM, BRAIN_FORM), WIDTHS[form]
 
-    def loop(mask, n_bytes, values, starts, out, atoms, first, last):
+    def loop(mask, n_bytes, values, scales, group, starts, out, atoms, first, last):
+        words = (atoms + LANES - 1) // LANES
+        groups = (words + group - 1) // group if scaled else 1
         for j in range(first, last):
-            value = values + 2 * _int32(starts + 4 * j)
-            for column in range(0, atoms, LANES):
+            value = _int32(starts + 4 * j)
+            for word in range(words):
+                column = LANES * word
                 count = min(LANES, atoms - column)
                 bits = _bits(mask, n_bytes, j * atoms + column, count)
-                _store_some(out + 4 * (j * atoms + column), _expand(value, bits, brain), count)
-                value += 2 * _popcount(bits)
-                _prefetch(value + AHEAD)
+                weights = _expand(values, value, bits, form)
+                if scaled:
+                    weights = _times(weights, _scale(scales + 2 * (j * groups + word // group), brain))
+                _store_some(out + 4 * (j * atoms + column), weights, count)
+                value += _popcount(bits)
+                _prefetch(values + value * width // 8 + AHEAD)
 
     return compiled(loop)

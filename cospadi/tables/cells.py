@@ -15,6 +15,8 @@ from cospadi.errors import UserError
 
 DENSE = "dense"
 """Method name of the row of the uncompressed model."""
+QUANTIZED = "+"
+"""Between the factorization and the quantization in a method's name: ``cospadi_plus+int8``."""
 
 METRICS = ("token_perplexity", "word_perplexity", "kl_to_dense", "top1_agreement", "average_accuracy")
 """What an evaluation record measures besides its tasks."""
@@ -72,6 +74,17 @@ class Cell:
     """Factorization records, one per job; empty for the uncompressed model."""
     evaluation: dict[str, Any] = field(default_factory=dict)
     """The evaluation record."""
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+    """Records of what had to be done before: a rank search, the factors that were quantized. Their time counts."""
+    quantization: str = ""
+    """Name of the ``conf/quantization`` file; empty for 16 bits."""
+    quantization_title: str = ""
+    """How tables and figures name it, behind the method."""
+
+    def __post_init__(self) -> None:
+        if self.quantization:
+            self.method = f"{self.method}{QUANTIZED}{self.quantization}"
+            self.method_title = f"{self.method_title}, {self.quantization_title}"
 
     @property
     def is_dense(self) -> bool:
@@ -207,8 +220,10 @@ def _row(cell: Cell, tasks: Sequence[str], dense_sizes: dict[str, int]) -> dict[
             "bits": Counter(p["value_bits"] for p in projections).most_common(1)[0][0],
             "output_error_mean": _mean(p.get("output_error") for p in projections),
             "weight_error_mean": _mean(p.get("weight_error") for p in projections),
-            "factorize_seconds": sum(number(record.get("seconds")) for record in cell.factorizations),
-            "peak_memory_mb": max(number(record.get("peak_memory_mb")) for record in cell.factorizations),
+            "factorize_seconds": sum(number(record.get("seconds")) for record in (*cell.factorizations, *cell.earlier)),
+            "peak_memory_mb": max(
+                number(record.get("peak_memory_mb")) for record in (*cell.factorizations, *cell.earlier)
+            ),
         }
     diverged = []
     for name, measured in measurements(cell, tasks):

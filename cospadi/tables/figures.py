@@ -15,7 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 from cospadi import records
-from cospadi.tables.cells import DENSE, Cell, projection_errors, summary
+from cospadi.tables.cells import DENSE, QUANTIZED, Cell, projection_errors, summary
+from cospadi.tables.pareto import pareto_figure
 from cospadi.tables.render import PaperTable, paper_table, perplexity, tables
 
 _KNOWN_COLOURS = {
@@ -59,8 +60,8 @@ def write_figures(
 ) -> list[Path]:
     """Every figure of a study as PNG and SVG, under ``folder``.
 
-    ``perplexity`` and ``accuracy`` against the stored ratio, ``output_error`` per layer and projection, and
-    ``<model>_table`` for every model. ``source`` is the study's cells, or its ``summary`` and ``projection_errors``
+    ``perplexity`` and ``accuracy`` against the stored ratio, ``pareto`` with perplexity against megabytes, ``output_error``
+    per layer and projection, and ``<model>_table`` for every model. ``source`` is the study's cells, or its ``summary`` and ``projection_errors``
     (then the tables go without the protocols, which only the records hold).
     """
     if isinstance(source, tuple):
@@ -74,6 +75,7 @@ def write_figures(
             "perplexity": _against_size(frame, "token_perplexity"),
             "accuracy": _against_size(frame, "average_accuracy"),
             "output_error": _error_maps(frame, errors),
+            "pareto": pareto_figure(frame, _base_colours(frame), _INK, _SOFT),
         }
         figures |= {f"{table.name}_table": _table(table) for table in printed}
         return [path for name, figure in figures.items() for path in _save(figure, Path(folder) / name)]
@@ -83,6 +85,11 @@ def colours(methods: Sequence[str]) -> dict[str, str]:
     """A colour per method: its own where it has one, else the next free one; told apart by colour-blind readers too."""
     free = iter(_COLOURS * (1 + len(methods) // len(_COLOURS)))
     return {method: _KNOWN_COLOURS[method] if method in _KNOWN_COLOURS else next(free) for method in methods}
+
+
+def _base_colours(frame: pd.DataFrame) -> dict[str, str]:
+    """The same colour for a method in all its quantizations."""
+    return colours(list(dict.fromkeys(method.partition(QUANTIZED)[0] for method in _methods(frame))))
 
 
 @contextlib.contextmanager

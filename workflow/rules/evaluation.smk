@@ -29,23 +29,25 @@ rule evaluate:
         documents=rules.evaluate_dense.input.documents,
         reference=rules.evaluate_dense.output.reference,
         factors=lambda w: study.factors(
-            study.cell(w.model, w.method, w.ratio), "safetensors"
+            study.cell(w.model, w.method, w.ratio, w.quantized), "safetensors"
         ),
     output:
-        record="results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/record.json",
+        record="results/evaluation/{model}/{calibration}/{method}-{ratio}{quantized}/{evaluation}/record.json",
         samples=directory(
-            "results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/samples"
+            "results/evaluation/{model}/{calibration}/{method}-{ratio}{quantized}/{evaluation}/samples"
         ),
     log:
-        "results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/run.log",
+        "results/evaluation/{model}/{calibration}/{method}-{ratio}{quantized}/{evaluation}/run.log",
     benchmark:
-        "results/evaluation/{model}/{calibration}/{method}-{ratio}/{evaluation}/benchmark.tsv"
+        "results/evaluation/{model}/{calibration}/{method}-{ratio}{quantized}/{evaluation}/benchmark.tsv"
     threads: study.root.evaluation.threads
     resources:
         gpu=1,
     params:
         recipe=lambda w: study.recipe("evaluation", model=w.model),
-        overrides=lambda w, output: study.overrides_for(w.model, w.method, w.ratio),
+        overrides=lambda w, output: study.overrides_for(
+            w.model, w.method, w.ratio, w.quantized.removeprefix("-") or "none"
+        ),
     shell:
         "python -m cospadi evaluate {params.overrides} --model {input.model} --documents {input.documents}"
         " --factors-files {input.factors} --reference {input.reference}"

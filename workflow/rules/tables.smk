@@ -21,6 +21,12 @@ rule tabulate:
             category="Figures",
             labels={"study": "{study}", "figure": "perplexity"},
         ),
+        pareto=report(
+            "results/tables/{study}/pareto.png",
+            caption="../report/pareto.rst",
+            category="Figures",
+            labels={"study": "{study}", "figure": "perplexity against megabytes"},
+        ),
         accuracy=report(
             "results/tables/{study}/accuracy.png",
             caption="../report/accuracy.rst",

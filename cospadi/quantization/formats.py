@@ -1,0 +1,54 @@
+"""Number formats of few bits: what codes there are, and how many bytes they take.
+
+A number is ``code · scale``. Codes of ``intN`` are the whole numbers of N bits, -2^(N-1) to 2^(N-1) - 1; those of
+``float8`` are the 8-bit floats with 4 exponent and 3 mantissa bits (e4m3, arXiv:2209.05433). No torch here: settings are
+checked with it.
+"""
+
+from __future__ import annotations
+
+from cospadi.errors import UserError
+
+FLOAT8 = "float8"
+INTEGERS = {f"int{bits}": bits for bits in range(2, 9)}
+FORMATS = (*INTEGERS, FLOAT8)
+TRUNCATED = "truncated14"
+"""The paper's: 16-bit values without their two lowest mantissa bits, no scale (arXiv:2509.22075, section 3.3)."""
+
+
+def bits_of(name: str) -> int:
+    """
+    >>> bits_of("int4"), bits_of("float8")
+    (4, 8)
+    """
+    return INTEGERS.get(name, 8)
+
+
+def largest_codes(name: str) -> tuple[float, float]:
+    """The lowest and the highest code.
+
+    >>> largest_codes("int4"), largest_codes("float8")
+    ((-8.0, 7.0), (-448.0, 448.0))
+    """
+    if name == FLOAT8:
+        return -448.0, 448.0
+    half = 2.0 ** (bits_of(name) - 1)
+    return -half, half - 1
+
+
+def packed_bytes(name: str, count: int) -> int:
+    """Bytes that ``count`` codes take one after another without gaps.
+
+    >>> packed_bytes("int4", 3), packed_bytes("int3", 8)
+    (2, 3)
+    """
+    return (bits_of(name) * count + 7) // 8
+
+
+def require_known(setting: str, name: str | None, also: tuple[str, ...] = ()) -> None:
+    """
+    Raises:
+        UserError: when ``name`` is no format.
+    """
+    if name is not None and name not in (*FORMATS, *also):
+        raise UserError(f"{setting}={name} is not known. Choose one of: {', '.join((*FORMATS, *also))}, or null.")

@@ -1,0 +1,100 @@
+"""Perplexity against megabytes: every method in every number of bits on one plot, and the front that no other is below."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from cospadi.tables.cells import DENSE, QUANTIZED
+
+_MARKERS = "osD^v<>ph"
+
+
+def pareto_figure(frame: pd.DataFrame, palette: dict[str, str], ink: str, soft: str):
+    """A panel per model: stored megabytes of the projections and token perplexity, both logarithmic.
+
+    A colour is a factorization, a marker a quantization, a line joins the ratios of one of each. The grey steps are the
+    front: what lies on them has the lowest perplexity of all that are as small.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    models = dict(zip(frame["model"], frame["model_title"], strict=True))
+    bases = {name.partition(QUANTIZED)[0]: title.partition(",")[0] for name, title in _methods(frame).items()}
+    bits = {"": "16 bits"}
+    bits |= {name.partition(QUANTIZED)[2]: title.partition(", ")[2] or "16 bits" for name, title in _methods(frame).items()}
+    markers = dict(zip(bits, _MARKERS * (1 + len(bits) // len(_MARKERS)), strict=False))
+    figure = Figure(figsize=(max(6.6, 4.4 * len(models)), 4.3), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    for panel, (model, title) in zip(panels, models.items(), strict=True):
+        rows = frame[frame["model"] == model]
+        _draw(panel, rows[_drawn(rows)], palette, markers, soft)
+        dense = rows[rows["method"] == DENSE]
+        if not dense.empty and math.isfinite(dense["token_perplexity"].iloc[0]):
+            panel.axhline(dense["token_perplexity"].iloc[0], color=ink, linewidth=1.1, linestyle=(0, (5, 3)), zorder=2)
+        panel.set(title=title, xlabel="Projections, MB stored")
+    panels[0].set_ylabel("Token perplexity ↓")
+    entries = [Line2D([], [], color=palette[name], label=title) for name, title in bases.items()]
+    entries += [
+        Line2D([], [], color=soft, marker=markers[name], linestyle="none", label=title) for name, title in bits.items()
+    ]
+    entries.append(Line2D([], [], color=soft, alpha=0.6, linewidth=5, label="none smaller is better"))
+    figure.legend(handles=entries, loc="outside lower center", ncols=4)
+    figure.set_figheight(4.3 + 0.21 * (math.ceil(len(entries) / 4) - 1))
+    return figure
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (size, loss) those that have a lower loss than all that are no larger, from the smallest on.
+
+    >>> front([(3, 1.0), (1, 5.0), (2, 6.0), (2, 2.0)])
+    [(1, 5.0), (2, 2.0), (3, 1.0)]
+    """
+    best: list[tuple[float, float]] = []
+    for size, loss in sorted(points):
+        if not best or loss < best[-1][1]:
+            best.append((size, loss))
+    return best
+
+
+def _methods(frame: pd.DataFrame) -> dict[str, str]:
+    rows = frame[frame["method"] != DENSE]
+    return dict(zip(rows["method"], rows["method_title"], strict=True))
+
+
+def _drawn(rows: pd.DataFrame) -> pd.Series:
+    """Compressed rows whose size and perplexity were measured, and are numbers."""
+    loss = rows["token_perplexity"]
+    return (rows["method"] != DENSE) & (rows["stored_bits"].fillna(0) > 0) & loss.map(math.isfinite) & (loss > 0)
+
+
+def _draw(panel, rows: pd.DataFrame, palette: dict[str, str], markers: dict[str, str], soft: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    if rows.empty:
+        panel.text(0.5, 0.5, "not measured", transform=panel.transAxes, ha="center", va="center", color=soft)
+        return
+    panel.set(xscale="log", yscale="log")
+    size = rows["stored_bits"].astype(float) / 8e6
+    best = front(list(zip(size, rows["token_perplexity"], strict=True)))
+    panel.step(*zip(*best, strict=True), where="post", color=soft, alpha=0.3, linewidth=5, zorder=1)
+    for method, of_method in rows.groupby("method", sort=False):
+        base, _, quantization = str(method).partition(QUANTIZED)
+        ordered = of_method.sort_values("stored_bits")
+        panel.plot(
+            size[ordered.index],
+            ordered["token_perplexity"],
+            color=palette[base],
+            marker=markers[quantization],
+            markersize=6,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+            linewidth=1.2,
+            zorder=3,
+        )
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
