@@ -627,7 +627,9 @@ class StudyConfig:
             _require(len(set(values)) == len(values), f"study.{setting} names an entry twice: {list(values)}.")
         known = [*self.methods, *(file.stem for file in (CONF / "factorization").glob("*.yaml"))]
         for setting in ("ratios_of", "quantizations_of"):
-            for method, chosen in getattr(self, setting).items():  # of methods that a study is narrowed down not to have, too
+            for method, chosen in getattr(
+                self, setting
+            ).items():  # of methods that a study is narrowed down not to have, too
                 _require(
                     method in known,
                     f"study.{setting}.{method} is of no method{did_you_mean(method, known)} "
@@ -636,7 +638,9 @@ class StudyConfig:
                 _require(
                     len(chosen) > 0, f"study.{setting}.{method} is empty. Take {method} out of study.methods instead."
                 )
-                _require(len(set(chosen)) == len(chosen), f"study.{setting}.{method} names an entry twice: {list(chosen)}.")
+                _require(
+                    len(set(chosen)) == len(chosen), f"study.{setting}.{method} names an entry twice: {list(chosen)}."
+                )
 
 
 @dataclass

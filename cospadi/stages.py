@@ -295,7 +295,9 @@ def _format(word: str) -> tuple[str, str, int]:
     return (part, name, int(size)) if part else ("", "", 0)
 
 
-def quantize(config: Config, model: Path, grams: Path, factors: Path, factorization: Path, out: Path, record: Path) -> None:
+def quantize(
+    config: Config, model: Path, grams: Path, factors: Path, factorization: Path, out: Path, record: Path
+) -> None:
     """Room 4: factors of a block of layers -> the same in fewer bits.
 
     ``factorization`` is the record of ``factors``; what it says of every projection goes on, sizes and errors new.

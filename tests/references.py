@@ -144,3 +144,17 @@ def shared_dictionary(whiteners, weights, coefficients):
         matrix += torch.kron(codes @ codes.T, gram)  # vec(G D M) = (M ⊗ G) vec(D), columns stacked
         right += gram @ weight @ codes.T
     return torch.linalg.solve(matrix, right.T.flatten()).view(atoms, d_in).T
+
+
+def compensated_rounding(numbers, gram, scales, damping, levels):
+    """GPTQ for one column at a time: after each number the inverse of what is left, from scratch; zeros have no code but 0."""
+    damped = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    rounded = torch.zeros_like(numbers)
+    for j in range(numbers.shape[1]):
+        left, scale = numbers[:, j].clone(), scales[0, j]
+        for i in range(len(left)):
+            if numbers[i, j] != 0:
+                rounded[i, j] = scale * (left[i] / scale).round().clamp(*levels)
+            inverse = torch.linalg.inv(damped[i:, i:])
+            left[i:] -= (left[i] - rounded[i, j]) / inverse[0, 0] * inverse[0]
+    return rounded

@@ -115,11 +115,11 @@ def test_a_bad_file_is_named(conf, file, content, named):
 
 
 def test_a_study_file_gives_a_method_ratios_of_its_own(conf):
-    append(conf / "study/smoke.yaml", "  ratios_of:\n    svd: [0.4, 0.25]")
-    assert load(["study=smoke"]).study.ratios_of == {"svd": [0.4, 0.25]}
+    append(conf / "study/default.yaml", "  ratios_of:\n    svd: [0.4, 0.25]")
+    assert load(["study=default"]).study.ratios_of == {"svd": [0.4, 0.25]}
 
 
-@pytest.mark.parametrize("group", ["calibration", "evaluation", "factorization", "model", "study"])
+@pytest.mark.parametrize("group", ["calibration", "evaluation", "factorization", "model", "quantization", "study"])
 def test_an_unknown_option_lists_those_that_exist(group):
     told = message(f"{group}=nope")
     assert told.startswith(f"{group}=nope does not exist.")

@@ -154,7 +154,7 @@ def test_a_method_may_have_ratios_of_its_own(plain):
         assert f"{cell.ratio}" == f"{grid.config(**vars(cell)).factorization.compression_ratio}"
         assert grid.evaluation_record(cell) in grid.inputs_of_tables()
         assert config.load(shlex.split(grid.overrides_for(**vars(cell)))) == grid.config(**vars(cell))
-    assert plain.study.ratios_of == {}
+    assert plain.study.ratios_of == {"plain": [0.0]}
 
 
 def test_a_ratio_that_a_method_cannot_have_is_known_before_the_first_job():
@@ -240,7 +240,7 @@ def test_a_setting_that_the_grid_would_overrule_is_refused(override, instead):
 
 
 def test_an_unknown_study_is_refused():
-    with pytest.raises(UserError, match=r"study=nope does not exist.*default, groups, rivals, smoke"):
+    with pytest.raises(UserError, match=r"study=nope does not exist.*default, groups, quantization, rivals, smoke"):
         Study("nope")
 
 

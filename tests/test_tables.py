@@ -431,7 +431,7 @@ def check_pictures(paths):
 
 def test_figures_are_pictures_of_something(tmp_path):
     paths = write_figures(study(("small", "other"), ("svd", "cospadi"), (0.2, 0.4)), tmp_path)
-    names = ["perplexity", "accuracy", "output_error", "small_table", "other_table"]
+    names = ["perplexity", "accuracy", "output_error", "pareto", "small_table", "other_table"]
     assert [path.name for path in paths] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
     check_pictures(paths)
     assert sorted(tmp_path.iterdir()) == sorted(paths)

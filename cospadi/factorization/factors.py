@@ -142,9 +142,7 @@ class SparseDictionary:
             codes = found.codes.T.contiguous().cpu().view(torch.uint8)[mask].view(found.codes.dtype)
             return {"values": pack(codes, found.format), "values_scales": found.scales.T.contiguous()}
         values = found.T.contiguous().cpu()[mask]
-        return {
-            "values": values if self.value_bits == 16 else pack_bits(values.view(torch.int16), self.value_bits)
-        }
+        return {"values": values if self.value_bits == 16 else pack_bits(values.view(torch.int16), self.value_bits)}
 
     @property
     def formats(self) -> Formats:

@@ -104,7 +104,12 @@ def sparse_product(
 def _handed_over(weights: Weights, rows: int) -> tuple[int, Tensor, Tensor, int]:
     """Form, numbers, scales and vectors in a group; 16-bit weights are one group without a scale."""
     if isinstance(weights, Packed):
-        return FORMS[weights.format], weights.codes.contiguous(), weights.scales.contiguous(), weights.group_size // LANES
+        return (
+            FORMS[weights.format],
+            weights.codes.contiguous(),
+            weights.scales.contiguous(),
+            weights.group_size // LANES,
+        )
     numbers = weights.contiguous()
     form = BRAIN_FORM if numbers.dtype is torch.bfloat16 else HALF_FORM
     return form, numbers, numbers, -(-rows // LANES)

@@ -63,10 +63,15 @@ def quantize(config: QuantizationConfig, factors: Sequence[Factors], problems: S
         first = factors[0]
         if isinstance(first, LowRank):
             left = _left(config, first.left, together)
-            return [replace(f, left=left, right=_second(config, left, f.right, p)) for f, p in zip(factors, together, strict=True)]
+            return [
+                replace(f, left=left, right=_second(config, left, f.right, p))
+                for f, p in zip(factors, together, strict=True)
+            ]
         if isinstance(first, SparseDictionary):
             dictionary = _first(config, first.dictionary, together)
-            return [_values(config, replace(f, dictionary=dictionary), p) for f, p in zip(factors, together, strict=True)]
+            return [
+                _values(config, replace(f, dictionary=dictionary), p) for f, p in zip(factors, together, strict=True)
+            ]
         (problem,) = together
         if isinstance(first, SparsePlusLowRank):
             return [_sparse_plus_low_rank(config, first, problem)]
@@ -100,7 +105,9 @@ def _left(config: QuantizationConfig, left: Tensor, problems: Sequence[_Target])
     return quantized(left, gram.float(), _rounding(config, config.dictionary), left.dtype)
 
 
-def _second(config: QuantizationConfig, left: Tensor | Quantized, right: Tensor, problem: _Target) -> Tensor | Quantized:
+def _second(
+    config: QuantizationConfig, left: Tensor | Quantized, right: Tensor, problem: _Target
+) -> Tensor | Quantized:
     """A right factor beside its left one."""
     gram, refitted, gradient = _fitted(left.float(), right.float(), problem)
     if config.values is None:
@@ -121,10 +128,9 @@ def _values(config: QuantizationConfig, factors: SparseDictionary, problem: _Tar
             "quantization meets values of 14 bits, those of factorization.accounting=paper. Set accounting=mask."
         )
     gram, refitted, gradient = _fitted(atoms, before.float(), problem)
-    if config.values is None:
-        return replace(factors, coefficients=refitted.to(dtype) if config.dictionary else before)
-    if config.values == TRUNCATED:
-        return truncated(replace(factors, coefficients=refitted.to(dtype)))
+    if config.values in (None, TRUNCATED):
+        kept = replace(factors, coefficients=refitted.to(dtype) if config.dictionary else before)
+        return kept if config.values is None else truncated(kept)
     codes = quantized(refitted, gram, _rounding(config, config.values), dtype, gradient)
     return replace(factors, coefficients=codes, value_bits=bits_of(config.values))
 

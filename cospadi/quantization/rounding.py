@@ -190,7 +190,9 @@ class _Descent:
             worth = (step * (2 * slope - step * curvature) > 0) & torch.isfinite(new) & (new != 0)
             step = torch.where(worth, step, 0.0)
             self.scales[number] = torch.where(worth, new, old)
-            values[rows] = codes.round_() * self.scales[number] if self.rounding.format != FLOAT8 else codes * (old + step)
+            values[rows] = (
+                codes.round_() * self.scales[number] if self.rounding.format != FLOAT8 else codes * (old + step)
+            )
             left -= self.gram[:, rows] @ (codes * step)
 
 

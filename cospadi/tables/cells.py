@@ -96,6 +96,14 @@ class Cell:
         return [projection for record in self.factorizations for projection in record.get("projections", [])]
 
 
+def quantization_of(method: str) -> str:
+    """
+    >>> quantization_of("cospadi_plus+int8"), quantization_of("svd")
+    ('int8', '')
+    """
+    return method.partition(QUANTIZED)[2]
+
+
 def number(value: object) -> float:
     """A record's number as a float: ``null`` is NaN, and JSON's stand-ins ``"nan"`` and ``"inf"`` are themselves.
 

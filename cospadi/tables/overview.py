@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from cospadi import records
-from cospadi.tables.cells import DENSE, Cell, summary
+from cospadi.tables.cells import DENSE, Cell, quantization_of, summary
 from cospadi.tables.render import divergence, percent, perplexity
 
 _METRICS: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
@@ -29,7 +29,8 @@ def write_overviews(cells: Sequence[Cell], folder: Path) -> list[Path]:
 
 
 def overview(frame: pd.DataFrame, model: str) -> str:
-    """A table per metric: methods down, compression ratios across, the best printed value of a ratio bold.
+    """A table per metric: methods down, compression ratios across, the best printed value of a ratio bold, among
+    those of equal bits.
 
     ``frame`` is a study's ``summary``. A method that was not run at a ratio has an empty cell there.
     """
@@ -40,16 +41,16 @@ def overview(frame: pd.DataFrame, model: str) -> str:
     for metric, title, text, higher in _METRICS:
         if not rows[metric].map(math.isfinite).any():
             continue
-        best = {
-            ratio: _best(compressed[compressed["compression_ratio"] == ratio], metric, text, higher) for ratio in ratios
-        }
+        alike = compressed.groupby(["compression_ratio", compressed["method"].map(quantization_of)])
+        best = {key: _best(group, metric, text, higher) for key, group in alike}
         lines = [f"| {title} | {' | '.join(f'{ratio:g}' for ratio in ratios)} |", "| :-- |" + " --: |" * len(ratios)]
         if not dense.empty:
             lines.append(_line("Dense", [text(dense[metric].iloc[0])] + [""] * (len(ratios) - 1)))
-        for _, of_method in compressed.groupby("method", sort=False):
+        for method, of_method in compressed.groupby("method", sort=False):
             found = of_method.set_index("compression_ratio")[metric]
             printed = {ratio: text(found[ratio]) if ratio in found.index else "" for ratio in ratios}
-            marked = [f"**{p}**" if p and p == best[ratio] else p for ratio, p in printed.items()]
+            bits = quantization_of(str(method))
+            marked = [f"**{p}**" if p and p == best[ratio, bits] else p for ratio, p in printed.items()]
             lines.append(_line(str(of_method["method_title"].iloc[0]), marked))
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

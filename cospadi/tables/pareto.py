@@ -24,7 +24,9 @@ def pareto_figure(frame: pd.DataFrame, palette: dict[str, str], ink: str, soft: 
     models = dict(zip(frame["model"], frame["model_title"], strict=True))
     bases = {name.partition(QUANTIZED)[0]: title.partition(",")[0] for name, title in _methods(frame).items()}
     bits = {"": "16 bits"}
-    bits |= {name.partition(QUANTIZED)[2]: title.partition(", ")[2] or "16 bits" for name, title in _methods(frame).items()}
+    bits |= {
+        name.partition(QUANTIZED)[2]: title.partition(", ")[2] or "16 bits" for name, title in _methods(frame).items()
+    }
     markers = dict(zip(bits, _MARKERS * (1 + len(bits) // len(_MARKERS)), strict=False))
     figure = Figure(figsize=(max(6.6, 4.4 * len(models)), 4.3), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False)[0]
@@ -49,8 +51,8 @@ def pareto_figure(frame: pd.DataFrame, palette: dict[str, str], ink: str, soft: 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Of (size, loss) those that have a lower loss than all that are no larger, from the smallest on.
 
-    >>> front([(3, 1.0), (1, 5.0), (2, 6.0), (2, 2.0)])
-    [(1, 5.0), (2, 2.0), (3, 1.0)]
+    >>> front([(3.0, 1.0), (1.0, 5.0), (2.0, 6.0), (2.0, 2.0)])
+    [(1.0, 5.0), (2.0, 2.0), (3.0, 1.0)]
     """
     best: list[tuple[float, float]] = []
     for size, loss in sorted(points):

@@ -19,6 +19,7 @@ from cospadi.tables.cells import (
     measurements,
     ordered,
     projection_errors,
+    quantization_of,
     summary,
     task_names,
     tasks_of,
@@ -279,7 +280,7 @@ class PaperTable:
 def paper_table(
     frame: pd.DataFrame, model: str, title: str | None = None, protocol_notes: Sequence[str] = ()
 ) -> PaperTable:
-    """The rows of ``model`` in a ``summary``, grouped by ratio, the best printed value of each ratio bold.
+    """The rows of ``model`` in a ``summary``, grouped by ratio and quantization, the best printed value of each group bold.
 
     Values that are printed alike are bold together; NaN and infinity are never bold, nor is anything where only one
     method stands. Seconds and sizes are not compared. ``title`` defaults to the model's; ``protocol_notes`` go below.
@@ -297,8 +298,8 @@ def paper_table(
     for _, group in rows.groupby("compression_ratio", sort=True):
         for dense in (True, False):
             part = group[(group["method"] == DENSE) == dense]
-            if not part.empty:
-                groups.append([_row(row, columns) for _, row in part.iterrows()])
+            for _, alike in part.groupby(part["method"].map(quantization_of), sort=False):
+                groups.append([_row(row, columns) for _, row in alike.iterrows()])
     for group in groups:
         if group[0].method != DENSE:
             for i, column in enumerate(columns):
@@ -419,7 +420,7 @@ def _mark_best(entries: Sequence[Entry], column: Column) -> None:
 def _own_notes(rows: pd.DataFrame, groups: Sequence[Sequence[Row]]) -> list[str]:
     found = []
     if any(entry.best for group in groups for row in group for entry in row.entries):
-        found.append("Bold: best value at its ratio (↑ higher, ↓ lower is better).")
+        found.append("Bold: best value at its ratio and in its bits (↑ higher, ↓ lower is better).")
     found.append(
         "Ratio: fraction of the projections' bits that was asked to go. Stored ratio: fraction that is gone in the "
         "checkpoint, indices and masks counted. Stored: bytes of the projections alone. Time: of the factorization."
