@@ -84,11 +84,11 @@ class CompressedLinear(nn.Module):
 
     def _matrix(self, part: str, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
         """A matrix in full."""
-        found = getattr(self, part)
-        if part not in self.formats:
+        found = self._packed(part)
+        if isinstance(found, Tensor):
             return found.to(dtype)
-        (name, group_size), scales = self.formats[part], getattr(self, f"{part}_scales")
-        return Quantized(unpack(found, name, scales.shape[1]), scales, name, group_size).float().to(dtype)
+        codes = unpack(found.codes, found.format, found.scales.shape[1])
+        return Quantized(codes, found.scales, found.format, found.group_size).float().to(dtype)
 
     def _packed(self, part: str) -> Any:
         """A matrix as the kernels take it; codes of other widths than theirs are held a byte each from then on."""
@@ -336,7 +336,8 @@ class SparseDictionaryLinear(CompressedLinear):
         from cospadi.kernels.triton_product import sparse_product
 
         projected = self._beside_fixed(rows, rows @ self._matrix("dictionary", rows.dtype))
-        return sparse_product(projected, self.mask, self._values(), self._offsets(), self.out_features)
+        values, how = _for_triton(self._values())
+        return sparse_product(projected, self.mask, values, self._offsets(), self.out_features, *how)
 
     def _few_on_cpu(self, rows: Tensor) -> Tensor:
         from cospadi.kernels.sparse_product import dense_product, sparse_product
@@ -370,8 +371,9 @@ class SparseDictionaryLinear(CompressedLinear):
         if self.mask.is_cuda:
             from cospadi.kernels import triton_product
 
+            values, how = _for_triton(self._values())
             sizes = self.out_features, self.all_atoms
-            return triton_product.unpack(self.mask, self._values(), self._offsets(), *sizes)
+            return triton_product.unpack(self.mask, values, self._offsets(), *sizes, *how)
         shifts = torch.arange(8, device=self.mask.device, dtype=torch.uint8)
         bits = (self.mask[:, None] >> shifts & 1).flatten()[: self.out_features * self.all_atoms]
         values = self._values()
@@ -454,6 +456,13 @@ class SparsePlusLowRankLinear(SparseDictionaryLinear):
 
     def _many(self, rows: Tensor) -> Tensor:
         return super()._many(rows) + _many_through_rank(self, rows)
+
+
+def _for_triton(values: Any) -> tuple[Tensor, tuple[Any, ...]]:
+    """Values, or codes and what the kernels on a GPU want to know of them."""
+    if isinstance(values, Tensor):
+        return values, ()
+    return values.codes, (values.scales, values.group_size, values.format)
 
 
 def _version(tensor: Tensor) -> int:

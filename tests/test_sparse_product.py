@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 
 from cospadi.kernels import sparse_product as kernels
-from cospadi.kernels.sparse_product import dense_product, offsets, sparse_product, unpack
+from cospadi.kernels.sparse_product import Packed, dense_product, offsets, sparse_product, unpack
+from cospadi.quantization.matrix import pack
 
 either = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
@@ -28,6 +29,23 @@ def packed(columns):
     mask = np.packbits(support.reshape(-1), bitorder="little")
     starts = np.concatenate([[0], support.sum(1).cumsum()]).astype(np.int32)
     return torch.from_numpy(mask), columns[torch.from_numpy(support)], torch.from_numpy(starts)
+
+
+def quantized(seed, d_out, atoms, density, form, group_size, dtype=torch.float16):
+    """``Sᵀ`` in float32; mask, packed codes with their scales, and offsets; and ``S`` whole as a packed matrix."""
+    columns = sparse(seed, d_out, atoms, density, torch.float32) * 40
+    codes = columns.to(torch.float8_e4m3fn) if form == "float8" else columns.round().clamp(*LIMITS[form]).to(torch.int8)
+    mask, _, starts = packed(codes.float())
+    groups = -(-atoms // group_size)
+    scales = (normal(seed + 1, d_out, groups).abs() + 0.1).to(dtype)
+    listed = codes.view(torch.uint8)[codes.float() != 0].view(codes.dtype)
+    full = codes.float() * scales.float().repeat_interleave(group_size, dim=1)[:, :atoms]
+    whole = codes.view(torch.uint8).T.contiguous().view(codes.dtype)
+    matrix = Packed(pack(whole, form), scales.T.contiguous(), form, group_size)
+    return full, (mask, Packed(pack(listed, form), scales, form, group_size), starts), matrix
+
+
+LIMITS = {"int8": (-128, 127), "int4": (-8, 7)}
 
 
 def sparse(seed, d_out, atoms, density, dtype):
@@ -61,6 +79,39 @@ def test_agrees_with_dense_arithmetic(dtype, shape):
     assert torch.equal(unpack(mask, values, starts, atoms), columns.float())
     close(sparse_product(z, mask, values, starts), z, columns.T)
     close(dense_product(x, columns), x, columns)
+
+
+forms = pytest.mark.parametrize("form", ["int8", "int4", "float8"])
+
+
+@either
+@forms
+@given(shape=shapes, group_size=st.sampled_from([32, 64, 128]))
+def test_codes_are_multiplied_with_their_scales(dtype, form, shape, group_size):
+    rows, atoms, d_out, density, seed = shape
+    columns, weight, matrix = quantized(seed, d_out, atoms, density, form, group_size, dtype)
+    z = normal(seed, rows, atoms)
+    assert torch.equal(unpack(*weight, atoms), columns)
+    close(sparse_product(z, *weight), z, columns.T)
+    close(dense_product(z, matrix), z, columns.T)
+
+
+@forms
+def test_neither_threads_nor_other_rows_change_a_row_of_codes(form, monkeypatch):
+    columns, weight, matrix = quantized(0, 203, 77, 0.4, form, 32)
+    z = normal(1, 15, 77)
+    calls = [lambda rows: sparse_product(rows, *weight), lambda rows: dense_product(rows, matrix)]
+    whole = [call(z) for call in calls]
+    close(whole[0], z, columns.T)
+    monkeypatch.setattr(kernels, "WORTH", 1)
+    for threads in (2, 3, 64):
+        monkeypatch.setattr(kernels.torch, "get_num_threads", lambda threads=threads: threads)
+        assert all(torch.equal(call(z), expected) for call, expected in zip(calls, whole, strict=True))
+        assert torch.equal(unpack(*weight, 77), columns)
+    for row in (0, 8, 14):
+        assert all(
+            torch.equal(call(z[row : row + 1])[0], expected[row]) for call, expected in zip(calls, whole, strict=True)
+        )
 
 
 @either
@@ -157,6 +208,48 @@ def test_nothing_behind_the_end_is_read(dtype, d_out, atoms):
     assert torch.equal(unpack(mask, values, starts, atoms), columns.float())
     close(sparse_product(z, mask, values, starts), z, columns.T)
     close(dense_product(x, at_the_end(columns)), x, columns)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="protects pages as POSIX does")
+@forms
+@pytest.mark.parametrize(("d_out", "atoms"), [(1, 1), (3, 5), (1, 100), (13, 37), (7, 64), (40, 523)])
+def test_nothing_behind_the_end_of_codes_and_scales_is_read(form, d_out, atoms):
+    columns, (mask, values, starts), matrix = quantized(0, d_out, atoms, 0.6, form, 32)
+
+    def moved(found):
+        return Packed(at_the_end(found.codes), at_the_end(found.scales), found.format, found.group_size)
+
+    z, weight = at_the_end(normal(1, 3, atoms)), (at_the_end(mask), moved(values), at_the_end(starts))
+    assert torch.equal(unpack(*weight, atoms), columns)
+    close(sparse_product(z, *weight), z, columns.T)
+    close(dense_product(z, moved(matrix)), z, columns.T)
+
+
+@forms
+def test_codes_on_a_cpu_without_these_instructions(tmp_path, form):
+    script = """
+import sys, torch
+from cospadi.kernels.sparse_product import Packed, dense_product, sparse_product, unpack
+z, mask, values, starts, matrix = torch.load(sys.argv[1])
+values, matrix = Packed(*values), Packed(*matrix)
+found = sparse_product(z, mask, values, starts), dense_product(z, matrix), unpack(mask, values, starts, z.shape[1])
+torch.save(found, sys.argv[2])
+"""
+    columns, (mask, values, starts), matrix = quantized(0, 9, 45, 0.5, form, 32)
+    z = normal(1, 2, 45)
+    torch.save((z, mask, tuple(vars(values).values()), starts, tuple(vars(matrix).values())), tmp_path / "in.pt")
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": "",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    command = [sys.executable, "-c", script, tmp_path / "in.pt", tmp_path / "out.pt"]
+    subprocess.run(command, env=environment, check=True)
+    sparsely, densely, full = torch.load(tmp_path / "out.pt")
+    close(sparsely, z, columns.T)
+    close(densely, z, columns.T)
+    assert torch.equal(full, columns)
 
 
 @either

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="triton is for Linux")
 
 from cospadi.kernels import triton_product
 from cospadi.kernels.triton_product import sparse_product, unpack
+from cospadi.quantization.matrix import pack
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -74,6 +75,38 @@ def test_the_product_is_the_dense_one_summed_in_float32(d_out, atoms, rows, dtyp
     exact = z.double() @ columns.double().T
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)  # one rounding, at the end
+
+
+def quantized(d_out: int, atoms: int, form: str, group_size: int) -> tuple[torch.Tensor, tuple, tuple]:
+    """Coefficients, transposed, in float32; mask, packed codes, offsets; scales, group size and format."""
+    columns, (mask, _, offsets) = packed(d_out, atoms, torch.float32)
+    largest = {"int8": 127, "int4": 7, "float8": 400}[form]
+    codes = columns.cpu() / columns.abs().max().cpu() * largest
+    codes = (
+        codes.to(torch.float8_e4m3fn) if form == "float8" else codes.round().clamp(-largest - 1, largest).to(torch.int8)
+    )
+    filled = torch.where(codes.float() == 0, torch.ones(()), codes.float()).to(codes.dtype)  # of a small value, too
+    listed = filled.view(torch.uint8)[columns.cpu() != 0].view(codes.dtype)
+    scales = (torch.rand(d_out, -(-atoms // group_size), generator=torch.Generator().manual_seed(1)) + 0.5).half()
+    wide = scales.float().repeat_interleave(group_size, dim=1)[:, :atoms]
+    full = torch.where(columns.cpu() != 0, filled.float() * wide, 0.0)
+    weight = tuple(t.to(DEVICE) for t in (mask, pack(listed, form), offsets))
+    return full.to(DEVICE), weight, (scales.to(DEVICE), group_size, form)
+
+
+@runs_kernels
+@pytest.mark.parametrize("form", ["int8", "int4", "float8"])
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize(("d_out", "atoms"), SHAPES)
+def test_codes_are_multiplied_with_their_scales(d_out, atoms, group_size, form):
+    columns, weight, how = quantized(d_out, atoms, form, group_size)
+    assert torch.equal(unpack(*weight, d_out, atoms, *how), columns)
+    for rows in (1, 3):
+        z = inputs(rows, atoms, torch.float32)
+        exact = z.double() @ columns.double().T
+        out = sparse_product(z, *weight, d_out, *how)
+        bound = 1e-5 * (z.double().abs() @ columns.double().abs().T) + 1e-6
+        assert ((out.double() - exact).abs() <= bound).all()
 
 
 @runs_kernels
@@ -145,10 +178,14 @@ def test_a_cuda_graph_replays_on_new_inputs():
 
 
 KERNELS = {
-    "one row": (triton_product._one_row, "*fp16 *u8 *fp16 *i32 *fp16 i32 i32"),
-    "several rows": (triton_product._several_rows, "*bf16 *u8 *bf16 *i32 *bf16 i32 i32 i32"),
-    "several float32 rows": (triton_product._several_rows, "*fp32 *u8 *bf16 *i32 *fp32 i32 i32 i32"),
-    "unpack": (triton_product._unpack, "*u8 *bf16 *i32 *bf16 i32 i32"),
+    "one row": (triton_product._one_row, "*fp16 *u8 *fp16 *fp16 *i32 *fp16 i32 i32"),
+    "several rows": (triton_product._several_rows, "*bf16 *u8 *bf16 *bf16 *i32 *bf16 i32 i32 i32"),
+    "several float32 rows": (triton_product._several_rows, "*fp32 *u8 *bf16 *bf16 *i32 *fp32 i32 i32 i32"),
+    "unpack": (triton_product._unpack, "*u8 *bf16 *bf16 *i32 *bf16 i32 i32"),
+    "one row of int4": (triton_product._one_row, "*fp16 *u8 *u8 *fp16 *i32 *fp16 i32 i32", "int4"),
+    "several rows of int8": (triton_product._several_rows, "*bf16 *u8 *u8 *bf16 *i32 *bf16 i32 i32 i32", "int8"),
+    "several rows of float8": (triton_product._several_rows, "*fp16 *u8 *u8 *fp16 *i32 *fp16 i32 i32 i32", "float8"),
+    "unpack int4": (triton_product._unpack, "*u8 *u8 *fp16 *i32 *fp32 i32 i32", "int4"),
 }
 
 
@@ -162,9 +199,14 @@ def test_every_tile_size_compiles_for_an_h100(kernel, whole_bytes, tmp_path, mon
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tuned, types = KERNELS[kernel]
+    tuned, types, *form = KERNELS[kernel]
     for config in tuned.configs:
-        constants = {"WHOLE_BYTES": whole_bytes, **config.kwargs}
+        constants = {
+            "WHOLE_BYTES": whole_bytes,
+            "GROUP": 128,
+            "FORM": triton_product.FORMS["".join(form)],
+            **config.kwargs,
+        }
         signature = dict(zip(tuned.arg_names, types.split() + ["constexpr"] * len(constants), strict=True))
         source = ASTSource(tuned.fn, signature, constants)
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": config.num_warps})

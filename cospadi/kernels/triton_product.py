@@ -4,7 +4,8 @@ The packed form of ``coefficients (atoms × d_out)`` lies output by output:
 
 - ``mask``: a bit per coefficient, non-zero or not, from the low bit of a byte to the high one. Output ``j`` begins at bit
   ``j · atoms``, in the middle of a byte where that is no multiple of 8.
-- ``values``: the non-zeros in the same order, 16 bits each.
+- ``values``: the non-zeros in the same order, 16 bits each; or codes of 8 or 4 bits without gaps, with ``scales``: one for
+  each ``group_size`` atoms of an output (`cospadi.quantization.matrix`).
 - ``offsets``: where each output's values begin, and at the end how many there are.
 
 A value's place is the number of ones before its bit, and counting them is what this file is about: per byte by one
@@ -18,10 +19,12 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float, Int32, Shaped, UInt8
 from torch import Tensor
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+FORMS = {"": 0, "int8": 1, "int4": 2, "float8": 3}
+"""Formats of codes that the kernels read; none is 16 bits."""
 ROWS = tl.constexpr(16)
 """Rows a program takes at a time if there are several: the least that tensor cores are made for."""
 
@@ -36,14 +39,18 @@ def _tiles(*sizes: tuple[int, int, int]) -> list[triton.Config]:
 @torch.library.custom_op(
     "cospadi::sparse_product",
     mutates_args=(),
-    schema="(Tensor z, Tensor mask, Tensor values, Tensor offsets, SymInt d_out) -> Tensor",
+    schema="(Tensor z, Tensor mask, Tensor values, Tensor offsets, SymInt d_out, Tensor? scales=None, "
+    'SymInt group_size=32, str form="") -> Tensor',
 )
 def sparse_product(
     z: Float[Tensor, "rows atoms"],
     mask: UInt8[Tensor, " bytes"],
-    values: Float[Tensor, " nonzeros"],
+    values: Shaped[Tensor, " nonzeros_or_bytes"],
     offsets: Int32[Tensor, " bounds"],
     d_out: int,
+    scales: Float[Tensor, "d_out groups"] | None = None,
+    group_size: int = 32,
+    form: str = "",
 ) -> Float[Tensor, "rows d_out"]:
     """``z @ coefficients``, straight from the packed form, for the few rows of a decoding step:
 
@@ -55,9 +62,12 @@ def sparse_product(
     Args:
         z: float16, bfloat16 or float32, on the GPU like the rest. The result has its dtype.
         mask: ``d_out · atoms`` bits, so ``bytes = ⌈d_out · atoms / 8⌉``.
-        values: float16 or bfloat16.
+        values: float16 or bfloat16; packed codes where ``form`` names their format.
         offsets: ``d_out + 1`` of them.
         d_out: outputs.
+        scales: of packed codes, float16 or bfloat16.
+        group_size: atoms that have a scale together, a multiple of 8.
+        form: one of `FORMS`.
 
     Raises:
         ValueError: when ``mask`` or ``offsets`` have another length than ``d_out`` and ``atoms`` ask for.
@@ -65,59 +75,67 @@ def sparse_product(
     rows, atoms = z.shape
     _check_sizes(mask, offsets, d_out, atoms)
     out = z.new_empty(rows, d_out)
-    tensors = (z.contiguous(), mask, values, offsets, out)
-    whole_bytes = atoms % 8 == 0
+    tensors = (z.contiguous(), mask, values, values if scales is None else scales, offsets, out)
+    whole_bytes, how = atoms % 8 == 0, (group_size, FORMS[form])
     with torch.cuda.device_of(z):
         if rows == 1:
-            _one_row[lambda tile: (triton.cdiv(d_out, tile["OUTPUTS"]),)](*tensors, d_out, atoms, whole_bytes)
+            _one_row[lambda tile: (triton.cdiv(d_out, tile["OUTPUTS"]),)](*tensors, d_out, atoms, whole_bytes, *how)
         else:
             _several_rows[lambda tile: (triton.cdiv(d_out, tile["OUTPUTS"]), triton.cdiv(rows, ROWS.value))](
-                *tensors, rows, d_out, atoms, whole_bytes
+                *tensors, rows, d_out, atoms, whole_bytes, *how
             )
     return out
 
 
 @sparse_product.register_fake
-def _(z, mask, values, offsets, d_out):
+def _(z, mask, values, offsets, d_out, scales=None, group_size=32, form=""):
     return z.new_empty(z.shape[0], d_out)
 
 
 @torch.library.custom_op(
     "cospadi::unpack",
     mutates_args=(),
-    schema="(Tensor mask, Tensor values, Tensor offsets, SymInt d_out, SymInt atoms) -> Tensor",
+    schema="(Tensor mask, Tensor values, Tensor offsets, SymInt d_out, SymInt atoms, Tensor? scales=None, "
+    'SymInt group_size=32, str form="") -> Tensor',
 )
 def unpack(
     mask: UInt8[Tensor, " bytes"],
-    values: Float[Tensor, " nonzeros"],
+    values: Shaped[Tensor, " nonzeros_or_bytes"],
     offsets: Int32[Tensor, " bounds"],
     d_out: int,
     atoms: int,
+    scales: Float[Tensor, "d_out groups"] | None = None,
+    group_size: int = 32,
+    form: str = "",
 ) -> Float[Tensor, "d_out atoms"]:
-    """``coefficientsᵀ`` written out in the dtype of ``values``, zeros included: for the many rows of a prompt.
+    """``coefficientsᵀ`` written out, zeros included: for the many rows of a prompt.
+
+    In the dtype of ``values``; packed codes times their scales in float32, where they are exact.
 
     Args:
         mask: ``⌈d_out · atoms / 8⌉`` bytes.
-        values: float16 or bfloat16.
+        values: float16 or bfloat16; packed codes where ``form`` names their format.
         offsets: ``d_out + 1`` of them.
         d_out: outputs.
         atoms: coefficients of an output.
+        scales, group_size, form: of packed codes, as `sparse_product` has them.
 
     Raises:
         ValueError: when ``mask`` or ``offsets`` have another length than ``d_out`` and ``atoms`` ask for.
     """
     _check_sizes(mask, offsets, d_out, atoms)
-    out = values.new_empty(d_out, atoms)
+    out = values.new_empty(d_out, atoms, dtype=torch.float32 if form else values.dtype)
+    tensors = (mask, values, values if scales is None else scales, offsets, out)
     with torch.cuda.device_of(values):
         _unpack[lambda tile: (triton.cdiv(d_out, tile["OUTPUTS"]),)](
-            mask, values, offsets, out, d_out, atoms, atoms % 8 == 0
+            *tensors, d_out, atoms, atoms % 8 == 0, group_size, FORMS[form]
         )
     return out
 
 
 @unpack.register_fake
-def _(mask, values, offsets, d_out, atoms):
-    return values.new_empty(d_out, atoms)
+def _(mask, values, offsets, d_out, atoms, scales=None, group_size=32, form=""):
+    return values.new_empty(d_out, atoms, dtype=torch.float32 if form else values.dtype)
 
 
 def _check_sizes(mask: Tensor, offsets: Tensor, d_out: int, atoms: int) -> None:
@@ -130,7 +148,8 @@ def _check_sizes(mask: Tensor, offsets: Tensor, d_out: int, atoms: int) -> None:
 
 
 @triton.autotune(
-    _tiles((2, 1024, 4), (4, 512, 2), (4, 1024, 4), (8, 256, 1), (8, 512, 2), (8, 1024, 4)), key=["d_out", "atoms"]
+    _tiles((2, 1024, 4), (4, 512, 2), (4, 1024, 4), (8, 256, 1), (8, 512, 2), (8, 1024, 4)),
+    key=["d_out", "atoms", "FORM"],
 )
 @triton.jit
 @no_type_check
@@ -138,11 +157,14 @@ def _one_row(
     z,
     mask,
     values,
+    scales,
     offsets,
     out,
     d_out,
     atoms,
     WHOLE_BYTES: tl.constexpr,
+    GROUP: tl.constexpr,
+    FORM: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -153,27 +175,32 @@ def _one_row(
     for first in range(0, atoms, TILE):
         spread, before, start, place = _count(mask, bits, place, outputs < d_out, first, atoms, WHOLE_BYTES, TILE)
         columns = first + 8 * tl.arange(0, TILE // 8)
+        part = tl.zeros((OUTPUTS, TILE // 8), tl.float32)
         for bit in tl.static_range(8):
             index = start + ((before >> (4 * bit)) & 15).to(tl.int32)
-            value = tl.load(values + index, (spread & (1 << 4 * bit)) != 0, 0.0)
+            value = _numbers(values, index, (spread & (1 << 4 * bit)) != 0, FORM)
             entry = tl.load(z + columns + bit, columns + bit < atoms, 0.0)
-            total += value.to(tl.float32) * entry.to(tl.float32)[None, :]
+            part += value.to(tl.float32) * entry.to(tl.float32)[None, :]
+        total += part * _scales(scales, outputs, columns, outputs < d_out, atoms, GROUP, FORM)
     tl.store(out + outputs, tl.sum(total, 1).to(out.dtype.element_ty), outputs < d_out)
 
 
-@triton.autotune(_tiles((16, 64, 4), (16, 128, 4), (16, 256, 8), (32, 64, 4)), key=["d_out", "atoms"])
+@triton.autotune(_tiles((16, 64, 4), (16, 128, 4), (16, 256, 8), (32, 64, 4)), key=["d_out", "atoms", "FORM"])
 @triton.jit
 @no_type_check
 def _several_rows(
     z,
     mask,
     values,
+    scales,
     offsets,
     out,
     rows,
     d_out,
     atoms,
     WHOLE_BYTES: tl.constexpr,
+    GROUP: tl.constexpr,
+    FORM: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -183,7 +210,9 @@ def _several_rows(
     bits, place = _begin(offsets, outputs, d_out, atoms)
     total = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for first in range(0, atoms, TILE):
-        tile, place = _tile(mask, values, bits, place, outputs < d_out, first, atoms, WHOLE_BYTES, OUTPUTS, TILE)
+        tile, place = _tile(
+            mask, values, scales, outputs, bits, place, d_out, first, atoms, WHOLE_BYTES, GROUP, FORM, OUTPUTS, TILE
+        )
         columns = first + tl.arange(0, TILE)
         wanted = (block < rows)[:, None] & (columns < atoms)[None, :]
         entries = tl.load(z + block[:, None] * atoms + columns[None, :], wanted, 0.0)
@@ -195,24 +224,29 @@ def _several_rows(
     tl.store(out + block[:, None] * d_out + outputs[None, :], total.to(out.dtype.element_ty), wanted)
 
 
-@triton.autotune(_tiles((2, 1024, 4), (4, 512, 4), (8, 512, 8), (8, 128, 4)), key=["d_out", "atoms"])
+@triton.autotune(_tiles((2, 1024, 4), (4, 512, 4), (8, 512, 8), (8, 128, 4)), key=["d_out", "atoms", "FORM"])
 @triton.jit
 @no_type_check
 def _unpack(
     mask,
     values,
+    scales,
     offsets,
     out,
     d_out,
     atoms,
     WHOLE_BYTES: tl.constexpr,
+    GROUP: tl.constexpr,
+    FORM: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     bits, place = _begin(offsets, outputs, d_out, atoms)
     for first in range(0, atoms, TILE):
-        tile, place = _tile(mask, values, bits, place, outputs < d_out, first, atoms, WHOLE_BYTES, OUTPUTS, TILE)
+        tile, place = _tile(
+            mask, values, scales, outputs, bits, place, d_out, first, atoms, WHOLE_BYTES, GROUP, FORM, OUTPUTS, TILE
+        )
         columns = first + tl.arange(0, TILE)
         wanted = (outputs < d_out)[:, None] & (columns < atoms)[None, :]
         tl.store(out + bits[:, None] + columns[None, :], tile, wanted)
@@ -230,21 +264,60 @@ def _begin(offsets, outputs, d_out, atoms):
 def _tile(
     mask,
     values,
+    scales,
+    outputs,
     bits,
     place,
-    live,
+    d_out,
     first,
     atoms,
     WHOLE_BYTES: tl.constexpr,
+    GROUP: tl.constexpr,
+    FORM: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Coefficients (OUTPUTS × TILE) of the atoms from ``first`` on, and the place of the first value after them."""
+    live = outputs < d_out
     spread, before, start, place = _count(mask, bits, place, live, first, atoms, WHOLE_BYTES, TILE)
     nibble = (4 * tl.arange(0, 8)).to(tl.uint32)[None, None, :]
     index = start[:, :, None] + ((before[:, :, None] >> nibble) & 15).to(tl.int32)
-    tile = tl.load(values + index, ((spread[:, :, None] >> nibble) & 1) != 0, 0.0)
+    tile = _numbers(values, index, ((spread[:, :, None] >> nibble) & 1) != 0, FORM)
+    if FORM != 0:
+        columns = first + 8 * tl.arange(0, TILE // 8)
+        tile *= _scales(scales, outputs, columns, live, atoms, GROUP, FORM)[:, :, None]
     return tl.reshape(tile, (OUTPUTS, TILE)), place
+
+
+@triton.jit
+@no_type_check
+def _numbers(values, index, wanted, FORM: tl.constexpr):
+    """The weights with these numbers: as they are, or float32 from their codes; zero where none is wanted."""
+    if FORM == 0:
+        weights = tl.load(values + index, wanted, 0.0)
+    elif FORM == 1:
+        weights = ((tl.load(values + index, wanted, 0).to(tl.int32) ^ 128) - 128).to(tl.float32)
+    elif FORM == 2:
+        pair = tl.load(values + (index >> 1), wanted, 0).to(tl.int32)
+        weights = ((((pair >> (4 * (index & 1))) & 15) ^ 8) - 8).to(tl.float32)
+    else:
+        code = tl.load(values + index, wanted, 0).to(tl.int32)
+        half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)  # sign and exponent move up, and exponents begin elsewhere
+        weights = half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return weights
+
+
+@triton.jit
+@no_type_check
+def _scales(scales, outputs, columns, live, atoms, GROUP: tl.constexpr, FORM: tl.constexpr):
+    """The scale of every output's eight atoms from these columns on; 1 for weights in 16 bits."""
+    if FORM == 0:
+        found = tl.full((1, 1), 1.0, tl.float32)
+    else:
+        groups = (atoms + GROUP - 1) // GROUP
+        at = scales + outputs.to(tl.int64)[:, None] * groups + (columns // GROUP)[None, :]
+        found = tl.load(at, live[:, None] & (columns < atoms)[None, :], 0.0).to(tl.float32)
+    return found
 
 
 @triton.jit
