@@ -556,6 +556,45 @@ def test_compress_goes_on_where_it_was_cut_off(compressed, monkeypatch):
     assert found["removed"] >= 0.5
 
 
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_compress_quantizes_and_its_files_are_as_large_as_its_ledger_says(compressed, tmp_path, bits, capsys):
+    """What is finished is used again: only the rounding is new."""
+    shutil.copytree(compressed / "out.work", tmp_path / "out.work")
+    command = ["compress", "tiny_llama", str(tmp_path / "out"), "--ratio", "0.3", "--quantize", bits, "--keep-work"]
+    assert cli.main([*command, "--set", "calibration=smoke"]) == 0
+    found, before = checkpoint.ledger(tmp_path / "out"), checkpoint.ledger(compressed / "out")
+    assert found["format_version"] == 3
+    assert found["record"]["quantization"]["name"] == bits
+    assert found["projection_bytes"] < {"int8": 0.82, "int4": 0.5}[bits] * before["projection_bytes"]
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    stored = sum(t.numel() * t.element_size() for t in tensors)
+    assert stored == found["projection_bytes"] + found["other_bytes"]
+    exact, rounded = (logits(cospadi.load(folder / "out")) for folder in (compressed, tmp_path))
+    assert 0 < (exact - rounded).norm() / exact.norm() < {"int8": 0.02, "int4": 0.3}[bits]
+    model = cospadi.load(tmp_path / "out")
+    cospadi.quantizer.CoSpaDiQuantizer._dequantize(model.hf_quantizer, model)
+    torch.testing.assert_close(logits(model), rounded, rtol=1e-4, atol=1e-4)  # what the codes stand for, in float32
+    model = cospadi.load(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(cospadi.load(tmp_path / "again")), rounded)
+
+
+def test_compress_in_memory_quantizes(made, tmp_path):
+    network = AutoModelForCausalLM.from_pretrained(made()[0])
+    settings = ["calibration.n_samples=8", "calibration.sample_length=32", "calibration.damping=1e-3"]
+    tokenizer = cospadi.models.load_tokenizer(made()[0])
+    texts = ["A line is a document, and this one is repeated.\n" * 60]
+    before = logits(network)
+    cospadi.compress(network, tokenizer, 0.0, "plain", texts, settings, quantization="int8")
+    assert sum(isinstance(m, CompressedLinear) for m in network.modules()) == 14
+    after = logits(network)
+    assert 0 < (after - before).norm() / before.norm() < 0.02
+    network.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits(cospadi.load(tmp_path / "out")), after)
+    assert checkpoint.ledger(tmp_path / "out")["removed"] > 0.4
+
+
 def test_compress_takes_a_folder_and_a_text_file(made, compressed, tmp_path):
     text = tmp_path / "my text's.txt"
     text.write_text("A line is a document, and this one is repeated.\n" * 60)

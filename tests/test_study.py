@@ -51,9 +51,20 @@ def changed(plain: Study, *overrides: str) -> set[tuple[str, ...]]:
     return {job for job in before if before[job] != after[job]}
 
 
+SMOKE_QUANTIZATIONS = {"cospadi_plus": "int4", "cospadi_group": "float8"}
+
+
 def test_the_cells_are_the_grid(plain):
     models, methods = ("tiny_llama", "tiny_qwen3"), ("svd", "asvd_search", "cospadi")
-    assert plain.cells == [CellId(model, method, "0.3") for model in models for method in methods]
+    own = {"plain": ("0.0", ["int8"])} | {m: ("0.3", ["none", q]) for m, q in SMOKE_QUANTIZATIONS.items()}
+    expected = [
+        CellId(model, method, ratio, quantization)
+        for model in models
+        for method in methods
+        for ratio, chosen in [own.get(method, ("0.3", ["none"]))]
+        for quantization in chosen
+    ]
+    assert plain.cells == expected
     for cell in plain.cells:
         composed = plain.config(**vars(cell))
         assert (composed.model.name, composed.factorization.name) == (cell.model, cell.method)
@@ -155,6 +166,41 @@ def test_a_method_may_have_ratios_of_its_own(plain):
         assert grid.evaluation_record(cell) in grid.inputs_of_tables()
         assert config.load(shlex.split(grid.overrides_for(**vars(cell)))) == grid.config(**vars(cell))
     assert plain.study.ratios_of == {"plain": [0.0]}
+
+
+def test_every_method_has_every_quantization_and_files_of_its_own():
+    grid = smoke("study.methods=[svd]", "study.quantizations=[none,int8]", "study.models=[tiny_llama]")
+    plain, quantized = grid.cells
+    assert (plain.folder, quantized.folder) == ("svd-0.3", "svd-0.3-int8")
+    assert grid.factors(quantized, "json")[0].startswith("results/quantization/tiny_llama/smoke/svd-0.3-int8/")
+    assert grid.earlier_records(quantized) == grid.factors(plain, "json")
+    assert grid.earlier_records(plain) == []
+    assert grid.cell("tiny_llama", "svd", "0.3", "-int8") == quantized
+    assert grid.cell("tiny_llama", "svd", "0.3", "") == plain
+    assert {*grid.factors(plain, "json"), *grid.factors(quantized, "json")} <= set(grid.inputs_of_tables())
+    assert "quantization=int8" in grid.overrides_for(**vars(quantized))
+    named = {"model": "tiny_llama", "method": "svd", "ratio": "0.3"}
+    coarse = smoke("study.methods=[svd]", "study.quantizations=[none,int8]", "quantization.group_size=64")
+    for room in ("factorization", "evaluation", "calibration"):
+        assert coarse.recipe(room, **named) == grid.recipe(room, **named)
+    assert coarse.recipe("quantization", **named, quantization="int8") != grid.recipe(
+        "quantization", **named, quantization="int8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("quantization=int8", "quantization=int8 has no effect on a whole study. Set study.quantizations=[int8]"),
+        ("study.quantizations=[none,int99]", "quantization=int99 does not exist"),
+        ("study.quantizations=[]", "study.quantizations is empty"),
+        ("study.quantizations=[int8,int8]", "study.quantizations names an entry twice"),
+        ("+study.quantizations_of.svdd=[int8]", "study.quantizations_of.svdd is of no method. Did you mean svd?"),
+        ("study.quantizations=[truncated14]", "quantization.values=truncated14 is for the values of sparse methods"),
+    ],
+)
+def test_bad_quantizations_are_known_before_the_first_job(override, words):
+    assert words in mistake("study.methods=[svd]", override)
 
 
 def test_a_ratio_that_a_method_cannot_have_is_known_before_the_first_job():
