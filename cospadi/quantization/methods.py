@@ -1,10 +1,11 @@
 """Quantization of factors, kind by kind: the first of two matrices against the activations' gram, the second beside it.
 
     first:  Q₁ ≈ F₁, least error of  X (F₁ − Q₁)                    (dictionary, left factor; dense weight)
-    second: F₂ fitted again to Q₁, least error of  X (W − Q₁ F₂)    (values on their support, right factor)
-            Q₂ ≈ F₂, least error of  X (W − Q₁ Q₂)
+    second: F₂ fitted again to Q₁, least error of  X (F₁ F₂ − Q₁ F₂')    (values on their support, right factor)
+            Q₂ ≈ F₂', least error of  X (F₁ F₂ − Q₁ Q₂)
 
-So the second makes up for what rounding the first did, and both for what they do themselves (`rounding.quantized`).
+So the second makes up for what rounding the first did, and both for what they do themselves (`rounding.quantized`). The aim
+is what the factors computed, not the weight they stand for: how closely that is fitted was the factorization's choice.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ factors, whose right one reaches all of the span, and worse for dictionaries, wh
 
 @dataclass(frozen=True)
 class _Target:
-    """What a projection's factors stand for, in float32."""
+    """What rounded factors should compute, in float32."""
 
     weight: Float[Tensor, "d_in d_out"]
+    """The factors multiplied out."""
     gram: Float[Tensor, "d_in d_in"]
     """Of its inputs, its mean diagonal 1."""
 
@@ -58,8 +60,8 @@ def quantize(config: QuantizationConfig, factors: Sequence[Factors], problems: S
         UserError: a format that this kind of factors does not have, or numbers that do not fit.
     """
     with products(exact=True):
-        together = [_target(problem) for problem in problems]
-        factors = [_moved(f, together[0].weight.device) for f in factors]
+        factors = [_moved(f, problems[0].weight.device) for f in factors]
+        together = [_target(f, problem) for f, problem in zip(factors, problems, strict=True)]
         first = factors[0]
         if isinstance(first, LowRank):
             left = _left(config, first.left, together)
@@ -164,10 +166,10 @@ def _fitted(
     return gram, refitted, (weighed.T @ problem.weight - gram @ refitted) * (codes != 0)
 
 
-def _target(problem: Problem) -> _Target:
+def _target(factors: Factors, problem: Problem) -> _Target:
     gram = problem.whitener.T @ problem.whitener
     mean = gram.diagonal().mean()
-    return _Target(problem.weight.float(), (gram / torch.where(mean > 0, mean, 1.0)).float())
+    return _Target(factors.weight(), (gram / torch.where(mean > 0, mean, 1.0)).float())
 
 
 def _moved(factors: Any, device: torch.device) -> Any:
