@@ -61,7 +61,7 @@ class Narrator:
         elif match := re.match(r"\s+(jobid|wildcards): (.+)", line):
             self._job[match[1]] = match[2]
             if "jobid" in self._job:
-                cell = re.sub(r"\w+=", "", self._job.get("wildcards", "")).replace(",", "")
+                cell = " ".join(re.sub(r"\w+=", "", self._job.get("wildcards", "")).replace(",", "").split())
                 self.jobs[self._job["jobid"]] = f"{self._job['rule']:<15} {cell}"
         elif match := re.match(r"Finished jobid: (\d+) \(Rule: (\w+)\)", line):
             return self._finished(match[1], match[2])

@@ -417,7 +417,8 @@ def tabulate(study: Any, folder: Path) -> None:
 
 def _told(row: dict[str, Any]) -> str:
     sizes = "  ".join(f"{name} {row[name]}" for name in ("rank", "atoms", "sparsity") if row[name])
-    return f"{sizes or 'kept dense':<26} error {row['output_error']:.4f}  {row['seconds']:5.2f} s"
+    kept = "kept dense" if row["value_bits"] == 16 else f"dense, {row['value_bits']} bits"
+    return f"{sizes or kept:<26} error {row['output_error']:.4f}  {row['seconds']:5.2f} s"
 
 
 def _weights(model: Path) -> dict[str, str]:

@@ -17,7 +17,9 @@ from safetensors import safe_open
 ROOT = Path(__file__).parents[1]
 METHODS = ("svd", "asvd_search", "cospadi", "cospadi_paper")
 MODELS = ("tiny_llama", "tiny_qwen3")
-TRIMMED = f"study.methods=[{','.join(METHODS)}] study.layers_per_job=2"
+QUANTIZED = "cospadi+int4"
+"""One method is quantized, too."""
+TRIMMED = f"study.methods=[{','.join(METHODS)}] study.layers_per_job=2 +study.quantizations_of.cospadi=[none,int4]"
 COLUMNS = (
     *("model", "method", "solver", "compression_ratio", "stored_ratio", "bits", "token_perplexity"),
     *("word_perplexity", "kl_to_dense", "top1_agreement", "average_accuracy", "output_error_mean"),
@@ -74,7 +76,7 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("study", ["default", "smoke"])
+@pytest.mark.parametrize("study", ["default", "quantization", "smoke"])
 def test_a_study_can_be_planned(tmp_path, study):
     run = snakemake(tmp_path, "--cores", "2", "-n", study=study, overrides="")
     assert run.returncode == 0, run.stdout
@@ -105,7 +107,7 @@ def test_every_cell_is_in_the_table(finished):
     found = rows(finished)
     assert list(found[0])[: len(COLUMNS)] == list(COLUMNS)
     assert sorted((row["model"], row["method"]) for row in found) == sorted(
-        (model, method) for model in MODELS for method in ("dense", *METHODS)
+        (model, method) for model in MODELS for method in ("dense", *METHODS, QUANTIZED)
     )
     for row in found:
         assert float(row["token_perplexity"]) > 1
@@ -115,7 +117,15 @@ def test_every_cell_is_in_the_table(finished):
             assert 0 < float(row["output_error_mean"]) < 1
             assert float(row["factorize_seconds"]) > 0
             assert float(row["peak_memory_mb"]) > 50
-            assert row["solver"] == {"cospadi": "htp", "cospadi_paper": "ksvd"}.get(row["method"], "")
+            assert row["solver"] == {"cospadi": "htp", QUANTIZED: "htp", "cospadi_paper": "ksvd"}.get(row["method"], "")
+    for model in MODELS:
+        plain, small = (
+            next(row for row in found if (row["model"], row["method"]) == (model, name))
+            for name in ("cospadi", QUANTIZED)
+        )
+        assert (plain["bits"], small["bits"]) == ("16", "4")
+        assert float(small["stored_bits"]) < 0.5 * float(plain["stored_bits"])
+        assert float(small["factorize_seconds"]) > float(plain["factorize_seconds"])  # both count
 
 
 def tensor_bits(folder: Path) -> dict[str, int]:
@@ -134,7 +144,11 @@ def test_no_cell_exceeds_its_budget_and_the_table_tells_the_bits_on_disk(finishe
     for row in rows(finished):
         if row["method"] == "dense":
             continue
-        folder = finished / f"results/factorization/{row['model']}/smoke/{row['method']}-0.3"
+        method, _, quantization = row["method"].partition("+")
+        room, name = (
+            ("quantization", f"{method}-0.3-{quantization}") if quantization else ("factorization", f"{method}-0.3")
+        )
+        folder = finished / "results" / room / row["model"] / "smoke" / name
         on_disk = tensor_bits(folder)
         records = [p for file in folder.glob("0*.json") for p in json.loads(file.read_text())["projections"]]
         assert {p["name"]: p["stored_bits"] for p in records} == on_disk
@@ -174,15 +188,20 @@ def test_a_second_run_has_nothing_to_do(finished):
 
 def test_another_evaluation_leaves_the_factors_alone(finished):
     jobs = planned(finished, f"{TRIMMED} evaluation.n_windows=2")
-    assert {rule: len(found) for rule, found in jobs.items()} == {"evaluate": 8, "evaluate_dense": 2, "tabulate": 1}
+    assert {rule: len(found) for rule, found in jobs.items()} == {"evaluate": 10, "evaluate_dense": 2, "tabulate": 1}
 
 
 def test_another_rho_touches_only_cospadi(finished):
     jobs = planned(finished, f"{TRIMMED} factorization.rho=2")
-    assert set(jobs) == {"factorize", "evaluate", "tabulate"}
-    touched = {found for rule in ("factorize", "evaluate") for found in jobs[rule]}
+    assert set(jobs) == {"factorize", "quantize", "evaluate", "tabulate"}
+    touched = {found for rule in ("factorize", "quantize", "evaluate") for found in jobs[rule]}
     assert all("method=cospadi" in found for found in touched)
-    assert len(jobs["factorize"]) == len(jobs["evaluate"])
+    assert len(jobs["factorize"]) + len(jobs["quantize"]) == len(jobs["evaluate"])
+
+
+def test_another_rounding_leaves_factors_and_other_cells_alone(finished):
+    jobs = planned(finished, f"{TRIMMED} quantization.sweeps=1")
+    assert {rule: len(found) for rule, found in jobs.items()} == {"quantize": 2, "evaluate": 2, "tabulate": 1}
 
 
 def test_a_revision_makes_factors_and_what_follows_stale(finished):
@@ -191,7 +210,8 @@ def test_a_revision_makes_factors_and_what_follows_stale(finished):
         "search_ranks": 2,
         "choose_ranks": 2,
         "factorize": 8,
-        "evaluate": 8,
+        "quantize": 2,
+        "evaluate": 10,
         "tabulate": 1,
     }
 

@@ -61,11 +61,15 @@ class Packed:
     codes: UInt8[Tensor, "*rows bytes"]
     """Of a matrix, row by row, each row whole bytes; or of a list of values."""
     scales: Float[Tensor, "_ _"]
-    """float16 or bfloat16: (groups × columns) of a matrix, whose groups are rows; (d_out × groups) of values."""
+    """float16 or bfloat16, contiguous: (groups × columns) of a matrix, whose groups are rows; (d_out × groups) of values."""
     format: str
     """One of `FORMS`."""
     group_size: int
     """Rows of a matrix, or atoms, that have a scale together: a multiple of `LANES`."""
+
+    def __post_init__(self) -> None:
+        if self.group_size % LANES or not self.scales.is_contiguous():
+            raise ValueError(f"group_size={self.group_size}, scales contiguous: {self.scales.is_contiguous()}")
 
 
 Weights = Float[Tensor, "..."] | Packed
@@ -91,28 +95,23 @@ def sparse_product(
     """
     (rows, atoms), d_out = z.shape, len(offsets) - 1
     z, mask, offsets = z.contiguous(), _padded(mask), offsets.contiguous()
-    form, numbers, scales, group = _handed_over(values, atoms)
+    kind, numbers, scales, group = _handed_over(values)
     out = z.new_empty(rows, d_out)
-    weight = (mask.data_ptr(), len(mask), numbers.data_ptr(), scales.data_ptr(), group, offsets.data_ptr())
-    work = numbers.numel() * numbers.element_size() * 8 // WIDTHS[form]
+    weight = (mask.data_ptr(), len(mask), numbers.data_ptr(), scales, group, offsets.data_ptr())
+    work = len(numbers) * 16 // WIDTHS[kind[0]]  # about: two codes of four bits in a byte
     for block, row in _blocks(rows):
         there = (z.data_ptr() + 4 * atoms * row, atoms, *weight, out.data_ptr() + 4 * d_out * row, d_out)
-        _share(_sparse(block, form, scales.dtype is torch.bfloat16), there, d_out, block * work)
+        _share(_sparse(block, *kind), there, d_out, block * work)
     return out
 
 
-def _handed_over(weights: Weights, rows: int) -> tuple[int, Tensor, Tensor, int]:
-    """Form, numbers, scales and vectors in a group; 16-bit weights are one group without a scale."""
+def _handed_over(weights: Weights) -> tuple[tuple[int, bool], Tensor, int, int]:
+    """Form of the numbers and whether scales are bfloat16; numbers; address of the scales; vectors that have one together."""
     if isinstance(weights, Packed):
-        return (
-            FORMS[weights.format],
-            weights.codes.contiguous(),
-            weights.scales.contiguous(),
-            weights.group_size // LANES,
-        )
+        kind = FORMS[weights.format], weights.scales.dtype is torch.bfloat16
+        return kind, weights.codes.contiguous(), weights.scales.data_ptr(), weights.group_size // LANES
     numbers = weights.contiguous()
-    form = BRAIN_FORM if numbers.dtype is torch.bfloat16 else HALF_FORM
-    return form, numbers, numbers, -(-rows // LANES)
+    return (BRAIN_FORM if numbers.dtype is torch.bfloat16 else HALF_FORM, False), numbers, 0, 1
 
 
 def dense_product(
@@ -126,13 +125,12 @@ def dense_product(
     """
     packed = isinstance(dictionary, Packed)
     (rows, d_in), atoms = x.shape, (dictionary.scales if packed else dictionary).shape[1]
-    form, numbers, scales, group = _handed_over(dictionary, d_in)
+    kind, numbers, scales, group = _handed_over(dictionary)
     x, out = x.contiguous(), x.new_empty(rows, atoms)
-    row_bytes = numbers.shape[1] * numbers.element_size()
-    weight = (numbers.data_ptr(), row_bytes, scales.data_ptr(), group * LANES)
+    weight = (numbers.data_ptr(), numbers.shape[1] * numbers.element_size(), scales, group * LANES)
     for block, row in _blocks(rows):
         there = (x.data_ptr() + 4 * d_in * row, d_in, *weight, out.data_ptr() + 4 * atoms * row, atoms)
-        _share(_dense(block, form, scales.dtype is torch.bfloat16), there, atoms, block * d_in * atoms, LANES)
+        _share(_dense(block, *kind), there, atoms, block * d_in * atoms, LANES)
     return out
 
 
@@ -144,12 +142,11 @@ def unpack(
 ) -> Float32[Tensor, "d_out atoms"]:
     """``Sᵀ`` in full, from the packed form that `sparse_product` takes."""
     mask, offsets = _padded(mask), offsets.contiguous()
-    form, numbers, scales, group = _handed_over(values, atoms)
+    kind, numbers, scales, group = _handed_over(values)
     d_out = len(offsets) - 1
     out = torch.empty(d_out, atoms)
-    weight = (mask.data_ptr(), len(mask), numbers.data_ptr(), scales.data_ptr(), group, offsets.data_ptr())
-    there = (*weight, out.data_ptr(), atoms)
-    _share(_unpack(form, scales.dtype is torch.bfloat16), there, d_out, d_out * atoms)
+    weight = (mask.data_ptr(), len(mask), numbers.data_ptr(), scales, group, offsets.data_ptr())
+    _share(_unpack(*kind), (*weight, out.data_ptr(), atoms), d_out, d_out * atoms)
     return out
 
 
@@ -334,6 +331,19 @@ def _prefetch(context, address):
 
 
 @intrinsic(prefer_literal=True)
+def _prefetch_weights(context, base, index, form):
+    """Ask for the weights `AHEAD` bytes behind the one with a number."""
+
+    def code(context, builder, signature, arguments):
+        base, index, _ = arguments
+        place = builder.add(_place(builder, base, index, form.literal_value), ir.Constant(base.type, AHEAD))
+        read, keep, data = (ir.Constant(INT, number) for number in (0, 3, 1))
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), _pointer(builder, place, SHORT), read, keep, data)
+
+    return types.void(types.int64, types.int64, form), code
+
+
+@intrinsic(prefer_literal=True)
 def _int32(context, address):
     def code(context, builder, signature, arguments):
         return builder.sext(builder.load(_pointer(builder, arguments[0], INT), align=4, typ=INT), ir.IntType(64))
@@ -372,27 +382,39 @@ def _element(form):
 
 def _place(builder, base, index, form):
     """The address of the weight with a number; of two in one byte the byte's."""
-    bits = builder.mul(index, ir.Constant(index.type, WIDTHS[form]))
-    return builder.add(base, builder.ashr(bits, ir.Constant(index.type, 3)))
+    one = ir.Constant(index.type, 1)
+    offset = {16: lambda: builder.shl(index, one), 8: lambda: index, 4: lambda: builder.ashr(index, one)}[
+        WIDTHS[form]
+    ]()
+    return builder.add(base, offset)
 
 
 def _nibbles(builder, base, index, count):
     """``count`` codes of four bits from the one with number ``index`` on, a byte each."""
-    bytes_, one = ir.VectorType(BYTE, LANES), ir.Constant(index.type, 1)
-
-    def constant(number):
-        return ir.Constant(bytes_, [number] * LANES)
-
+    bytes_, words = ir.VectorType(BYTE, LANES), ir.VectorType(SHORT, LANES // 2)
+    quads, one = ir.VectorType(ir.IntType(64), LANES // 8), ir.Constant(index.type, 1)
     second = builder.and_(index, one)  # it begins with the upper half of a byte
     needed = builder.ashr(builder.add(builder.add(count, second), one), one)
     pointer = _pointer(builder, _place(builder, base, index, INT4_FORM), bytes_)
     taken = _masked_load(builder, pointer, _chosen(builder, _first(builder, needed)), bytes_)
-    low, high = builder.and_(taken, constant(15)), builder.and_(builder.lshr(taken, constant(4)), constant(15))
-    pairs = [lane for i in range(LANES // 2) for lane in (i, LANES + i)]
-    even = _shuffled(builder, low, high, pairs)
-    odd = _shuffled(builder, low, high, [*pairs[1:], LANES // 2])
-    codes = builder.select(builder.icmp_signed("!=", second, ir.Constant(second.type, 0)), odd, even)
-    return builder.sub(builder.xor(codes, constant(8)), constant(8))  # the sign
+    quad = builder.bitcast(taken, quads)
+    following = _shuffled(builder, quad, ir.Constant(quads, None), range(1, LANES // 8 + 1))
+    four = builder.insert_element(
+        ir.Constant(ir.VectorType(quads.element, 1), None),
+        builder.shl(second, ir.Constant(second.type, 2)),
+        ir.Constant(INT, 0),
+    )
+    shift = _shuffled(builder, four, four, [0] * (LANES // 8))
+    quad = _call(builder, f"llvm.fshr.v{LANES // 8}i64", quads, following, quad, shift)
+    sixteen = _shuffled(builder, builder.bitcast(quad, bytes_), ir.Constant(bytes_, None), range(LANES // 2))
+    wide = builder.zext(sixteen, words)  # 0x00BA, and then 0x0B0A
+
+    def constant(kind, number):
+        return ir.Constant(kind, [number] * kind.count)
+
+    wide = builder.and_(builder.or_(wide, builder.shl(wide, constant(words, 4))), constant(words, 0x0F0F))
+    codes = builder.bitcast(wide, bytes_)
+    return builder.sub(builder.xor(codes, constant(bytes_, 8)), constant(bytes_, 8))  # the sign
 
 
 def _numbers(context, builder, codes, form):
@@ -586,11 +608,13 @@ def _count(mask, n_bytes, starts, atoms):
 @cache
 def _sparse(rows, form, brain):
     """The loop of `sparse_product` for a block of rows: a word of the mask is decoded once for all of them."""
-    scaled, width = form not in (HALF_FORM, BRAIN_FORM), WIDTHS[form]
+    scaled = form not in (HALF_FORM, BRAIN_FORM)
 
     def loop(z, atoms, mask, n_bytes, values, scales, group, starts, out, d_out, first, last):
         words = (atoms + LANES - 1) // LANES
-        groups = (words + group - 1) // group if scaled else 1
+        if not scaled:
+            group = max(words, 1)
+        groups = (words + group - 1) // group
         padded = np.empty(rows * words * LANES + LINE // 4, np.float32)
         stride = 4 * words * LANES
         for row in range(rows):
@@ -612,7 +636,7 @@ def _sparse(rows, form, brain):
                         weights = _times(weights, scale)
                     total = _add(total, weights, _stack(_address(padded) + 4 * LANES * word, stride, LANES, rows))
                     value += _popcount(bits)
-                    _prefetch(values + value * width // 8 + AHEAD)
+                    _prefetch_weights(values, value, form)
             _prefetch(mask + j * atoms // 8 + AHEAD)
             _store_sums(out + 4 * j, 4 * d_out, total)
 
@@ -668,11 +692,11 @@ def _dense(rows, form, brain):
 @cache
 def _unpack(form, brain):
     """The loop of `unpack`."""
-    scaled, width = form not in (HALF_FORM, BRAIN_FORM), WIDTHS[form]
+    scaled = form not in (HALF_FORM, BRAIN_FORM)
 
     def loop(mask, n_bytes, values, scales, group, starts, out, atoms, first, last):
         words = (atoms + LANES - 1) // LANES
-        groups = (words + group - 1) // group if scaled else 1
+        groups = (words + group - 1) // group
         for j in range(first, last):
             value = _int32(starts + 4 * j)
             for word in range(words):
@@ -684,6 +708,6 @@ def _unpack(form, brain):
                     weights = _times(weights, _scale(scales + 2 * (j * groups + word // group), brain))
                 _store_some(out + 4 * (j * atoms + column), weights, count)
                 value += _popcount(bits)
-                _prefetch(values + value * width // 8 + AHEAD)
+                _prefetch_weights(values, value, form)
 
     return compiled(loop)
