@@ -389,7 +389,7 @@ def _parts(name: str, spec: Mapping[str, Any]) -> dict[str, str]:
             layer = empty_layer(spec)
             parts = {part: f"{name}.{part}" for part in layer.state_dict()}
         return parts | ({part: f"{spec[SHARES]}.{part}" for part in layer.shared_names} if SHARES in spec else {})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"config.json describes {name} in a way this cospadi does not know ({error}).") from error
 
 

@@ -271,8 +271,8 @@ def _compress(o: argparse.Namespace) -> None:
     from cospadi.checkpoint import ledger_text
     from cospadi.compression import compress_to
 
-    ratio = 0.0 if o.ratio is None and o.method == "plain" else 0.2 if o.ratio is None else o.ratio
-    overrides = [f"factorization={o.method}", f"factorization.compression_ratio={ratio}", f"quantization={o.quantize}"]
+    overrides = [f"factorization={o.method}", f"quantization={o.quantize}"]
+    overrides += [] if o.ratio is None else [f"factorization.compression_ratio={o.ratio}"]
     overrides += [f"{room}.device={o.device}" for room in ("calibration", "factorization", "quantization")]
     overrides += o.overrides
     print(ledger_text(compress_to(o.model, o.out, overrides, o.calibration, o.keep_work, o.stub)))

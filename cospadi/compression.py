@@ -143,7 +143,7 @@ class _Resumed:
         key = {"settings": text_hash(json.dumps([settings, versions()], sort_keys=True, default=str))}
         if not self.again and output.exists() and mark.is_file() and read_json(mark) == key:
             return
-        self.again = self.again or step in ("model", "text", "grams", "factors")
+        self.again = True
         mark.unlink(missing_ok=True)
         run()
         write_json(mark, key)
@@ -167,7 +167,7 @@ def _summary(config: Config, record: dict[str, Any]) -> dict[str, Any]:
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    compression_ratio: float = 0.2,
+    compression_ratio: float | None = None,
     method: str = "cospadi_plus",
     texts: Sequence[str] | None = None,
     overrides: Sequence[str] = (),
@@ -181,7 +181,8 @@ def compress(
     Args:
         model: a causal language model in float32, bfloat16 or float16.
         tokenizer: its tokenizer.
-        compression_ratio: fraction of the projections' bits removed.
+        compression_ratio: fraction of the projections' bits removed, before quantization; by default that of the method's
+            file, 0.2.
         method: name of a file in ``conf/factorization``.
         texts: documents for calibration; by default those of ``conf/text/lee_news``.
         overrides: further settings, as Hydra takes them: ``calibration.n_samples=16``.
@@ -196,8 +197,8 @@ def compress(
     from cospadi.quantizer import attach
     from cospadi.sources import read_documents
 
-    settings = [f"factorization={method}", f"factorization.compression_ratio={compression_ratio}"]
-    settings += [f"quantization={quantization}", *overrides]
+    settings = [f"factorization={method}", f"quantization={quantization}", *overrides]
+    settings += [] if compression_ratio is None else [f"factorization.compression_ratio={compression_ratio}"]
     config = configured("any", ["model.source=./in-memory", *settings], None)
     calibration = config.calibration
     texts = read_documents(calibration.text) if texts is None else list(texts)
@@ -224,6 +225,10 @@ def compress(
         if len(begun) == len(found[1]):
             smaller |= _layers(config, model, begun)
             begun = []
+    if not smaller:
+        raise UserError(
+            "No projection was compressed: every one was left dense. Choose another ratio, method or quantization."
+        )
     for name, layer in smaller.items():  # all at once: cut off before, the model is as it was
         model.set_submodule(name, layer)
     attach(model, {"factorization": asdict(config.factorization), "quantization": asdict(config.quantization)})

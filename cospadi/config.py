@@ -24,7 +24,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from cospadi.errors import UserError
 from cospadi.factorization.budget import pattern_ratio, pattern_too_large
-from cospadi.quantization.formats import TRUNCATED, require_known
+from cospadi.quantization.formats import LANES, TRUNCATED, require_known
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONF = PROJECT / "conf" if (PROJECT / "conf").is_dir() else Path(__file__).parent / "conf"
@@ -523,14 +523,22 @@ class QuantizationConfig:
         require_known("quantization.dictionary", self.dictionary)
         require_known("quantization.values", self.values, (TRUNCATED,))
         _require(
-            self.group_size > 0 and self.group_size % 32 == 0,
-            f"quantization.group_size={self.group_size} is no multiple of 32, and the kernels take 32 weights at a time. "
-            f"Set it to {max(32, self.group_size // 32 * 32)}.",
+            self.group_size > 0 and self.group_size % LANES == 0,
+            f"quantization.group_size={self.group_size} is no multiple of {LANES}, and the kernels take so many weights at a "
+            f"time. Set it to {max(LANES, self.group_size // LANES * LANES)}.",
         )
         _one_of("quantization.rounding", self.rounding, ROUNDINGS)
-        _at_least("quantization.damping", self.damping, 0)
+        _require(
+            self.damping > 0 and math.isfinite(self.damping),
+            f"quantization.damping={self.damping:g} leaves a gram that cannot be inverted. Set a small positive number: 0.01.",
+        )
         _at_least("quantization.sweeps", self.sweeps, 0)
         _device("quantization.device", self.device)
+        _require(
+            self.name != "none" or not self.changes,
+            f"quantization.dictionary={self.dictionary} and quantization.values={self.values} belong to a quantization with a name "
+            "of its own: results are filed under it. Choose quantization=int8, or write a file of conf/quantization.",
+        )
 
     @property
     def changes(self) -> bool:
@@ -666,6 +674,11 @@ class Config:
 
     def _check_quantization(self) -> None:
         factorization, values = self.factorization, self.quantization.values
+        _require(
+            not isinstance(factorization, PlainConfig) or values is not None or not self.quantization.changes,
+            f"quantization={self.quantization.name} has quantization.values=null, which leaves {factorization.name} as it is: "
+            "its weights are values. Set their format.",
+        )
         _require(
             values != TRUNCATED or isinstance(factorization, CoSpaDiConfig | MagnitudeConfig | PruningConfig),
             f"quantization.values={TRUNCATED} is for the values of sparse methods, and {factorization.name} has none. "

@@ -26,13 +26,11 @@ from cospadi.factorization.factors import (
     unpack_bits,
 )
 from cospadi.kernels.products import products
-from cospadi.quantization.formats import bits_of, require_known
+from cospadi.quantization.formats import bits_of, parsed
 from cospadi.quantization.matrix import Quantized, empty_packed, groups, pack, unpack
 
 FEW = 16
 """Rows up to which the packed form is read directly: beyond, unpacking it once is cheaper than reading it per row."""
-LANES = 32
-"""What a group of weights with one scale is a multiple of: the kernels take so many at a time."""
 SHARES = "shares"
 """Key of a layer's description in a checkpoint: path of the layer that stores what this one shares."""
 IDENTITY = "identity"
@@ -42,7 +40,7 @@ NONE = "none"
 class CompressedLinear(nn.Module):
     """What all kinds share: sizes, an optional bias, and the choice between few and many tokens.
 
-    ``formats`` says which parts are quantized, and how: format and group size. They are held as packed codes, under the
+    ``formats`` says which parts are quantized, and how: format and group size (`parsed`). They are held as packed codes, under the
     part's name, and scales, under its name and ``_scales``; all others in 16 bits.
     """
 
@@ -57,18 +55,14 @@ class CompressedLinear(nn.Module):
         bias: bool,
         dtype: torch.dtype | None,
         storage_dtype: str,
-        formats: Mapping[str, Sequence[Any]] | None = None,
+        formats: Any = None,
     ) -> None:
         super().__init__()
         if min(d_in, d_out) < 1:
             raise ValueError(f"a layer of {d_in}×{d_out}")
         self.in_features, self.out_features = d_in, d_out
         self.storage = _storage(storage_dtype)
-        self.formats = {part: (str(name), int(group_size)) for part, (name, group_size) in (formats or {}).items()}
-        for name, group_size in self.formats.values():
-            require_known("formats", name)
-            if group_size < 1 or group_size % LANES:
-                raise ValueError(f"group_size={group_size}")
+        self.formats = parsed(formats)
         self.bias = _frozen(torch.empty(d_out, dtype=dtype)) if bias else None
         self._derived: dict[str, tuple[Any, Any]] = {}
 
@@ -206,7 +200,7 @@ class LowRankLinear(CompressedLinear):
         storage_dtype: str,
         bias: bool = False,
         dtype: torch.dtype | None = None,
-        formats: Mapping[str, Sequence[Any]] | None = None,
+        formats: Any = None,
     ) -> None:
         super().__init__(d_in, d_out, bias, dtype, storage_dtype, formats)
         self.rank = rank
@@ -252,7 +246,7 @@ class QuantizedLinear(CompressedLinear):
         storage_dtype: str,
         bias: bool = False,
         dtype: torch.dtype | None = None,
-        formats: Mapping[str, Sequence[Any]] | None = None,
+        formats: Any = None,
     ) -> None:
         super().__init__(d_in, d_out, bias, dtype, storage_dtype, formats)
         self._hold("dense", d_in, d_out)
@@ -295,7 +289,7 @@ class SparseDictionaryLinear(CompressedLinear):
         value_bits: int = 16,
         bias: bool = False,
         dtype: torch.dtype | None = None,
-        formats: Mapping[str, Sequence[Any]] | None = None,
+        formats: Any = None,
     ) -> None:
         super().__init__(d_in, d_out, bias, dtype, storage_dtype, formats)
         known = [bits_of(self.formats["values"][0])] if "values" in self.formats else [14, 16]
@@ -435,7 +429,7 @@ class SparsePlusLowRankLinear(SparseDictionaryLinear):
         storage_dtype: str,
         bias: bool = False,
         dtype: torch.dtype | None = None,
-        formats: Mapping[str, Sequence[Any]] | None = None,
+        formats: Any = None,
     ) -> None:
         bits = bits_of(formats["values"][0]) if "values" in (formats or {}) else 16
         super().__init__(d_in, d_out, 0, n_values, storage_dtype, IDENTITY, bits, bias, dtype, formats)

@@ -247,8 +247,10 @@ def _file_entry(row: dict[str, Any], factors: Any) -> str:
     return " ".join([*words, *(f"{part}={name}:{size}" for part, (name, size) in factors.formats.items())])
 
 
-def read_factors(files: Sequence[Path]):
+def read_factors(files: Sequence[Path], order: Sequence[str] = ()):
     """Yield ``(projection name, factors)`` of every projection in the files, those of a group one after another.
+
+    Those named in ``order`` come in it, all others by name.
 
     They hold the same tensor: the first of them is the one that stores it.
     """
@@ -270,7 +272,8 @@ def read_factors(files: Sequence[Path]):
             for key in tensors.keys():  # noqa: SIM118
                 keys[key.rpartition(".")[0]].append(key)
             shared: dict[str, torch.Tensor] = {}
-            for name in sorted(entries, key=lambda name: (first_of[name], first_of[name] != name)):
+            place = {name: number for number, name in enumerate(order)}
+            for name in sorted(entries, key=lambda n: (place.get(first_of[n], 0), first_of[n], first_of[n] != n)):
                 kind, _, d_out = entries[name][:3]
                 parts = {key.rpartition(".")[2]: tensors.get_tensor(key) for key in keys[name]}
                 if first_of[name] == name:
@@ -328,7 +331,7 @@ def quantize(
     title = f"{config.factorization.title} in {config.quantization.title}"
     progress = Progress(len(before), title, float(sum(row["d_in"] * row["d_out"] for row in before.values())))
     rows, tensors, entries = [], {}, {}
-    for group in _groups_of(read_factors([factors]), before):
+    for group in _groups_of(read_factors([factors], order=list(before)), before):
         started = time.perf_counter()
         problems = [problem_of(projections[name]) for name, _ in group]
         found = quantize(config.quantization, [f for _, f in group], problems)

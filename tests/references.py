@@ -151,10 +151,10 @@ def compensated_rounding(numbers, gram, scales, damping, levels):
     damped = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     rounded = torch.zeros_like(numbers)
     for j in range(numbers.shape[1]):
-        left, scale = numbers[:, j].clone(), scales[0, j]
+        left = numbers[:, j].clone()
         for i in range(len(left)):
             if numbers[i, j] != 0:
-                rounded[i, j] = scale * (left[i] / scale).round().clamp(*levels)
+                rounded[i, j] = scales[i, j] * (left[i] / scales[i, j]).round().clamp(*levels)
             inverse = torch.linalg.inv(damped[i:, i:])
             left[i:] -= (left[i] - rounded[i, j]) / inverse[0, 0] * inverse[0]
     return rounded

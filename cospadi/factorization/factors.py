@@ -310,7 +310,7 @@ def rounded(tensor: Tensor, storage_dtype: torch.dtype) -> Tensor:
         UserError: when a finite number leaves the range of ``storage_dtype``, or is not finite to begin with.
     """
     if not torch.isfinite(tensor).all():
-        raise UserError("The factorization gave NaN or infinite numbers. Raise calibration.damping.")
+        raise UserError("The factors hold NaN or infinite numbers. Raise calibration.damping.")
     small = tensor.to(storage_dtype)
     if not torch.isfinite(small).all():
         raise UserError(

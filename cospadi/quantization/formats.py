@@ -7,11 +7,16 @@ checked with it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from cospadi.errors import UserError
 
 FLOAT8 = "float8"
 INTEGERS = {f"int{bits}": bits for bits in range(2, 9)}
 FORMATS = (*INTEGERS, FLOAT8)
+LANES = 32
+"""Weights that the kernels take at a time, and so what a group with one scale is a multiple of."""
 TRUNCATED = "truncated14"
 """The paper's: 16-bit values without their two lowest mantissa bits, no scale (arXiv:2509.22075, section 3.3)."""
 
@@ -43,6 +48,26 @@ def packed_bytes(name: str, count: int) -> int:
     (2, 3)
     """
     return (bits_of(name) * count + 7) // 8
+
+
+def parsed(formats: Mapping[str, Any] | None) -> dict[str, tuple[str, int]]:
+    """Part -> format and group size, from what a checkpoint's config says.
+
+    >>> parsed({"dictionary": ["int4", 128]})
+    {'dictionary': ('int4', 128)}
+
+    Raises:
+        ValueError, TypeError: when it is nothing like that.
+    """
+    if not isinstance(formats or {}, Mapping):
+        raise TypeError(f"formats={formats}")
+    found = {}
+    for part, how in (formats or {}).items():
+        name, group_size = how if isinstance(how, list | tuple) and len(how) == 2 else (None, None)
+        if name not in FORMATS or not isinstance(group_size, int) or group_size < 1 or group_size % LANES:
+            raise ValueError(f"formats.{part}={how}")
+        found[part] = (name, group_size)
+    return found
 
 
 def require_known(setting: str, name: str | None, also: tuple[str, ...] = ()) -> None:

@@ -46,9 +46,6 @@ class Quantized:
         """Where a number is not zero."""
         return self.codes.float() != 0
 
-    def columns(self, chosen: slice) -> Quantized:
-        return Quantized(self.codes[:, chosen], self.scales[:, chosen], self.format, self.group_size)
-
 
 def by_row(scales: Tensor, group_size: int, rows: int) -> Tensor:
     """The scale of every entry, from the scale of every group.
@@ -73,8 +70,6 @@ def pack(codes: Shaped[Tensor, "*rows columns"], name: str) -> UInt8[Tensor, "*r
     >>> pack(torch.tensor([1, -1, 2], dtype=torch.int8), "int4").tolist()  # 0x1 and 0xF, 0x2
     [241, 2]
     """
-    if name == FLOAT8:
-        return codes.contiguous().view(torch.uint8)
     bits = bits_of(name)
     if bits == 8:
         return codes.contiguous().view(torch.uint8)

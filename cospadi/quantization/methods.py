@@ -1,6 +1,6 @@
 """Quantization of factors, kind by kind: the first of two matrices against the activations' gram, the second beside it.
 
-    first:  Q₁ ≈ F₁, least error of  X (F₁ − Q₁)                    (dictionary, left factor; dense weight)
+    first:  Q₁ ≈ F₁, least error of  X (F₁ − Q₁)    (dictionary, dense weight; a left factor: of what the right cannot reach)
     second: F₂ fitted again to Q₁, least error of  X (F₁ F₂ − Q₁ F₂')    (values on their support, right factor)
             Q₂ ≈ F₂', least error of  X (F₁ F₂ − Q₁ Q₂)
 
@@ -19,7 +19,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cospadi.errors import UserError
-from cospadi.factorization.factors import Dense, Factors, LowRank, SparseDictionary, SparsePlusLowRank, truncated
+from cospadi.factorization.factors import (
+    Dense,
+    Factors,
+    LowRank,
+    SparseDictionary,
+    SparsePlusLowRank,
+    rounded,
+    truncated,
+)
 from cospadi.factorization.htp import least_squares
 from cospadi.kernels.products import products
 from cospadi.quantization.formats import TRUNCATED, bits_of
@@ -84,7 +92,7 @@ def quantize(config: QuantizationConfig, factors: Sequence[Factors], problems: S
 
 
 def _first(config: QuantizationConfig, matrix: Tensor, problems: Sequence[_Target]) -> Tensor | Quantized:
-    """A dictionary or a left factor, in the mean metric of all that use it."""
+    """A dictionary, in the mean metric of all that use it."""
     if config.dictionary is None:
         return matrix
     gram = sum(problem.gram for problem in problems)
@@ -113,7 +121,7 @@ def _second(
     """A right factor beside its left one."""
     gram, refitted, gradient = _fitted(left.float(), right.float(), problem)
     if config.values is None:
-        return refitted.to(right.dtype)
+        return rounded(refitted, right.dtype)
     if config.values == TRUNCATED:
         raise _no_truncation("low-rank factors")
     return quantized(refitted, gram, _rounding(config, config.values), right.dtype, gradient)
@@ -129,9 +137,11 @@ def _values(config: QuantizationConfig, factors: SparseDictionary, problem: _Tar
         raise UserError(
             "quantization meets values of 14 bits, those of factorization.accounting=paper. Set accounting=mask."
         )
+    if config.dictionary is None and config.values in (None, TRUNCATED):
+        return factors if config.values is None else truncated(factors)
     gram, refitted, gradient = _fitted(atoms, before.float(), problem)
     if config.values in (None, TRUNCATED):
-        kept = replace(factors, coefficients=refitted.to(dtype) if config.dictionary else before)
+        kept = replace(factors, coefficients=rounded(refitted, dtype))
         return kept if config.values is None else truncated(kept)
     codes = quantized(refitted, gram, _rounding(config, config.values), dtype, gradient)
     return replace(factors, coefficients=codes, value_bits=bits_of(config.values))

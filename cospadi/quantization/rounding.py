@@ -96,9 +96,13 @@ def _searched_scales(
     top, bottom = cells.amax(dim=1), cells.amin(dim=1)
     largest = torch.where(top > -bottom, top, bottom)
     best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    smallest = torch.tensor(
+        torch.finfo(scale_dtype).smallest_normal * torch.finfo(scale_dtype).eps, device=numbers.device
+    )
     for shrink in SHRINKS if rounding.format != FLOAT8 else SHRINKS[:1]:  # floats are as fine wherever they lie
         for extreme in (largest / low, largest.abs() / high):
             scales = (extreme * shrink).to(scale_dtype).float()
+            scales = torch.where((scales == 0) & (extreme != 0), smallest.copysign(extreme), scales)
             if not torch.isfinite(scales).all():
                 raise UserError(
                     f"quantization: a number of magnitude {largest.abs().max():.1e} needs a scale beyond {scale_dtype}. "
@@ -151,7 +155,8 @@ class _Descent:
 
     def _first_pass(self) -> Tensor:
         """Row after row rounded, the rows below moved to make up for it."""
-        factor = inverse_factor(self.gram, self.rounding.damping).to(self.gram)
+        unused = torch.diag((self.gram.diagonal() <= 0).to(self.gram))  # nothing is multiplied with these rows
+        factor = inverse_factor(self.gram + unused, self.rounding.damping).to(self.gram)
         rest, values = self.numbers.clone(), torch.empty_like(self.numbers)
         rows = by_row(self.scales, self.rounding.group_size, len(rest))
         for block in _blocks(len(rest)):
@@ -182,18 +187,15 @@ class _Descent:
         """Every group to the scale that is best for its codes, in place; kept where it stays ahead once rounded."""
         for number in range(len(self.scales)):
             rows = slice(number * self.rounding.group_size, (number + 1) * self.rounding.group_size)
-            old = self.scales[number]
-            codes = torch.where(old != 0, values[rows] / old, 0.0)
+            old = self.scales[number].clone()
+            codes = _coded(values[rows], old, self.rounding.format)
             slope, curvature = (codes * left[rows]).sum(dim=0), (codes * (self.gram[rows, rows] @ codes)).sum(dim=0)
             new = torch.where(curvature > 0, old + slope / curvature, old).to(self.scale_dtype).float()
             step = new - old
             worth = (step * (2 * slope - step * curvature) > 0) & torch.isfinite(new) & (new != 0)
-            step = torch.where(worth, step, 0.0)
             self.scales[number] = torch.where(worth, new, old)
-            values[rows] = (
-                codes.round_() * self.scales[number] if self.rounding.format != FLOAT8 else codes * (old + step)
-            )
-            left -= self.gram[:, rows] @ (codes * step)
+            values[rows] = codes * self.scales[number]
+            left -= self.gram[:, rows] @ (codes * (self.scales[number] - old))
 
 
 def _blocks(rows: int) -> Sequence[slice]:

@@ -53,7 +53,16 @@ PROJECTION_COLUMNS = (
     "fallback",
 )
 _COUNTS = ("bits", "stored_bits", "budget_bits", "dense_bits", "fallbacks", "limit")
-_TEXTS = ("model", "method", "solver", "fallback_reasons", "diverged", "model_title", "method_title")
+_TEXTS = (
+    "model",
+    "method",
+    "solver",
+    "fallback_reasons",
+    "diverged",
+    "model_title",
+    "method_title",
+    "quantization_title",
+)
 
 
 @dataclass
@@ -160,7 +169,7 @@ def summary(cells: Sequence[Cell]) -> pd.DataFrame:
         *(f"{name}_stderr" for name in (*METRICS, *tasks)),
         *("weight_error_mean", "fallbacks", "evaluate_seconds", "limit"),
         *(f"{task}_{detail}" for task in tasks for detail in ("metric", "higher_is_better")),
-        *("fallback_reasons", "diverged", "model_title", "method_title"),
+        *("fallback_reasons", "diverged", "model_title", "method_title", "quantization_title"),
     ]
     frame = pd.DataFrame([_row(cell, tasks, known[cell.model]) for cell in cells], columns=columns)
     return _typed(frame, tasks)
@@ -209,6 +218,7 @@ def _row(cell: Cell, tasks: Sequence[str], dense_sizes: dict[str, int]) -> dict[
         "compression_ratio": 0.0 if cell.is_dense else float(cell.compression_ratio),
         "model_title": cell.model_title,
         "method_title": cell.method_title,
+        "quantization_title": cell.quantization_title,
         "evaluate_seconds": number(cell.evaluation.get("seconds")),
         "limit": cell.evaluation.get("limit"),
         "fallbacks": sum(projection.get("fallback") is not None for projection in projections),

@@ -30,7 +30,7 @@ def write_overviews(cells: Sequence[Cell], folder: Path) -> list[Path]:
 
 def overview(frame: pd.DataFrame, model: str) -> str:
     """A table per metric: methods down, compression ratios across, the best printed value of a ratio bold, among
-    those of equal bits.
+    those of one quantization.
 
     ``frame`` is a study's ``summary``. A method that was not run at a ratio has an empty cell there.
     """

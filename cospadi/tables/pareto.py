@@ -22,11 +22,13 @@ def pareto_figure(frame: pd.DataFrame, palette: dict[str, str], ink: str, soft: 
     from matplotlib.lines import Line2D
 
     models = dict(zip(frame["model"], frame["model_title"], strict=True))
-    bases = {name.partition(QUANTIZED)[0]: title.partition(",")[0] for name, title in _methods(frame).items()}
-    bits = {"": "16 bits"}
-    bits |= {
-        name.partition(QUANTIZED)[2]: title.partition(", ")[2] or "16 bits" for name, title in _methods(frame).items()
-    }
+    compressed = frame[frame["method"] != DENSE]
+    titles = zip(compressed["method"], compressed["method_title"], compressed["quantization_title"], strict=True)
+    bases, bits = {}, {"": "16 bits"}
+    for method, title, quantization_title in titles:
+        base, _, quantization = method.partition(QUANTIZED)
+        bases[base] = title.removesuffix(f", {quantization_title}")
+        bits[quantization] = quantization_title or bits[""]
     markers = dict(zip(bits, _MARKERS * (1 + len(bits) // len(_MARKERS)), strict=False))
     figure = Figure(figsize=(max(6.6, 4.4 * len(models)), 4.3), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False)[0]
@@ -59,11 +61,6 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         if not best or loss < best[-1][1]:
             best.append((size, loss))
     return best
-
-
-def _methods(frame: pd.DataFrame) -> dict[str, str]:
-    rows = frame[frame["method"] != DENSE]
-    return dict(zip(rows["method"], rows["method_title"], strict=True))
 
 
 def _drawn(rows: pd.DataFrame) -> pd.Series:

@@ -420,7 +420,7 @@ def _mark_best(entries: Sequence[Entry], column: Column) -> None:
 def _own_notes(rows: pd.DataFrame, groups: Sequence[Sequence[Row]]) -> list[str]:
     found = []
     if any(entry.best for group in groups for row in group for entry in row.entries):
-        found.append("Bold: best value at its ratio and in its bits (↑ higher, ↓ lower is better).")
+        found.append("Bold: best value of its ratio and quantization (↑ higher, ↓ lower is better).")
     found.append(
         "Ratio: fraction of the projections' bits that was asked to go. Stored ratio: fraction that is gone in the "
         "checkpoint, indices and masks counted. Stored: bytes of the projections alone. Time: of the factorization."
