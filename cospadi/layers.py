@@ -85,18 +85,22 @@ class CompressedLinear(nn.Module):
         return Quantized(codes, found.scales, found.format, found.group_size).float().to(dtype)
 
     def _packed(self, part: str) -> Any:
-        """A matrix as the kernels take it; codes of other widths than theirs are held a byte each from then on."""
-        from cospadi.kernels.sparse_product import FORMS, Packed
-
+        """A matrix as the kernels take it."""
         found = getattr(self, part)
         if part not in self.formats:
             return found
-        (name, group_size), scales = self.formats[part], getattr(self, f"{part}_scales")
-        if name not in FORMS:
-            columns = scales.shape[1]
-            found = self._once(part, (found,), lambda: pack(unpack(found, name, columns).contiguous(), "int8"))
-            name = "int8"
-        return Packed(found, scales, name, group_size)
+        scales = getattr(self, f"{part}_scales")
+        return self._codes_of(part, found, scales, scales.shape[1])
+
+    def _codes_of(self, part: str, codes: Tensor, scales: Tensor, columns: int) -> Any:
+        """Packed codes as the kernels take them; those of other widths than theirs are held a byte each from now on."""
+        from cospadi.kernels.sparse_product import FORMS, Packed
+
+        name, group_size = self.formats[part]
+        if name in FORMS:
+            return Packed(codes, scales, name, group_size)
+        wide = self._once(part, (codes,), lambda: pack(unpack(codes, name, columns).contiguous(), "int8"))
+        return Packed(wide, scales, "int8", group_size)
 
     def forward(self, inputs: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         rows = inputs.reshape(-1, self.in_features)
@@ -381,13 +385,7 @@ class SparseDictionaryLinear(CompressedLinear):
     def _values(self) -> Any:
         """The values, 16 bits each or packed as the kernels take them."""
         if "values" in self.formats:
-            from cospadi.kernels.sparse_product import FORMS, Packed
-
-            (name, group_size), codes = self.formats["values"], self.values
-            if name not in FORMS:  # held a byte each from then on
-                codes = self._once("values", (codes,), lambda: pack(unpack(self.values, name, self.n_values), "int8"))
-                name = "int8"
-            return Packed(codes, self.values_scales, name, group_size)
+            return self._codes_of("values", self.values, self.values_scales, self.n_values)
         if self.value_bits == 16:
             return self.values
         return self._once(

@@ -477,8 +477,9 @@ def test_methods_that_share_nothing_say_so():
 
 # --- files, checkpoints, ties
 
-GROUPED = ("cospadi_group", "cospadi_plus", "geopair", "basis_sharing")
-STORED = dict.fromkeys(GROUPED, "dictionary") | {"basis_sharing": "left"}
+GROUPED = ("cospadi_group", "cospadi_plus", "geopair", "basis_sharing", "cospadi_group+int4", "basis_sharing+int8")
+"""Methods, and two of them quantized."""
+STORED = dict.fromkeys(GROUPED, "dictionary") | dict.fromkeys(("basis_sharing", "basis_sharing+int8"), "left")
 
 
 @pytest.fixture(scope="module")
@@ -489,7 +490,9 @@ def made(tmp_path_factory):
     def make(method, model="tiny_llama"):
         if (method, model) not in known:
             folder = parent / f"{method}-{model}"
-            settings = [f"factorization={method}", "factorization.compression_ratio=0.3", "calibration=smoke"]
+            factorization, _, quantization = method.partition("+")
+            settings = [f"factorization={factorization}", "factorization.compression_ratio=0.3", "calibration=smoke"]
+            settings.append(f"quantization={quantization or 'none'}")
             compress_to(model, folder / "out", settings, keep_work=True)
             known[method, model] = folder
         return known[method, model]
@@ -515,26 +518,37 @@ def shared_parameters(model):
     return sorted(tuple(names) for names in found.values() if len(names) > 1)
 
 
+def rows_of(folder):
+    """The rows of the last record."""
+    work = folder / "out.work"
+    quantized = work / "quantization.json"
+    return json.loads((quantized if quantized.exists() else work / "factorization.json").read_text())["projections"]
+
+
+def factors_file(folder):
+    quantized = folder / "out.work/quantized.safetensors"
+    return quantized if quantized.exists() else folder / "out.work/factors.safetensors"
+
+
 def groups_in(folder):
-    record = json.loads((folder / "out.work/factorization.json").read_text())
-    return sorted({tuple(sorted(row["group"])) for row in record["projections"] if row["group"]})
+    return sorted({tuple(sorted(row["group"])) for row in rows_of(folder) if row["group"]})
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen3"])
 @pytest.mark.parametrize("method", GROUPED)
 def test_a_factors_file_holds_what_is_shared_once(made, method, model):
     folder = made(method, model)
-    rows = json.loads((folder / "out.work/factorization.json").read_text())["projections"]
+    rows = rows_of(folder)
     assert len(rows) == 14
     assert [row["name"] for row in rows] == list(dict.fromkeys(row["name"] for row in rows))
-    with safe_open(folder / "out.work/factors.safetensors", "pt") as file:
+    with safe_open(factors_file(folder), "pt") as file:
         on_disk = {}
         for key in file.keys():  # noqa: SIM118
             name, tensor = key.rpartition(".")[0], file.get_tensor(key)
             on_disk[name] = on_disk.get(name, 0) + 8 * tensor.numel() * tensor.element_size()
     assert on_disk == {row["name"]: row["stored_bits"] for row in rows}
     assert sum(on_disk.values()) <= sum(row["budget_bits"] for row in rows)
-    factors = dict(stages.read_factors([folder / "out.work/factors.safetensors"]))
+    factors = dict(stages.read_factors([factors_file(folder)]))
     assert groups_in(folder)
     for row in rows:
         if row["group"]:
@@ -553,7 +567,7 @@ def test_a_loaded_model_shares_and_computes_what_its_factors_say(made, method, m
     compressed = cospadi.load(folder / "out")
     assert shared_parameters(compressed) == groups_in(folder)
     dense = AutoModelForCausalLM.from_pretrained(folder / "out.work/model")
-    for name, factors in stages.read_factors([folder / "out.work/factors.safetensors"]):
+    for name, factors in stages.read_factors([factors_file(folder)]):
         dense.get_submodule(name).weight.data.copy_(factors.weight().T)
     torch.testing.assert_close(logits(compressed), logits(dense.eval()), rtol=1e-4, atol=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(folder / "out", device_map="cpu").eval()
@@ -594,7 +608,7 @@ def test_ties_outlast_saving_casting_copying_and_tying_again(made, tmp_path, met
 def test_every_shared_byte_is_counted_once(made, method):
     folder = made(method) / "out"
     found = checkpoint.ledger(folder)
-    rows = json.loads((made(method) / "out.work/factorization.json").read_text())["projections"]
+    rows = rows_of(made(method))
     assert found["projection_bytes"] * 8 == sum(row["stored_bits"] for row in rows)
     everything = sum(t.numel() * t.element_size() for t in load_file(folder / "model.safetensors").values())
     assert found["projection_bytes"] + found["other_bytes"] == everything
