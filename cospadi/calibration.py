@@ -2,6 +2,10 @@
 
 The dense model reads the calibration tokens block by block. For every input that projections share (q/k/v, o, gate/up,
 down) the gram ``XᵀX`` and the mean absolute activation are summed over all tokens.
+
+Keys and values are read by other tokens, and by far not equally often: a token that receives the attention ``a_j`` passes an error of
+its value on to the outputs of all that look at it, ``a_j`` times in all. So these two have a second gram, ``Σ_j a_j x_jᵀx_j``, with
+``a_j = Σ_i A_ij`` averaged over heads, which sums to the number of tokens like the weights of the plain one.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+ATTENDED = "gram_attended"
+"""Name of the second gram in a layer's file."""
+
+
 @dataclass
 class InputStatistics:
     """What is known about one shared input, summed over tokens."""
@@ -35,6 +43,8 @@ class InputStatistics:
     absolute: Float[Tensor, " d_in"]
     """float64, ``Σ |x|``"""
     n_tokens: int = 0
+    attended: Float[Tensor, "d_in d_in"] | None = None
+    """float64, ``Σ_j a_j x_j x_jᵀ``; of inputs that projections of ``model.attended`` read."""
 
     @classmethod
     def zeros(cls, d_in: int, device: torch.device) -> InputStatistics:
@@ -54,6 +64,24 @@ class InputStatistics:
             self.gram += (product.T @ product).double()
             self.absolute += chunk.abs().sum(dim=0).double()
         self.n_tokens += len(inputs)
+
+    def add_attended(
+        self, inputs: Float[Tensor, "tokens d_in"], received: Float[Tensor, " tokens"], dtype: torch.dtype
+    ) -> None:
+        """Add the same tokens once more, each times the attention it received."""
+        if self.attended is None:
+            self.attended = torch.zeros_like(self.gram)
+        for chunk, weights in zip(inputs.split(1024), received.split(1024), strict=True):
+            weighed = chunk.to(dtype) * weights.to(dtype).sqrt()[:, None]
+            self.attended += (weighed.T @ weighed).double()
+
+    @property
+    def grams(self) -> list[Tensor]:
+        return [self.gram, *([] if self.attended is None else [self.attended])]
+
+    def gram_of(self, attended: bool) -> Float[Tensor, "d_in d_in"]:
+        """The gram of a projection that is read through the attention, or is not."""
+        return self.gram if self.attended is None or not attended else self.attended
 
     @property
     def absolute_mean(self) -> Float[Tensor, " d_in"]:
@@ -106,12 +134,12 @@ def collect(
         UserError: at the first layer whose inputs are not finite, naming it.
     """
     device = devices.pick(calibration.device, "calibration.device")
-    walker = BlockWalker(folder, model, device)
+    tells_weights = "eager" if calibration.attention and model.attended else None
+    walker = BlockWalker(folder, model, device, attention=tells_weights)
     hidden, arguments = walker.embed(tokens.split(calibration.batch_size))
-    gram_dtype = getattr(torch, calibration.gram_dtype)
     for layer, block in walker.walk():
         statistics: dict[str, InputStatistics] = {}
-        hooks = [_listen(block, group[0], statistics, gram_dtype) for group in model.shared_inputs]
+        hooks = _listen_all(block, model, calibration, statistics)
         with torch.inference_mode():
             for i, states in enumerate(hidden):
                 out = block(states, **arguments[i][layer])
@@ -119,7 +147,7 @@ def collect(
         for hook in hooks:
             hook.remove()
         for shared_input, found in statistics.items():
-            if not torch.isfinite(found.gram).all():
+            if not all(torch.isfinite(gram).all() for gram in found.grams):
                 raise UserError(
                     f"The calibration activations of {model.blocks}.{layer}.{shared_input} are not finite (NaN or "
                     "infinite). Check the checkpoint, or set model.dtype=float32."
@@ -141,7 +169,6 @@ def gather(
     Raises:
         UserError: a projection is missing or no linear layer, or the inputs of one are not finite.
     """
-    gram_dtype = getattr(torch, calibration.gram_dtype)
     try:
         blocks = list(network.get_submodule(model.blocks))
         layers = [[block.get_submodule(name) for name in group] for block in blocks for group in model.shared_inputs]
@@ -153,23 +180,72 @@ def gather(
         raise UserError("A projection is no linear layer: is this model compressed already? Compress the original.")
     found: list[dict[str, InputStatistics]] = [{} for _ in blocks]
     hooks = [
-        _listen(block, group[0], statistics, gram_dtype)
+        hook
         for block, statistics in zip(blocks, found, strict=True)
-        for group in model.shared_inputs
+        for hook in _listen_all(block, model, calibration, statistics)
     ]
     device = next(network.parameters()).device
+    implementation = network.config._attn_implementation
     try:
+        if calibration.attention and model.attended:
+            network.set_attn_implementation("eager")  # the others do not tell their weights
         for batch in tokens.split(calibration.batch_size):
             network(input_ids=batch.to(device), use_cache=False)
     finally:
+        network.set_attn_implementation(implementation)
         for hook in hooks:
             hook.remove()
     for layer, statistics in enumerate(found):
         for group in model.shared_inputs:
             names = [f"{model.blocks}.{layer}.{name}" for name in group]
-            if not torch.isfinite(statistics[group[0]].gram).all():
+            if not all(torch.isfinite(gram).all() for gram in statistics[group[0]].grams):
                 raise UserError(f"The calibration activations of {names[0]} are not finite (NaN or infinite).")
             yield names, statistics.pop(group[0])
+
+
+def _listen_all(
+    block: nn.Module, model: ModelConfig, calibration: CalibrationConfig, statistics: dict[str, InputStatistics]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hooks that fill ``statistics`` when tokens run through the block."""
+    dtype = getattr(torch, calibration.gram_dtype)
+    hooks = [_listen(block, group[0], statistics, dtype) for group in model.shared_inputs]
+    attended = [group[0] for group in model.shared_inputs if set(group) & set(model.attended)]
+    if calibration.attention and attended:
+        hooks += _listen_to_attention(block, model, attended, statistics, dtype)
+    return hooks
+
+
+def _listen_to_attention(
+    block: nn.Module,
+    model: ModelConfig,
+    attended: Sequence[str],
+    statistics: dict[str, InputStatistics],
+    dtype: torch.dtype,
+) -> list[torch.utils.hooks.RemovableHandle]:
+    read: dict[str, Tensor] = {}
+
+    def keep(shared_input: str) -> Any:
+        return lambda _, args: read.__setitem__(shared_input, args[0].reshape(-1, args[0].shape[-1]))
+
+    def weigh(attention: nn.Module, _: Any, outputs: Any) -> None:
+        weights = outputs[1] if isinstance(outputs, tuple) and len(outputs) > 1 else None
+        if weights is None:
+            raise UserError(
+                f"{type(attention).__name__} does not tell its attention weights, by which the inputs of {', '.join(model.attended)} "
+                "are weighed. Set calibration.attention=false."
+            )
+        received = weights.float().mean(dim=1).sum(dim=1).flatten()  # batch × heads × queries × keys
+        for shared_input in attended:
+            statistics[shared_input].add_attended(read.pop(shared_input), received, dtype)
+
+    try:
+        attention = block.get_submodule(model.attention)
+    except AttributeError as error:
+        raise UserError(
+            f"This {type(block).__name__} has no {model.attention}. Set model.attention to match, or calibration.attention=false."
+        ) from error
+    hooks = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in attended]
+    return [*hooks, attention.register_forward_hook(weigh)]
 
 
 def _listen(
@@ -189,10 +265,23 @@ def statistics_file(grams: Path, layer: int) -> Path:
     return grams / f"{layer:03d}.safetensors"
 
 
+def tensors_of(statistics: dict[str, InputStatistics]) -> dict[str, Tensor]:
+    """What is written of a layer."""
+    tensors = {}
+    for shared_input, found in statistics.items():
+        tensors[f"{shared_input}.gram"] = found.gram
+        tensors[f"{shared_input}.absolute_mean"] = found.absolute_mean
+        if found.attended is not None:
+            tensors[f"{shared_input}.{ATTENDED}"] = found.attended
+    return tensors
+
+
 def read_statistics(
-    grams: Path, layer: int, shared_input: str, device: torch.device
+    grams: Path, layer: int, shared_input: str, device: torch.device, attended: bool = False
 ) -> tuple[Float[Tensor, "d_in d_in"], Float[Tensor, " d_in"]]:
     """Gram and mean absolute activation of one shared input, from the folder that calibration left.
+
+    Of an ``attended`` projection the gram is the one weighed by attention, where calibration made one.
 
     Raises:
         UserError: when the layer's file is missing.
@@ -201,5 +290,7 @@ def read_statistics(
     if not file.is_file():
         raise UserError(f"{file} is missing. Collect the grams again: run calibrate for this model.")
     with safe_open(file, framework="pt") as tensors:
-        gram = tensors.get_tensor(f"{shared_input}.gram").to(device)
+        weighed = f"{shared_input}.{ATTENDED}"
+        name = weighed if attended and weighed in tensors.keys() else f"{shared_input}.gram"  # noqa: SIM118
+        gram = tensors.get_tensor(name).to(device)
         return gram, tensors.get_tensor(f"{shared_input}.absolute_mean").to(device)

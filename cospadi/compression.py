@@ -210,11 +210,12 @@ def compress(
         for name in names:
             d_out, d_in = model.get_submodule(name).weight.shape
             projection = name.removeprefix(f"{config.model.blocks}.{layer}.")
-            projections.append(Projection(name, int(layer), projection, shared_input, d_in, d_out))
+            attended = projection in config.model.attended
+            projections.append(Projection(name, int(layer), projection, shared_input, d_in, d_out, attended))
 
     def statistics_of(projection: Projection) -> tuple[Tensor, Tensor]:
         found = inputs[projection.layer, projection.shared_input]
-        return found.gram, found.absolute_mean
+        return found.gram_of(projection.attended), found.absolute_mean
 
     problem_of = problems_from(
         lambda p: model.get_submodule(p.name).weight.detach().T.float(), statistics_of, calibration.damping

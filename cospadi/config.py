@@ -41,6 +41,7 @@ ACCOUNTINGS = ("mask", "paper")
 METRICS = ("own", "mean")
 CONSECUTIVE, SAME_INPUT, MATCHED = "consecutive", "same_input", "matched"
 DTYPES = ("float32", "bfloat16", "float16")
+ATTENDED = ("self_attn.k_proj", "self_attn.v_proj")
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -133,6 +134,10 @@ class ModelConfig:
         ]
     )
     """Projections of a block, those that read the same input together: they share one gram."""
+    attention: str = "self_attn"
+    """Path of a block's attention."""
+    attended: list[str] = field(default_factory=lambda: list(ATTENDED))
+    """Projections whose outputs other tokens read through the attention: see ``calibration.attention``. Empty: none."""
     architecture: dict[str, int | float | bool | str] = field(default_factory=dict)
     """For ``random:`` sources: fields of the transformers config."""
     seed: int = 0
@@ -147,6 +152,12 @@ class ModelConfig:
             len(self.shared_inputs) > 0 and all(self.shared_inputs),
             "model.shared_inputs names no projection. List those that read the same input together.",
         )
+        known = [name for group in self.shared_inputs for name in group]
+        for name in self.attended:
+            _require(
+                name in known or name in ATTENDED,  # some of the usual ones may be left as they are
+                f"model.attended={name} is none of model.shared_inputs{did_you_mean(name, known)} There are: {', '.join(known)}.",
+            )
         _require(
             not self.source.startswith("wheel:") or len(self.sha256) == 64,
             f"model.sha256 of {self.source} is missing. A wheel is only taken with its 64-digit sha256.",
@@ -168,11 +179,14 @@ class CalibrationConfig:
     """Sequences that run through a block at once."""
     gram_dtype: str = "float32"
     """Of the product of one batch; sums are always float64. ``float64`` halves the speed."""
+    attention: bool = True
+    """Of the inputs of ``model.attended``, weigh every token by the attention it receives: the first token of a text counts
+    as much as hundreds of others, as nearly all look at it. ``false``: every token alike, as in the papers."""
     damping: float = 1e-6
     """Ridge on the gram, as a fraction of its mean diagonal."""
     device: str = "auto"
     """``auto`` (a GPU when there is one), ``cpu`` or ``cuda``."""
-    revision: int = 1
+    revision: int = 2
 
     def __post_init__(self) -> None:
         _at_least("calibration.n_samples", self.n_samples, 1)

@@ -35,6 +35,8 @@ class Projection:
     """First projection of the block that reads the same input: the gram is filed under it."""
     d_in: int
     d_out: int
+    attended: bool = False
+    """Other tokens read its outputs through the attention (`ModelConfig.attended`)."""
 
 
 class Checkpoint:
@@ -94,7 +96,8 @@ def find_projections(folder: Path, config: ModelConfig) -> list[Projection]:
         for shared_input, projection in wanted:
             name = f"{config.blocks}.{layer}.{projection}"
             d_out, d_in = checkpoint.shape(f"{name}.weight")
-            projections.append(Projection(name, layer, projection, shared_input, d_in, d_out))
+            attended = projection in config.attended
+            projections.append(Projection(name, layer, projection, shared_input, d_in, d_out, attended))
     return projections
 
 
@@ -171,14 +174,15 @@ class BlockWalker:
     weights are read when its turn comes and dropped after it.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, device: torch.device):
+    def __init__(self, folder: Path, config: ModelConfig, device: torch.device, attention: str | None = None):
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.checkpoint, self.config, self.device = Checkpoint(folder), config, device
         self.dtype = getattr(torch, config.dtype)
         with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are computed, not stored
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=self.dtype)
+            settings = AutoConfig.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_config(settings, dtype=self.dtype, attn_implementation=attention)
         decoder_path, _, blocks_name = config.blocks.rpartition(".")
         self.decoder = model.get_submodule(decoder_path).eval()
         self.blocks: nn.ModuleList = self.decoder.get_submodule(blocks_name)

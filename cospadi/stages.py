@@ -47,7 +47,7 @@ def prepare_text(config: TextConfig, documents: Path, record: Path) -> None:
 
 def calibrate(config: Config, model: Path, documents: Path, grams: Path, record: Path) -> None:
     """Room 2: tokens through the dense model, one gram per shared input, a file per layer."""
-    from cospadi.calibration import collect, samples, statistics_file
+    from cospadi.calibration import collect, samples, statistics_file, tensors_of
     from cospadi.models import find_projections
 
     calibration = config.calibration
@@ -65,13 +65,10 @@ def calibrate(config: Config, model: Path, documents: Path, grams: Path, record:
     conditioning = {}
     with new_path(grams) as partial:
         for layer, statistics in collect(model, config.model, calibration, tokens):
-            tensors = {}
             for shared_input, found in statistics.items():
-                tensors[f"{shared_input}.gram"] = found.gram
-                tensors[f"{shared_input}.absolute_mean"] = found.absolute_mean
                 diagonal = found.gram.diagonal()
                 conditioning[f"{layer}.{shared_input}"] = float(diagonal.max() / diagonal.mean())
-            write_tensors(statistics_file(partial, layer), tensors)
+            write_tensors(statistics_file(partial, layer), tensors_of(statistics))
             progress.step(f"layer {layer}", f"{len(statistics)} grams")
     log.finish(
         record,
@@ -163,7 +160,7 @@ def _factorized(config: Config, checkpoint: Any, projections: Sequence[Any], gra
     device = devices.pick(factorization.device, "factorization.device")
     problem_of = problems_from(
         lambda p: checkpoint.weight(p).to(device),
-        lambda p: read_statistics(grams, p.layer, p.shared_input, device),
+        lambda p: read_statistics(grams, p.layer, p.shared_input, device, p.attended),
         config.calibration.damping,
         ranks,
     )
@@ -325,7 +322,7 @@ def quantize(
     device, checkpoint = devices.pick(config.quantization.device, "quantization.device"), Checkpoint(model)
     problem_of = problems_from(
         lambda p: checkpoint.weight(p).to(device),
-        lambda p: read_statistics(grams, p.layer, p.shared_input, device),
+        lambda p: read_statistics(grams, p.layer, p.shared_input, device, p.attended),
         config.calibration.damping,
     )
     title = f"{config.factorization.title} in {config.quantization.title}"

@@ -689,14 +689,17 @@ def test_compress_in_python_shares_too(made, tmp_path, method):
     dense = made(method) / "out.work/model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
     documents = json.loads((made(method) / "out.work/documents.json").read_text())
-    smaller = cospadi.compress(model, tokenizer, 0.3, method, texts=documents, overrides=["calibration=smoke"]).eval()
+    factorization, _, quantization = method.partition("+")
+    smaller = cospadi.compress(
+        *(model, tokenizer, 0.3, factorization, documents, ["calibration=smoke"]), quantization=quantization or "none"
+    ).eval()
     assert shared_parameters(smaller) == groups_in(made(method))
     smaller.save_pretrained(tmp_path / "out")
     assert checkpoint.ledger(tmp_path / "out")["removed"] >= 0.3
     again = cospadi.load(tmp_path / "out")
     assert shared_parameters(again) == groups_in(made(method))
     assert logits(again).equal(logits(smaller))
-    stored = dict(stages.read_factors([made(method) / "out.work/factors.safetensors"]))
+    stored = dict(stages.read_factors([factors_file(made(method))]))
     for name, layer in smaller.named_modules():  # the same numbers as block by block, but for the grams' rounding
         if isinstance(layer, CompressedLinear):
             assert float((layer.dense_weight() - stored[name].weight()).norm() / layer.dense_weight().norm()) < 0.2
@@ -717,7 +720,10 @@ def test_layers_with_biases_share_too(made, tmp_path, method):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     documents = json.loads((made("cospadi_group") / "out.work/documents.json").read_text())
-    smaller = cospadi.compress(model, tokenizer, 0.3, method, texts=documents, overrides=["calibration=smoke"]).eval()
+    factorization, _, quantization = method.partition("+")
+    smaller = cospadi.compress(
+        *(model, tokenizer, 0.3, factorization, documents, ["calibration=smoke"]), quantization=quantization or "none"
+    ).eval()
     smaller.save_pretrained(tmp_path / "out")
     again = cospadi.load(tmp_path / "out")
     again.tie_weights()

@@ -130,7 +130,9 @@ def real_problems(
     problems = []
     for key in ((layer, name) for layer in layers for name in projections):
         projection = found[key]
-        gram, _ = read_statistics(grams, projection.layer, projection.shared_input, torch.device("cpu"))
+        gram, _ = read_statistics(
+            grams, projection.layer, projection.shared_input, torch.device("cpu"), projection.attended
+        )
         target = whitener(gram, settings.calibration.damping) @ weights.weight(projection).double()
         target = (target / target.square().mean().sqrt()).float().to(device)
         problems += at_ratios(f"layer {key[0]} {key[1]}", target, ratios, rho)

@@ -44,10 +44,10 @@ def problems_from(
         damping: of the whitener.
         ranks: of every projection, ``None`` where it stays dense; by default from the ratio.
     """
-    beside: WeakValueDictionary[tuple[int, str], Problem] = WeakValueDictionary()
+    beside: WeakValueDictionary[tuple[int, str, bool], Problem] = WeakValueDictionary()
 
     def problem_of(projection: Projection) -> Problem:
-        key = projection.layer, projection.shared_input
+        key = projection.layer, projection.shared_input, projection.attended
         try:
             if (known := beside.get(key)) is not None:
                 root, absolute_mean = known.whitener, known.absolute_mean
@@ -118,14 +118,14 @@ def consecutive(
 ) -> list[Group]:
     """Same-named projections of ``size`` consecutive layers, counted from layer 0; the rest at the end is a smaller group.
 
-    With ``siblings`` those of equal shape that read the same input are in one group, too.
+    With ``siblings`` those of equal shape that read the same input, weighed alike, are in one group, too.
 
     Raises:
         UserError: those of a group differ in shape.
     """
     groups: dict[tuple[Any, ...], list[Projection]] = {}
     for p in projections:
-        kind = (p.shared_input, _shape(p)) if siblings else (p.projection,)
+        kind = (p.shared_input, p.attended, _shape(p)) if siblings else (p.projection,)
         key = (p.layer // size, *kind) if p.projection in grouped else (p.name,)
         groups.setdefault(key, []).append(p)
     for group in groups.values():
