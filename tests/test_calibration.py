@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from cospadi import config as settings
 from cospadi import models
-from cospadi.calibration import InputStatistics, collect, draw_samples
+from cospadi.calibration import InputStatistics, collect, draw_samples, gather, read_statistics, tensors_of
 from cospadi.config import ModelConfig
 from cospadi.errors import UserError
 from cospadi.models import BlockWalker
@@ -104,6 +104,80 @@ def test_grams_are_those_of_the_whole_model(prepared, kind, batch_size):
         scale = float((inputs.T @ inputs).abs().max())
         torch.testing.assert_close(statistics.gram, inputs.T @ inputs, rtol=0, atol=2e-5 * scale)
         torch.testing.assert_close(statistics.absolute_mean, inputs.abs().mean(dim=0), rtol=2e-5, atol=1e-7)
+
+
+def naive_attended(folder, config, tokens):
+    """``Σ_j a_j x_j x_jᵀ`` of what k and v read, token by token, with the attention that the model itself says it pays."""
+    model = models.load(folder, "float32", CPU)
+    model.set_attn_implementation("eager")
+    layers = len(model.get_submodule(config.blocks))
+    heard = {}
+    for layer in range(layers):
+        projection = model.get_submodule(f"{config.blocks}.{layer}.self_attn.v_proj")
+        projection.register_forward_pre_hook(lambda _, args, layer=layer: heard.update({layer: args[0][0].double()}))
+    grams = [0.0] * layers
+    for sample in tokens:
+        with torch.inference_mode():
+            attentions = model(input_ids=sample[None], use_cache=False, output_attentions=True).attentions
+        for layer, weights in enumerate(attentions):
+            for key, x in enumerate(heard[layer]):
+                received = sum(float(head[:, key].sum()) for head in weights[0]) / weights.shape[1]
+                grams[layer] = grams[layer] + received * x[:, None] * x
+    return grams
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_and_values_weigh_tokens_by_the_attention_they_receive(prepared, kind):
+    config, folder = prepared(kind)
+    tokens = random_tokens(3, 20)
+    found = dict(collect(folder, config, calibration(batch_size=2), tokens))
+    in_memory = dict(enumerate(gathered_attended(folder, config, tokens)))
+    for layer, expected in enumerate(naive_attended(folder, config, tokens)):
+        statistics = found[layer]["self_attn.q_proj"]
+        assert statistics.gram_of(attended=True) is statistics.attended
+        assert statistics.gram_of(attended=False) is statistics.gram
+        for gram in (statistics.attended, in_memory[layer]):
+            torch.testing.assert_close(gram, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+        assert found[layer]["mlp.gate_proj"].attended is None
+        assert found[layer]["self_attn.o_proj"].attended is None
+
+
+def gathered_attended(folder, config, tokens):
+    model = models.load(folder, "float32", CPU)
+    before = model.config._attn_implementation
+    found = [s.attended for names, s in gather(model, config, calibration(), tokens) if "q_proj" in names[0]]
+    assert model.config._attn_implementation == before
+    return found
+
+
+def test_attention_only_counts_where_it_is_asked_for(prepared, tmp_path):
+    config, folder = prepared("tiny_llama")
+    tokens, plain = random_tokens(2, 12), replace(config, attended=[])
+    weighed, *others = (
+        next(iter(collect(folder, model, how, tokens)))[1]["self_attn.q_proj"]
+        for model, how in ((config, calibration()), (config, calibration(attention=False)), (plain, calibration()))
+    )
+    for statistics in others:
+        assert statistics.attended is None
+        assert statistics.gram_of(attended=True) is statistics.gram
+        torch.testing.assert_close(statistics.gram, weighed.gram, rtol=1e-4, atol=1e-4)
+    projections = models.find_projections(folder, config)
+    assert {p.projection for p in projections if p.attended} == {"self_attn.k_proj", "self_attn.v_proj"}
+    for statistics, expected in ((weighed, weighed.attended), (others[0], others[0].gram)):
+        save_file(tensors_of({"self_attn.q_proj": statistics}), tmp_path / "000.safetensors")
+        gram, _ = read_statistics(tmp_path, 0, "self_attn.q_proj", CPU, attended=True)
+        assert gram.equal(expected)
+        assert read_statistics(tmp_path, 0, "self_attn.q_proj", CPU)[0].equal(statistics.gram)
+
+
+def test_an_attention_without_weights_is_refused_by_name(prepared):
+    config, folder = prepared("tiny_llama")
+    with pytest.raises(UserError, match=r"has no attn\. Set model\.attention .* or calibration\.attention=false"):
+        next(iter(collect(folder, replace(config, attention="attn"), calibration(), random_tokens(1, 8))))
+    with pytest.raises(UserError, match=r"does not tell its attention weights.*calibration\.attention=false"):
+        next(iter(collect(folder, replace(config, attention="self_attn.o_proj"), calibration(), random_tokens(1, 8))))
+    with pytest.raises(UserError, match=r"model\.attended=self_attn\.key is none of model\.shared_inputs"):
+        replace(config, attended=["self_attn.key"])
 
 
 def test_only_shared_inputs_have_a_gram(prepared):
