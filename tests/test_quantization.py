@@ -421,27 +421,3 @@ def test_a_layer_described_wrongly_is_refused():
     ):
         with pytest.raises((ValueError, TypeError), match="formats"):
             empty_layer(spec | {"formats": wrong})
-
-
-# --- against a maintained library
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("bits", [4, 8])
-def test_beside_torchao(bits):
-    """Codes and scales mean what they mean there, and ours to the nearest are closer."""
-    from torchao.quantization import IntxWeightOnlyConfig, quantize_
-    from torchao.quantization.granularity import PerGroup
-    from torchao.quantization.quant_primitives import MappingType
-
-    layer = torch.nn.Linear(96, 40, bias=False)
-    numbers = layer.weight.detach().T.clone()
-    quantize_(layer, IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), PerGroup(32), MappingType.SYMMETRIC))
-    theirs = layer.weight.dequantize().detach().T
-    read = Quantized(layer.weight.qdata.T, layer.weight.scale.T, f"int{bits}", 32)
-    torch.testing.assert_close(read.float(), theirs, rtol=0, atol=0)
-    again = unpack(pack(read.codes.contiguous(), read.format), read.format, 40)
-    assert torch.equal(again, read.codes)
-    ours = quantized(numbers, torch.eye(96), Rounding(f"int{bits}", 32, compensated=False)).float()
-
-    assert (ours - numbers).square().sum() < (0.95 if bits == 4 else 1.0) * (theirs - numbers).square().sum()

@@ -116,7 +116,7 @@ def test_tables_are_made_of_every_cell(plain):
         ("evaluation.n_windows=3", {"evaluation"}),
         ("evaluation.revision=9", {"evaluation"}),
         ("calibration.n_samples=15", {"calibration"}),
-        ("calibration.revision=2", {"calibration"}),
+        ("calibration.revision=9", {"calibration"}),
         ("calibration.damping=0.01", {"factorization"}),
         ("calibration.text.max_documents=5", {"text"}),
         ("factorization.revision=9", {"factorization", "sensitivity"}),
