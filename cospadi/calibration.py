@@ -10,7 +10,7 @@ its value on to the outputs of all that look at it, ``a_j`` times in all. So the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,14 +185,15 @@ def gather(
         for hook in _listen_all(block, model, calibration, statistics)
     ]
     device = next(network.parameters()).device
-    implementation = network.config._attn_implementation
+    implementation, weighs = network.config._attn_implementation, calibration.attention and bool(model.attended)
     try:
-        if calibration.attention and model.attended:
+        if weighs:
             network.set_attn_implementation("eager")  # the others do not tell their weights
         for batch in tokens.split(calibration.batch_size):
             network(input_ids=batch.to(device), use_cache=False)
     finally:
-        network.set_attn_implementation(implementation)
+        if weighs:
+            network.set_attn_implementation(implementation)
         for hook in hooks:
             hook.remove()
     for layer, statistics in enumerate(found):
@@ -222,10 +223,14 @@ def _listen_to_attention(
     statistics: dict[str, InputStatistics],
     dtype: torch.dtype,
 ) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hooks that weigh what ``attended`` inputs hold by the attention it receives: the inputs come first, then the weights."""
     read: dict[str, Tensor] = {}
 
-    def keep(shared_input: str) -> Any:
-        return lambda _, args: read.__setitem__(shared_input, args[0].reshape(-1, args[0].shape[-1]))
+    def keep(shared_input: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            read[shared_input] = args[0].reshape(-1, args[0].shape[-1])
+
+        return take
 
     def weigh(attention: nn.Module, _: Any, outputs: Any) -> None:
         weights = outputs[1] if isinstance(outputs, tuple) and len(outputs) > 1 else None
