@@ -537,8 +537,10 @@ def test_compress_writes_what_load_reads(compressed, capsys):
     assert json.loads(capsys.readouterr().out)["removed"] == found["removed"]
 
 
-def test_compress_goes_on_where_it_was_cut_off(compressed, monkeypatch):
+def test_compress_goes_on_where_it_was_cut_off(compressed, tmp_path, monkeypatch):
     from cospadi import stages
+
+    shutil.copytree(compressed, tmp_path, dirs_exist_ok=True)
 
     def refuse(*_):
         raise AssertionError("this was finished")
@@ -547,12 +549,12 @@ def test_compress_goes_on_where_it_was_cut_off(compressed, monkeypatch):
     settings += ["factorization.device=auto", "calibration.device=auto"]
     for stage in ("prepare_model", "prepare_text", "calibrate", "factorize"):
         monkeypatch.setattr(stages, stage, refuse)
-    compress_to("tiny_llama", compressed / "out", settings, keep_work=True)
+    compress_to("tiny_llama", tmp_path / "out", settings, keep_work=True)
     monkeypatch.undo()
     for stage in ("prepare_model", "prepare_text", "calibrate"):
         monkeypatch.setattr(stages, stage, refuse)
     settings[1] = "factorization.compression_ratio=0.5"
-    found = compress_to("tiny_llama", compressed / "out", settings, keep_work=True)
+    found = compress_to("tiny_llama", tmp_path / "out", settings, keep_work=True)
     assert found["removed"] >= 0.5
 
 
