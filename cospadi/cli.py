@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "measure the dense model, or a compressed one",
         model="checkpoint",
         documents="held-out text",
+        second_text_files="documents of evaluation.second_text; none: there is none",
         factors_files="factors; none: the dense model",
         reference="hidden states of the dense model: written by its own evaluation, read by all others",
         samples="folder to write",
@@ -209,7 +210,7 @@ def _prepare_text(o: argparse.Namespace) -> None:
 
     text, overrides = _named_text(o.overrides)
     config = _config(argparse.Namespace(overrides=overrides))
-    texts = {t.name: t for t in (config.calibration.text, config.evaluation.text)}
+    texts = {t.name: t for t in (config.calibration.text, *config.evaluation.texts)}
     if text not in texts:
         raise UserError(f"text={text} is neither the calibration's nor the evaluation's text: {', '.join(texts)}.")
     stages.prepare_text(texts[text], o.documents, o.record)
@@ -255,7 +256,9 @@ def _quantize(o: argparse.Namespace) -> None:
 def _evaluate(o: argparse.Namespace) -> None:
     from cospadi import stages
 
-    stages.evaluate(_config(o), o.model, o.documents, o.factors_files, o.reference, o.record, o.samples)
+    stages.evaluate(
+        _config(o), o.model, o.documents, o.factors_files, o.reference, o.record, o.samples, o.second_text_files
+    )
 
 
 def _tabulate(o: argparse.Namespace) -> None:

@@ -567,6 +567,8 @@ class EvaluationConfig:
     name: str = MISSING
     text: TextConfig = MISSING
     """Held-out text of token perplexity, KL divergence, top-1 agreement and the two embedded tasks."""
+    second_text: TextConfig | None = None
+    """A further held-out text, for its token perplexity alone (``c4_validation`` beside ``wikitext2``)."""
     window: int = 1024
     """Tokens of a perplexity window; windows do not overlap."""
     n_windows: int | None = None
@@ -585,6 +587,9 @@ class EvaluationConfig:
     """Words of a ``heldout_cloze`` passage, the last of which is to be predicted."""
     mirror: str | None = None
     """Folder laid out like hub data sets (``<owner>/<name>``); ``null``: the hub."""
+    leave_out_missing: bool = False
+    """Leave out the tasks whose data is not in ``mirror``, and say so in every table, instead of refusing to start. A hub that
+    cannot be reached is an error all the same."""
     limit: int | None = None
     """Documents per stock task; ``null``: all."""
     batch_size: int = 4
@@ -608,7 +613,7 @@ class EvaluationConfig:
         self._use_mirror()
 
     def _use_mirror(self) -> None:
-        """Read the text from the mirror too, when it is a data set that lies there."""
+        """Read texts from the mirror too, when they are data sets that lie there."""
         if self.mirror is None:
             return
         folder = Path(self.mirror).expanduser().absolute()
@@ -617,8 +622,19 @@ class EvaluationConfig:
             f"evaluation.mirror={self.mirror} is not a folder. It holds data sets as <owner>/<name>.",
         )
         self.mirror = str(folder)
-        if self.text.parser == "dataset" and (folder / self.text.source).is_dir():
-            self.text = replace(self.text, source=str(folder / self.text.source))
+        self.text = _in_mirror(self.text, folder)
+        if self.second_text is not None:
+            self.second_text = _in_mirror(self.second_text, folder)
+
+    @property
+    def texts(self) -> list[TextConfig]:
+        """``text`` and, where there is one, ``second_text``."""
+        return [self.text] if self.second_text is None else [self.text, self.second_text]
+
+
+def _in_mirror(text: TextConfig, folder: Path) -> TextConfig:
+    lies_there = text.parser == "dataset" and (folder / text.source).is_dir()
+    return replace(text, source=str(folder / text.source)) if lies_there else text
 
 
 @dataclass
@@ -640,9 +656,13 @@ class StudyConfig:
     """Quantizations of single methods, where they are other ones: ``plain: [int8, int4]``."""
     layers_per_job: int | None = None
     """Blocks that one factorization job covers; ``null``: all of the model."""
+    against: str | None = None
+    """The method that all others of a ratio are compared with, document by document; ``null``: the last of ``methods``."""
 
     def __post_init__(self) -> None:
         _at_least("study.layers_per_job", self.layers_per_job, 1)
+        if self.against is not None:
+            _one_of("study.against", self.against, self.methods)
         for setting in ("models", "methods", "compression_ratios", "quantizations"):
             values = getattr(self, setting)
             _require(len(values) > 0, f"study.{setting} is empty: there is nothing to compare.")

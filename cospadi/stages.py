@@ -353,7 +353,14 @@ def _groups_of(factors: Iterable[tuple[str, Any]], rows: dict[str, dict[str, Any
 
 
 def evaluate(
-    config: Config, model: Path, documents: Path, factors: Sequence[Path], reference: Path, record: Path, samples: Path
+    config: Config,
+    model: Path,
+    documents: Path,
+    factors: Sequence[Path],
+    reference: Path,
+    record: Path,
+    samples: Path,
+    second_text: Sequence[Path] = (),
 ) -> None:
     """Room 6: the dense model (no factors; writes the reference) or a compressed one (compared with it)."""
     import json
@@ -366,7 +373,7 @@ def evaluate(
     if factors:
         settings["factorization"] = asdict(config.factorization)
     compared_with = [reference] if factors else []
-    log = Record("evaluation", settings, _hashes(documents, *factors, *compared_with) | _weights(model))
+    log = Record("evaluation", settings, _hashes(documents, *second_text, *factors, *compared_with) | _weights(model))
     device = devices.pick(config.evaluation.device, "evaluation.device")
     network = models.load(model, config.model.dtype, device)
     models.replace_weights(network, ((name, f.weight()) for name, f in read_factors(factors)))
@@ -378,6 +385,7 @@ def evaluate(
             config.evaluation,
             reference=reference if factors else None,
             write_reference=None if factors else reference,
+            second_documents=[document for file in second_text for document in read_json(file)],
         )
     with new_path(samples) as partial:
         partial.mkdir()
@@ -394,9 +402,13 @@ def tabulate(study: Any, folder: Path) -> None:
     cells = []
     for model in study.study.models:
         title = study.config(model).model.title
-        cells.append(Cell(model, title, "dense", "Dense", None, [], read_json(Path(study.dense_record(model)))))
+        record = Path(study.dense_record(model))
+        cells.append(
+            Cell(model, title, "dense", "Dense", None, [], read_json(record), samples=record.parent / "samples")
+        )
         for cell in (c for c in study.cells if c.model == model):
             config = study.config(cell.model, cell.method, cell.ratio, cell.quantization)
+            record = Path(study.evaluation_record(cell))
             cells.append(
                 Cell(
                     model,
@@ -405,12 +417,13 @@ def tabulate(study: Any, folder: Path) -> None:
                     config.factorization.title,
                     config.factorization.compression_ratio,
                     [read_json(Path(record)) for record in study.factors(cell, "json")],
-                    read_json(Path(study.evaluation_record(cell))),
+                    read_json(record),
                     [read_json(Path(record)) for record in study.earlier_records(cell)],
-                    *((cell.quantization, config.quantization.title) if config.quantization.changes else ()),
+                    *((cell.quantization, config.quantization.title) if config.quantization.changes else ("", "")),
+                    samples=record.parent / "samples",
                 )
             )
-    write_tables(cells, folder, study.study.title)
+    write_tables(cells, folder, study.study.title, study.study.against or study.study.methods[-1])
     write_overviews(cells, folder)
     write_figures(cells, folder, study.study.title)
 

@@ -152,18 +152,21 @@ class Study:
         for option, name, group in dict.fromkeys(given):
             if option != name:
                 yield f"conf/{group}/{option}.yaml says name: {name}. Set it to {option}: results are filed under it."
-        calibration, evaluation = self.root.calibration.text, self.root.evaluation.text
-        named = [self.root.calibration, self.root.evaluation, calibration, evaluation]
+        calibration = self.root.calibration.text
+        named = [self.root.calibration, self.root.evaluation, calibration, *self.root.evaluation.texts]
         for name in dict.fromkeys([*(name for _, name, _ in given), *(part.name for part in named)]):
             if not re.fullmatch(r"\w+", name):
                 yield f"name: {name} is not made of letters, digits and underscores only, and results are filed under it."
-        if _place(calibration) == _place(evaluation):
-            yield (
-                f"Calibration and evaluation both read {calibration.source}: a model must not be measured on the text it "
-                "was fitted to. Choose another text@calibration.text or text@evaluation.text."
-            )
-        elif calibration.name == evaluation.name:
-            yield f"Calibration and evaluation texts differ but are both named {calibration.name}. Rename one."
+        for evaluation in self.root.evaluation.texts:
+            if _place(calibration) == _place(evaluation):
+                yield (
+                    f"Calibration and evaluation both read {calibration.source}: a model must not be measured on the text "
+                    "it was fitted to. Choose another text@calibration.text or text@evaluation.text."
+                )
+            elif calibration.name == evaluation.name:
+                yield f"Calibration and evaluation texts differ but are both named {calibration.name}. Rename one."
+        if len({text.name for text in self.root.evaluation.texts}) < len(self.root.evaluation.texts):
+            yield f"evaluation.text and evaluation.second_text are both named {self.root.evaluation.text.name}. Name two texts, or one."
         if self.root.evaluation.tasks:
             from cospadi.evaluation import check_tasks
 
@@ -193,8 +196,7 @@ class Study:
 
     @cached_property
     def texts(self) -> dict[str, TextConfig]:
-        texts = (self.root.calibration.text, self.root.evaluation.text)
-        return {text.name: text for text in texts}
+        return {text.name: text for text in (self.root.calibration.text, *self.root.evaluation.texts)}
 
     def config(
         self,
@@ -261,7 +263,7 @@ class Study:
             "sensitivity": lambda: _sensitivity(config.factorization),
             "factorization": lambda: [_without(asdict(config.factorization), "title"), _damping(config)],
             "quantization": lambda: [_without(asdict(config.quantization), "title"), _damping(config)],
-            "evaluation": lambda: _without(asdict(config.evaluation), "text"),
+            "evaluation": lambda: _without(asdict(config.evaluation), "text", "second_text"),
             "tables": lambda: [
                 self.study.title,
                 {c.model.name: c.model.title for c in self._configs.values()},
@@ -289,6 +291,10 @@ class Study:
         }
 
     # Paths: one place that knows where every room puts its results.
+
+    def documents(self, text: TextConfig | None) -> list[str]:
+        """The file of a text's documents; none of no text."""
+        return [] if text is None else [f"{RESULTS}/sources/texts/{text.name}/documents.json"]
 
     def factors(self, cell: CellId, suffix: str) -> list[str]:
         """What a cell's model is made of: its factors, quantized where it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -432,14 +433,18 @@ def test_the_result_has_the_layout_that_tables_read(evaluated):
     result, samples = evaluated
     assert set(result) == {
         *("token_perplexity", "word_perplexity", "kl_to_dense", "top1_agreement", "average_accuracy"),
+        *("second_perplexity", "lambada_perplexity"),
         *("tasks", "tokens", "text_hash", "limit"),
     }
-    for name in ("token_perplexity", "word_perplexity", "kl_to_dense", "top1_agreement"):
+    for name in ("word_perplexity", "second_perplexity", "lambada_perplexity"):
         assert set(result[name]) == {"value", "stderr", "protocol"}
+    for name in ("token_perplexity", "kl_to_dense", "top1_agreement"):
+        assert set(result[name]) == {"value", "stderr", "protocol", "per_window"}
     assert set(result["average_accuracy"]) == {"value", "stderr", "protocol", "tasks"}
     for entry in result["tasks"].values():
         assert set(entry) == {
             *("metric", "value", "stderr", "n_documents", "higher_is_better", "in_average", "protocol", "all_metrics"),
+            "logged_as",
         }
     assert result["tokens"] == 6 * 47
     assert result["word_perplexity"]["value"] == result["tasks"]["heldout_perplexity"]["value"]
@@ -447,7 +452,16 @@ def test_the_result_has_the_layout_that_tables_read(evaluated):
     assert result["average_accuracy"]["tasks"] == ["heldout_cloze"]
     assert "no stock accuracy task" in result["average_accuracy"]["protocol"]
     protocol = result["tasks"]["heldout_cloze"]["protocol"]
-    for part in ("lm-eval 0.", "version 1 (own task)", "0-shot", "acc", "max_length 64", "batch size 2", "float32"):
+    for part in (
+        "lm-eval 0.",
+        "version 1 (own task)",
+        "0-shot",
+        "acc",
+        "max_length 64",
+        "no BOS",
+        "batch size 2",
+        "float32",
+    ):
         assert part in protocol
     assert "requests cut from the left" in protocol  # a byte is a token here
     json.dumps(result)
@@ -486,6 +500,24 @@ def test_an_average_adds_errors_in_squares():
     assert found["value"] == pytest.approx(0.5)
     assert found["stderr"] == pytest.approx(0.025)
     assert tasks.average_accuracy({"one": entry(0.4, None), "two": entry(0.6, 0.04)})["stderr"] is None
+
+
+def test_a_second_text_has_a_perplexity_of_its_own(model, tokenizer):
+    config = settings(embedded_tasks=[], n_windows=2)
+    alone, _ = evaluation.evaluate(model, tokenizer, DOCUMENTS, config)
+    assert alone["second_perplexity"]["value"] is None
+    assert alone["lambada_perplexity"]["value"] is None
+    both, _ = evaluation.evaluate(model, tokenizer, DOCUMENTS, config, second_documents=DOCUMENTS[::-1])
+    assert both["token_perplexity"] == alone["token_perplexity"]
+    swapped, _ = evaluation.evaluate(model, tokenizer, DOCUMENTS[::-1], config)
+    assert both["second_perplexity"] == swapped["token_perplexity"]
+
+
+def test_windows_are_kept_for_comparisons(model, windows, reference):
+    found = evaluation.measure_tokens(perturbed(model), windows, reference)
+    for name, mean in (("token_perplexity", math.log), ("kl_to_dense", float), ("top1_agreement", float)):
+        assert len(found[name]["per_window"]) == len(windows)
+        assert sum(found[name]["per_window"]) / len(windows) == pytest.approx(mean(found[name]["value"]))
 
 
 # Stock tasks
@@ -554,10 +586,11 @@ def test_stock_tasks_run_on_stock_prompts(model, tokenizer, monkeypatch):
     }
     for name in config.tasks:
         assert entries[name]["n_documents"] == len(samples[name]) == 3
-        assert entries[name]["protocol"].endswith("max_length 512, batch size 2, float32, limit 3")
+        assert entries[name]["protocol"].endswith("max_length 512, no BOS, batch size 2, float32, limit 3")
     assert result["average_accuracy"]["tasks"] == config.tasks
     assert not entries["heldout_cloze"]["in_average"]
     assert entries["lambada_openai"]["all_metrics"]["perplexity"]["stderr"] > 0
+    assert result["lambada_perplexity"]["value"] == entries["lambada_openai"]["all_metrics"]["perplexity"]["value"]
 
     # the prompts, written out from the raw rows
     documents = {name: [sample["doc"] for sample in logged[name]] for name in config.tasks}
@@ -597,6 +630,63 @@ def test_a_task_loaded_by_its_file_is_the_one_in_the_stock_index():
 
 
 @needs_mirror
+@pytest.mark.parametrize(
+    ("name", "index", "n_documents"),
+    [
+        ("piqa", "piqa", 1838),
+        ("hellaswag", "hellaswag", 10042),
+        ("lambada_openai", "lambada", 5153),
+        ("arc_easy", "arc", 2376),
+        ("arc_challenge", "arc", 1172),
+        ("sciq", "sciq", 1000),
+        ("wikitext", "wikitext", 62),
+        ("mmlu_anatomy", "mmlu/default", 135),
+        ("mmlu_world_religions", "mmlu/default", 171),
+    ],
+)
+def test_every_prompt_of_the_suite_is_the_stock_one(name, index, n_documents, monkeypatch):
+    """Every request of every document, against lm-eval started by itself in the folder of the data."""
+    import lm_eval.tasks
+    from lm_eval.tasks import TaskManager
+
+    def requests(task):
+        task.build_all_requests(limit=None, rank=0, world_size=1)
+        return [(instance.doc_id, instance.idx, instance.request_type, instance.args) for instance in task.instances]
+
+    (ours,) = tasks.load_stock(name, str(MIRROR))
+    manager = TaskManager(include_defaults=False, include_path=Path(lm_eval.tasks.__file__).parent / index)
+    with contextlib.chdir(MIRROR):
+        stock = manager.load([name])["tasks"][name]
+        assert requests(ours) == requests(stock)
+    assert len(ours.eval_docs) == n_documents
+
+
+@needs_mirror
+def test_a_task_whose_data_the_mirror_lacks_is_left_out_visibly(model, tokenizer, capsys):
+    suite = {"tasks": ["race", "sciq"], "embedded_tasks": [], "mirror": str(MIRROR), "limit": 2, "n_windows": 1}
+    with pytest.raises(UserError, match=r"task race \(EleutherAI/race, high\) was not found in evaluation\.mirror"):
+        evaluation.evaluate(model, tokenizer, DOCUMENTS, settings(**suite, max_length=1024))
+    config = settings(**suite, max_length=1024, leave_out_missing=True)
+    result, samples = evaluation.evaluate(model, tokenizer, DOCUMENTS, config)
+    assert "Left out: The data of task race" in capsys.readouterr().out
+    race = result["tasks"]["race"]
+    assert (race["value"], race["n_documents"], race["in_average"]) == (None, 0, False)
+    assert race["protocol"].startswith(
+        "left out, and out of the average. The data of task race (EleutherAI/race, high)"
+    )
+    assert list(samples) == ["sciq"]
+    assert result["average_accuracy"]["tasks"] == ["sciq"]
+    assert result["average_accuracy"]["value"] == result["tasks"]["sciq"]["value"]
+    assert "without race, whose data was not there" in result["average_accuracy"]["protocol"]
+
+
+def test_a_mirror_that_holds_nothing_is_refused(model, tokenizer, tmp_path):
+    config = settings(tasks=["piqa", "race"], embedded_tasks=[], mirror=str(tmp_path), leave_out_missing=True)
+    with pytest.raises(UserError, match=r"holds the data of none of evaluation\.tasks"):
+        evaluation.evaluate(model, tokenizer, DOCUMENTS, config)
+
+
+@needs_mirror
 def test_a_tag_stands_for_its_tasks(model, tokenizer, monkeypatch):
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
@@ -631,6 +721,7 @@ def test_stock_wikitext_gives_the_word_perplexity(model, tokenizer):
     assert result["word_perplexity"]["value"] > 1
     assert result["word_perplexity"]["stderr"] is None  # one document
     assert "wikitext version 2" in result["word_perplexity"]["protocol"]
+    assert "starting from <|end|>" in result["word_perplexity"]["protocol"]
     assert result["tasks"]["wikitext"]["n_documents"] == 1
 
 

@@ -32,6 +32,7 @@ def evaluate(
     config: EvaluationConfig,
     reference: Path | None = None,
     write_reference: Path | None = None,
+    second_documents: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Measure a causal language model on held-out ``documents`` and on the configured tasks.
 
@@ -41,11 +42,13 @@ def evaluate(
     Args:
         reference: the dense model's final hidden states, for KL divergence and agreement.
         write_reference: write this (dense) model's final hidden states there.
+        second_documents: of ``config.second_text``.
 
     Returns:
-        The result: ``token_perplexity``, ``word_perplexity``, ``kl_to_dense`` (nats per token), ``top1_agreement``
-        (fraction) and ``average_accuracy`` (fraction), each with ``value``, ``stderr`` and ``protocol``; ``tasks``; ``tokens``
-        (predicted ones); ``text_hash``; ``limit``. And per task the rows of its documents, JSON-able.
+        The result: ``token_perplexity``, ``second_perplexity``, ``word_perplexity``, ``lambada_perplexity``, ``kl_to_dense``
+        (nats per token), ``top1_agreement`` (fraction) and ``average_accuracy`` (fraction), each with ``value``, ``stderr`` and
+        ``protocol``; ``tasks``; ``tokens`` (predicted ones); ``text_hash``; ``limit``. And per task the rows of its documents,
+        JSON-able.
 
     Raises:
         UserError: for an unknown task, missing data, a too short text, a window longer than the model's positions, or a
@@ -54,14 +57,17 @@ def evaluate(
     check_tasks(config)
     _check_positions(model, config)
     windows = token_windows(tokenizer, documents, config.window, config.n_windows)
+    second = token_windows(tokenizer, second_documents, config.window, config.n_windows) if second_documents else None
     with (
         _threads(config, _move(model, config.device)),
         prepared_tasks(model, tokenizer, documents, config) as run_tasks,
     ):
         result = measure_tokens(model, windows, reference, write_reference)
+        result["second_perplexity"] = _second_perplexity(model, second)
         entries, samples = run_tasks()
     result |= {
-        "word_perplexity": _word_perplexity(entries),
+        "word_perplexity": _metric_of(entries, ("wikitext", "heldout_perplexity"), "word_perplexity"),
+        "lambada_perplexity": _metric_of(entries, ("lambada_openai",), "perplexity"),
         "average_accuracy": average_accuracy(entries),
         "tasks": entries,
         "tokens": windows.shape[0] * (windows.shape[1] - 1),
@@ -82,16 +88,22 @@ def _check_positions(model: nn.Module, config: EvaluationConfig) -> None:
             )
 
 
-def _word_perplexity(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    for name in ("wikitext", "heldout_perplexity"):
-        if name in entries:
-            measured = entries[name]["all_metrics"]["word_perplexity"]
+def _metric_of(entries: dict[str, dict[str, Any]], tasks: Sequence[str], metric: str) -> dict[str, Any]:
+    """``metric`` of the first of these tasks that was run."""
+    for name in tasks:
+        if measured := entries.get(name, {}).get("all_metrics", {}).get(metric):
             return {"value": measured["value"], "stderr": measured["stderr"], "protocol": entries[name]["protocol"]}
-    return {
-        "value": None,
-        "stderr": None,
-        "protocol": "not measured: neither wikitext nor heldout_perplexity is configured",
-    }
+    return _not_measured(f"{' or '.join(tasks)} was not run")
+
+
+def _second_perplexity(model: nn.Module, windows: Any) -> dict[str, Any]:
+    if windows is None:
+        return _not_measured("no evaluation.second_text is configured")
+    return measure_tokens(model, windows)["token_perplexity"]
+
+
+def _not_measured(why: str) -> dict[str, Any]:
+    return {"value": None, "stderr": None, "protocol": f"not measured: {why}"}
 
 
 def _move(model: nn.Module, device: str) -> torch.device:

@@ -144,7 +144,9 @@ def measure_tokens(
 
     Returns:
         ``token_perplexity``, ``kl_to_dense`` (nats per token) and ``top1_agreement`` (fraction of tokens), each with
-        ``value``, ``stderr`` and ``protocol``. A broken model gives ``inf`` or ``nan``, not an exception.
+        ``value``, ``stderr`` and ``protocol``, and what was measured also with ``per_window``: the window means (of the negative
+        log-likelihood, for the perplexity), which models are compared by. A broken model gives ``inf`` or ``nan``, not an
+        exception.
 
     Raises:
         UserError: when the reference is of other tokens or another model, or ``lm_head`` is no longer the dense one.
@@ -200,6 +202,7 @@ def _summary(
             "value": value,
             "stderr": stderr,
             "protocol": f"token perplexity exp(mean NLL), {tokens} (GPTQ, SVD-LLM); {errors}, delta method",
+            "per_window": means[:, 0].tolist(),
         }
     }
     for column, name, what in (
@@ -208,7 +211,13 @@ def _summary(
     ):
         if compared:
             value, stderr = mean_stderr(means[:, column])
-            result[name] = {"value": value, "stderr": stderr, "protocol": f"{what}, {tokens}; {errors}"}
+            protocol = f"{what}, {tokens}; {errors}"
+            result[name] = {
+                "value": value,
+                "stderr": stderr,
+                "protocol": protocol,
+                "per_window": means[:, column].tolist(),
+            }
         elif is_reference:
             exact = 0.0 if name == "kl_to_dense" else 1.0
             result[name] = {

@@ -52,12 +52,19 @@ def stock_tasks() -> dict[str, Path]:
 
     Groups (``mmlu``), tags (``ai2_arc``) and a few tasks written in Python are not among them.
     """
+    return _stock_names()["task"]
+
+
+@functools.cache
+def _stock_names() -> dict[str, dict[str, Path]]:
+    """Names of tasks and of groups that have a file of their own."""
     root = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
-    found: dict[str, Path] = {}
+    found: dict[str, dict[str, Path]] = {"task": {}, "group": {}}
     for path in sorted(root.glob("**/*.yaml"), key=Path.as_posix):
         named = dict(_NAMED.findall(path.read_bytes()))
-        if b"task" in named and b"group" not in named:
-            found.setdefault(named[b"task"].decode(), path)
+        kind = "group" if b"group" in named else "task"
+        if name := named.get(kind.encode()):
+            found[kind].setdefault(name.decode(), path)
     return found
 
 
@@ -76,7 +83,7 @@ def check_tasks(config: EvaluationConfig) -> None:
         UserError: naming the closest known names.
     """
     for name in config.tasks:
-        if name not in stock_tasks() and name not in _stock_manager().all_tasks:
+        if not any(name in names for names in _stock_names().values()) and name not in _stock_manager().all_tasks:
             near = difflib.get_close_matches(name, [*_stock_manager().all_tasks, *EMBEDDED_TASKS], n=4)
             told = f" Did you mean {', '.join(near)}?" if near else ""
             raise UserError(
@@ -100,7 +107,7 @@ def prepared_tasks(
         ``higher_is_better``, ``in_average``, ``protocol``, ``all_metrics``), and per task the JSON-able rows of its documents.
 
     Raises:
-        UserError: for an unknown task, missing data or a too short text, before anything runs.
+        UserError: for an unknown task, missing data (unless it may be left out) or a too short text, before anything runs.
     """
     check_tasks(config)
     if not config.tasks and not config.embedded_tasks:
@@ -109,7 +116,17 @@ def prepared_tasks(
     with _quiet(), _fresh_cache(config.mirror):
         loaded = {name: embedded_task(name, documents, config) for name in config.embedded_tasks}
         for name in config.tasks:
-            loaded |= {_name(task): task for task in load_stock(name, config.mirror)}
+            try:
+                loaded |= {_name(task): task for task in load_stock(name, config.mirror)}
+            except MissingData as error:
+                if not config.leave_out_missing or config.mirror is None:
+                    raise
+                print(f"Left out: {error}", flush=True)
+                loaded[name] = error
+        if all(isinstance(task, MissingData) for task in loaded.values()):
+            raise UserError(
+                f"evaluation.mirror={config.mirror} holds the data of none of evaluation.tasks. Correct one of them."
+            )
         yield functools.partial(_run_all, model, tokenizer, loaded, config)
 
 
@@ -120,9 +137,12 @@ def _run_all(
     samples: dict[str, list[dict[str, Any]]] = {}
     language_model = _language_model(model, tokenizer, config)
     for name, task in loaded.items():
+        if isinstance(task, MissingData):
+            entries[name] = _left_out(task)
+            continue
         entries[name], rows = _run(language_model, name, task, None if name in EMBEDDED_TASKS else config.limit, config)
         samples |= rows
-    averaged = [name for name, entry in entries.items() if entry["metric"] in ACCURACIES]
+    averaged = [n for n, entry in entries.items() if entry["metric"] in ACCURACIES and entry["value"] is not None]
     stock = [name for name in averaged if name not in EMBEDDED_TASKS]
     for name, entry in entries.items():
         entry["in_average"] = name in (stock or averaged)
@@ -137,6 +157,8 @@ def average_accuracy(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     errors = [entries[name]["stderr"] for name in names]
     told = ", ".join(f"{name} ({entries[name]['metric']})" for name in names)
     own = "; no stock accuracy task was configured" if all(name in EMBEDDED_TASKS for name in names) else ""
+    missing = [name for name, entry in entries.items() if entry["value"] is None]
+    own += f"; without {', '.join(missing)}, whose data was not there" if missing else ""
     return {
         "value": sum(entries[name]["value"] for name in names) / len(names),
         "stderr": None if None in errors else math.sqrt(sum(e**2 for e in errors)) / len(names),
@@ -145,11 +167,31 @@ def average_accuracy(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+class MissingData(UserError):
+    """The data of a task is not to be had."""
+
+
+def _left_out(missing: MissingData) -> dict[str, Any]:
+    """The entry of a task that could not be run."""
+    return {
+        "metric": "",
+        "value": None,
+        "stderr": None,
+        "n_documents": 0,
+        "higher_is_better": None,
+        "in_average": False,
+        "protocol": f"left out, and out of the average. {missing}",
+        "all_metrics": {},
+        "logged_as": [],
+    }
+
+
 def load_stock(name: str, mirror: str | None) -> list[Any]:
     """Stock task (or group, or the tasks of a tag) from lm-eval's own files, with its data.
 
     Raises:
-        UserError: naming task, data set and ``evaluation.mirror`` when the data is not to be had.
+        MissingData: naming task, data set and ``evaluation.mirror`` when the data is not to be had.
+        UserError: when the task needs a package that is not installed.
     """
     import httpx
     from datasets.exceptions import DatasetsError
@@ -173,7 +215,7 @@ def load_stock(name: str, mirror: str | None) -> list[Any]:
             if mirror
             else "Connect to the hub, or set evaluation.mirror to a folder that holds it"
         )
-        raise UserError(
+        raise MissingData(
             f"The data of task {name} ({wanted[-1]}) was not found {place}: {_first_line(error)}. "
             f"{mend}, or take {name} out of evaluation.tasks."
         ) from error
@@ -343,6 +385,7 @@ def _run(
         f"{'/'.join(str(s or 0) for s in sorted(shots, key=str))}-shot",
         main,
         f"max_length {config.max_length}",
+        _first_token(language_model, rolling="word_perplexity" in metrics),
         f"batch size {config.batch_size}",
         str(language_model.model.dtype).removeprefix("torch."),
         f"limit {limit}" if limit is not None else "all documents",
@@ -358,8 +401,19 @@ def _run(
         "in_average": False,
         "protocol": ", ".join(protocol),
         "all_metrics": metrics,
+        "logged_as": leaves,
     }
     return entry, {leaf: [_row(row) for row in rows] for leaf, rows in logged.items()}
+
+
+def _first_token(language_model: Any, rolling: bool) -> str:
+    """What stands before every text: perplexities by document start from lm-eval's prefix token, whatever the tokenizer."""
+    tokenizer = language_model.tokenizer
+    if rolling:
+        return f"starting from {tokenizer.convert_ids_to_tokens(language_model.prefix_token_id)}"
+    encoded = language_model.tok_encode("a")
+    added = len(encoded) > 1 and encoded[0] == getattr(tokenizer, "bos_token_id", None)
+    return "BOS added" if added else "no BOS"
 
 
 def _name(task: Any) -> str:

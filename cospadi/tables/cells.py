@@ -18,7 +18,15 @@ DENSE = "dense"
 QUANTIZED = "+"
 """Between the factorization and the quantization in a method's name: ``cospadi_plus+int8``."""
 
-METRICS = ("token_perplexity", "word_perplexity", "kl_to_dense", "top1_agreement", "average_accuracy")
+METRICS = (
+    "token_perplexity",
+    "second_perplexity",
+    "word_perplexity",
+    "lambada_perplexity",
+    "kl_to_dense",
+    "top1_agreement",
+    "average_accuracy",
+)
 """What an evaluation record measures besides its tasks."""
 
 LEADING_COLUMNS = (
@@ -57,6 +65,7 @@ _TEXTS = (
     "model",
     "method",
     "solver",
+    "second_text",
     "fallback_reasons",
     "diverged",
     "model_title",
@@ -89,6 +98,8 @@ class Cell:
     """Name of the ``conf/quantization`` file; empty for 16 bits."""
     quantization_title: str = ""
     """How tables and figures name it, behind the method."""
+    samples: Path | None = None
+    """Folder of the evaluation's logs, a JSON line per document; ``None``: not kept."""
 
     def __post_init__(self) -> None:
         if self.quantization:
@@ -169,7 +180,7 @@ def summary(cells: Sequence[Cell]) -> pd.DataFrame:
         *(f"{name}_stderr" for name in (*METRICS, *tasks)),
         *("weight_error_mean", "fallbacks", "evaluate_seconds", "limit"),
         *(f"{task}_{detail}" for task in tasks for detail in ("metric", "higher_is_better")),
-        *("fallback_reasons", "diverged", "model_title", "method_title", "quantization_title"),
+        *("fallback_reasons", "diverged", "second_text", "model_title", "method_title", "quantization_title"),
     ]
     frame = pd.DataFrame([_row(cell, tasks, known[cell.model]) for cell in cells], columns=columns)
     return _typed(frame, tasks)
@@ -219,6 +230,7 @@ def _row(cell: Cell, tasks: Sequence[str], dense_sizes: dict[str, int]) -> dict[
         "model_title": cell.model_title,
         "method_title": cell.method_title,
         "quantization_title": cell.quantization_title,
+        "second_text": second_text(cell),
         "evaluate_seconds": number(cell.evaluation.get("seconds")),
         "limit": cell.evaluation.get("limit"),
         "fallbacks": sum(projection.get("fallback") is not None for projection in projections),
@@ -261,6 +273,12 @@ def measurements(cell: Cell, tasks: Sequence[str]) -> Iterator[tuple[str, dict[s
         yield name, cell.evaluation.get(name) or {}
     for name in tasks:
         yield name, (cell.evaluation.get("tasks") or {}).get(name) or {}
+
+
+def second_text(cell: Cell) -> str:
+    """Title of the text behind ``second_perplexity``; empty where there is none."""
+    settings = (cell.evaluation.get("settings") or {}).get("evaluation") or {}
+    return (settings.get("second_text") or {}).get("title") or ""
 
 
 def _solver(cell: Cell) -> str:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from cospadi import records
 from cospadi.errors import UserError
+from cospadi.tables import paired
 from cospadi.tables.cells import (
     DENSE,
     Cell,
@@ -20,6 +21,7 @@ from cospadi.tables.cells import (
     ordered,
     projection_errors,
     quantization_of,
+    second_text,
     summary,
     task_names,
     tasks_of,
@@ -49,10 +51,14 @@ TASK_TITLES = {
 METRIC_TITLES = {
     "average_accuracy": "Average",
     "token_perplexity": "Token ppl",
+    "second_perplexity": "Second ppl",
     "word_perplexity": "Word ppl",
+    "lambada_perplexity": "LAMBADA ppl",
     "kl_to_dense": "KL",
     "top1_agreement": "Top-1",
 }
+_OPTIONAL = ("second_perplexity", "lambada_perplexity")
+"""Columns of the studies that measure them."""
 _FRACTIONS = ("acc", "exact_match", "em", "f1", "mc1", "mc2", "pass")
 
 
@@ -108,6 +114,24 @@ def ratio(value: float) -> str:
     return f"{value:.3f}"
 
 
+def points(value: float) -> str:
+    """A difference of fractions in percentage points, with its sign.
+
+    >>> points(-0.0123), points(0.02)
+    ('−1.2', '+2.0')
+    """
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def nats(value: float) -> str:
+    """A difference of log-likelihoods, with its sign.
+
+    >>> nats(-0.0123), nats(0.5)
+    ('−0.012', '+0.500')
+    """
+    return f"{value:+.3f}".replace("-", "−")
+
+
 def size(value: float) -> str:
     """Megabytes or seconds: three significant digits, at most one decimal.
 
@@ -130,6 +154,8 @@ class Column:
     better: str
     """``higher``, ``lower``, or nothing: then no value is bold."""
     print: Callable[[float], str]
+    is_difference: bool = False
+    """Printed with its standard error wherever it stands: a difference says nothing without it."""
 
     @property
     def arrow(self) -> str:
@@ -278,12 +304,17 @@ class PaperTable:
 
 
 def paper_table(
-    frame: pd.DataFrame, model: str, title: str | None = None, protocol_notes: Sequence[str] = ()
+    frame: pd.DataFrame,
+    model: str,
+    title: str | None = None,
+    protocol_notes: Sequence[str] = (),
+    differences: pd.DataFrame | None = None,
 ) -> PaperTable:
     """The rows of ``model`` in a ``summary``, grouped by ratio and quantization, the best printed value of each group bold.
 
     Values that are printed alike are bold together; NaN and infinity are never bold, nor is anything where only one
     method stands. Seconds and sizes are not compared. ``title`` defaults to the model's; ``protocol_notes`` go below.
+    With ``differences`` of ``paired``, how a method differs from the one they were taken against stands beside its values.
 
     Raises:
         UserError: when the summary has no row of that model.
@@ -294,6 +325,8 @@ def paper_table(
             f"The summary has no row of model {model}. It has: {', '.join(frame['model'].unique()) or 'none'}."
         )
     columns = _columns(rows)
+    if differences is not None:
+        rows, columns = _with_differences(rows, columns, differences[differences["model"] == model])
     groups = []
     for _, group in rows.groupby("compression_ratio", sort=True):
         for dense in (True, False):
@@ -307,7 +340,46 @@ def paper_table(
     limits = sorted({int(limit) for limit in rows["limit"].dropna()})
     limited = f" (limit: first {' or '.join(map(str, limits))} documents per task)" if limits else ""
     title = (rows["model_title"].iloc[0] if title is None else title) + limited
-    return PaperTable(model, title, columns, groups, [*_own_notes(rows, groups), *protocol_notes])
+    own = [*_own_notes(rows, groups), *_difference_notes(rows, columns, differences)]
+    return PaperTable(model, title, columns, groups, [*own, *protocol_notes])
+
+
+_DIFFERENCES = {
+    "average_accuracy": Column("average_accuracy_difference", "Δ Average", "points", "", points, is_difference=True),
+    "nll": Column("nll_difference", "Δ NLL", "nats", "", nats, is_difference=True),
+}
+_STAND_AFTER = {"average_accuracy": "average_accuracy", "nll": "token_perplexity"}
+
+
+def _with_differences(
+    rows: pd.DataFrame, columns: list[Column], differences: pd.DataFrame
+) -> tuple[pd.DataFrame, list[Column]]:
+    """Rows and columns with those of ``_DIFFERENCES`` that were measured."""
+    rows, columns = rows.copy(), list(columns)
+    for measure, column in _DIFFERENCES.items():
+        found = differences[(differences["measure"] == measure) & (differences["against"] != DENSE)]
+        if found.empty:
+            continue
+        found = found.set_index(["compression_ratio", "method"])
+        keys = pd.MultiIndex.from_frame(rows[["compression_ratio", "method"]])
+        rows[column.name] = found["difference"].reindex(keys).to_numpy()
+        rows[f"{column.name}_stderr"] = found["stderr"].reindex(keys).to_numpy()
+        names = [c.name for c in columns]
+        columns.insert(names.index(_STAND_AFTER[measure]) + 1, column)
+    return rows, columns
+
+
+def _difference_notes(rows: pd.DataFrame, columns: Sequence[Column], differences: pd.DataFrame | None) -> list[str]:
+    if not any(column.is_difference for column in columns):
+        return []
+    against = set(differences["against"]) - {DENSE}
+    titles = dict(zip(rows["method"], rows["method_title"], strict=True))
+    named = " or ".join(title for method, title in titles.items() if method in against)
+    told = (
+        f"Δ: this method minus {named} at the same ratio, over the same documents (average) and the same windows "
+        "(negative log-likelihood of a token, the logarithm of the token perplexity), ± the standard error of that difference."
+    )
+    return [told]
 
 
 def notes(cells: Sequence[Cell], model: str) -> list[str]:
@@ -324,33 +396,45 @@ def notes(cells: Sequence[Cell], model: str) -> list[str]:
         for name, measured in measurements(cell, tasks):
             if cell.is_dense and name in ("kl_to_dense", "top1_agreement"):
                 continue  # 0 and 1 by definition
+            if name in _OPTIONAL and measured.get("value") is None:
+                continue
             if measured.get("protocol"):
-                title = METRIC_TITLES.get(name) or _task_title(name)
+                title = f"{second_text(cell)} ppl" if name == "second_perplexity" else METRIC_TITLES.get(name)
+                title = title or _task_title(name)
                 protocols.setdefault(str(measured["protocol"]).strip().rstrip("."), []).append(title)
     found += [f"{', '.join(dict.fromkeys(titles))}: {text}." for text, titles in protocols.items()]
     return list(dict.fromkeys(note for note in found if note))
 
 
-def tables(cells: Sequence[Cell], study_title: str = "") -> list[PaperTable]:
+def tables(cells: Sequence[Cell], study_title: str = "", differences: pd.DataFrame | None = None) -> list[PaperTable]:
     """A printed table per model, with the notes of its records."""
     frame = summary(cells)
     titles = dict(zip(frame["model"], frame["model_title"], strict=True))
     return [
         paper_table(
-            frame, model, study_title if title in study_title else _join(": ", study_title, title), notes(cells, model)
+            frame,
+            model,
+            study_title if title in study_title else _join(": ", study_title, title),
+            notes(cells, model),
+            differences,
         )
         for model, title in titles.items()
     ]
 
 
-def write_tables(cells: Sequence[Cell], folder: Path, study_title: str) -> list[Path]:
-    """``summary.csv``, ``projections.csv``, and each model's table as ``.md``, ``.tex``, ``.html`` and ``.csv``."""
+def write_tables(cells: Sequence[Cell], folder: Path, study_title: str, against: str = "") -> list[Path]:
+    """``summary.csv``, ``projections.csv``, ``paired.csv``, and each model's table as ``.md``, ``.tex``, ``.html`` and ``.csv``.
+
+    ``against`` is the method that all others are compared with, document by document.
+    """
+    differences = paired.differences(cells, against)
     texts = {
+        "paired.csv": differences.to_csv(index=False, lineterminator="\n"),
         "summary.csv": summary(cells).to_csv(index=False, lineterminator="\n"),
         "projections.csv": projection_errors(cells).to_csv(index=False, lineterminator="\n"),
     }
-    for table in tables(cells, study_title):
-        if table.name in ("summary", "projections"):
+    for table in tables(cells, study_title, differences):
+        if table.name in ("summary", "projections", "paired"):
             raise UserError(f"A model named {table.name} would overwrite {table.name}.csv. Rename it in conf/model.")
         texts[f"{table.name}.md"] = table.markdown()
         texts[f"{table.name}.tex"] = table.latex()
@@ -365,7 +449,7 @@ def _columns(rows: pd.DataFrame) -> list[Column]:
     columns = []
     for task in tasks_of(rows.columns):
         if rows[task].isna().all() and not any(task in diverged.split() for diverged in rows["diverged"]):
-            continue  # a task of another model of the study
+            continue  # a task of another model of the study, or one that was left out, which a note says
         if rows[task].equals(rows["word_perplexity"].rename(task)):
             continue  # the same number, under its own heading
         metric = next((m for m in rows[f"{task}_metric"] if m), "").split(",")[0]
@@ -375,11 +459,21 @@ def _columns(rows: pd.DataFrame) -> list[Column]:
         columns.append(
             Column(task, _task_title(task), "%" if fraction else "", better, percent if fraction else perplexity)
         )
+    second = next((title for title in rows["second_text"] if title), "")
+    optional = {
+        name: [] if rows[name].isna().all() else [Column(name, title, "", "lower", perplexity)]
+        for name, title in (
+            ("second_perplexity", f"{second} ppl"),
+            ("lambada_perplexity", METRIC_TITLES["lambada_perplexity"]),
+        )
+    }
     return [
         *columns,
         Column("average_accuracy", METRIC_TITLES["average_accuracy"], "%", "higher", percent),
         Column("token_perplexity", METRIC_TITLES["token_perplexity"], "", "lower", perplexity),
+        *optional["second_perplexity"],
         Column("word_perplexity", METRIC_TITLES["word_perplexity"], "", "lower", perplexity),
+        *optional["lambada_perplexity"],
         Column("kl_to_dense", METRIC_TITLES["kl_to_dense"], "nats", "lower", divergence),
         Column("top1_agreement", METRIC_TITLES["top1_agreement"], "%", "higher", percent),
         Column("stored_ratio", "Stored ratio", "", "", ratio),
@@ -396,7 +490,10 @@ def _row(row: pd.Series, columns: Sequence[Column]) -> Row:
         missing = math.isnan(value) and column.name not in diverged
         stderr = row.get(f"{column.name}_stderr", math.nan)
         text = MISSING if missing else column.print(value)
-        entries.append(Entry(value, text, float(stderr), "" if math.isnan(stderr) else _like(text, stderr, column)))
+        stderr_text = "" if math.isnan(stderr) else _like(text, stderr, column)
+        if column.is_difference and stderr_text:
+            text, stderr_text = f"{text} ± {stderr_text}", ""
+        entries.append(Entry(value, text, float(stderr), stderr_text))
     return Row(row["method"], row["method_title"], row["compression_ratio"], bool(row["fallbacks"] > 0), entries)
 
 
@@ -405,7 +502,7 @@ def _like(text: str, stderr: float, column: Column) -> str:
     if "e" in text or not math.isfinite(stderr) or "n" in text:
         return column.print(stderr)
     decimals = len(text.partition(".")[2])
-    return f"{stderr * (100 if column.unit == '%' else 1):.{decimals}f}"
+    return f"{stderr * (100 if column.unit in ('%', 'points') else 1):.{decimals}f}"
 
 
 def _mark_best(entries: Sequence[Entry], column: Column) -> None:

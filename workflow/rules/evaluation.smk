@@ -2,7 +2,8 @@ rule evaluate_dense:
     """Room 6: the dense model, whose hidden states all others are compared with."""
     input:
         model=rules.prepare_model.output.folder,
-        documents=lambda w: f"results/sources/texts/{study.root.evaluation.text.name}/documents.json",
+        documents=study.documents(study.root.evaluation.text),
+        second=study.documents(study.root.evaluation.second_text),
     output:
         record="results/evaluation/{model}/dense/{evaluation}/record.json",
         reference="results/evaluation/{model}/dense/{evaluation}/reference.safetensors",
@@ -19,7 +20,7 @@ rule evaluate_dense:
         overrides=lambda w, output: study.overrides_for(model=w.model),
     shell:
         "python -m cospadi evaluate {params.overrides} --model {input.model} --documents {input.documents}"
-        " --reference {output.reference} --samples {output.samples} --record {output.record} > {log} 2>&1"
+        " --second-text-files {input.second} --reference {output.reference} --samples {output.samples} --record {output.record} > {log} 2>&1"
 
 
 rule evaluate:
@@ -27,6 +28,7 @@ rule evaluate:
     input:
         model=rules.prepare_model.output.folder,
         documents=rules.evaluate_dense.input.documents,
+        second=rules.evaluate_dense.input.second,
         reference=rules.evaluate_dense.output.reference,
         factors=lambda w: study.factors(
             study.cell(w.model, w.method, w.ratio, w.quantized), "safetensors"
@@ -50,5 +52,5 @@ rule evaluate:
         ),
     shell:
         "python -m cospadi evaluate {params.overrides} --model {input.model} --documents {input.documents}"
-        " --factors-files {input.factors} --reference {input.reference}"
+        " --second-text-files {input.second} --factors-files {input.factors} --reference {input.reference}"
         " --samples {output.samples} --record {output.record} > {log} 2>&1"
