@@ -585,6 +585,16 @@ class EvaluationConfig:
     """A ``heldout_perplexity`` document is cut after so many words."""
     cloze_words: int = 40
     """Words of a ``heldout_cloze`` passage, the last of which is to be predicted."""
+    prompts: list[str] = field(
+        default_factory=lambda: [
+            "The capital of France is",
+            "To bake bread, you need",
+            "Once upon a time, a king",
+        ]
+    )
+    """What every model continues, greedily, to be read side by side in the report; ``[]``: nothing."""
+    continuation_tokens: int = 40
+    """Longest continuation of a prompt."""
     mirror: str | None = None
     """Folder laid out like hub data sets (``<owner>/<name>``); ``null``: the hub."""
     leave_out_missing: bool = False
@@ -607,6 +617,8 @@ class EvaluationConfig:
             _at_least(f"evaluation.{setting}", getattr(self, setting), 1)
         _at_least("evaluation.document_words", self.document_words, 1)
         _at_least("evaluation.cloze_words", self.cloze_words, 3)
+        _at_least("evaluation.continuation_tokens", self.continuation_tokens, 1)
+        _require("" not in map(str.strip, self.prompts), "evaluation.prompts has an empty prompt. Write a few words.")
         for task in self.embedded_tasks:
             _one_of("evaluation.embedded_tasks", task, EMBEDDED_TASKS)
         _device("evaluation.device", self.device)

@@ -434,7 +434,7 @@ def test_the_result_has_the_layout_that_tables_read(evaluated):
     assert set(result) == {
         *("token_perplexity", "word_perplexity", "kl_to_dense", "top1_agreement", "average_accuracy"),
         *("second_perplexity", "lambada_perplexity"),
-        *("tasks", "tokens", "text_hash", "limit"),
+        *("tasks", "continuations", "tokens", "text_hash", "limit"),
     }
     for name in ("word_perplexity", "second_perplexity", "lambada_perplexity"):
         assert set(result[name]) == {"value", "stderr", "protocol"}
@@ -511,6 +511,17 @@ def test_a_second_text_has_a_perplexity_of_its_own(model, tokenizer):
     assert both["token_perplexity"] == alone["token_perplexity"]
     swapped, _ = evaluation.evaluate(model, tokenizer, DOCUMENTS[::-1], config)
     assert both["second_perplexity"] == swapped["token_perplexity"]
+
+
+def test_a_continuation_is_the_most_likely_token_again_and_again(model, tokenizer):
+    (found,) = evaluation.continuations(model, tokenizer, ["a word"], 12)
+    ids = tokenizer("a word")["input_ids"]
+    for _ in range(12):
+        ids.append(naive_log_probabilities(model, torch.tensor(ids))[-1].argmax().item())
+        if ids[-1] == 256:
+            break
+    assert found == {"prompt": "a word", "continuation": tokenizer.decode(ids[6:], skip_special_tokens=True)}
+    assert evaluation.continuations(model, tokenizer, [], 12) == []
 
 
 def test_windows_are_kept_for_comparisons(model, windows, reference):

@@ -18,11 +18,12 @@ from torch import nn
 from cospadi import devices
 from cospadi.config import EvaluationConfig
 from cospadi.errors import UserError
+from cospadi.evaluation.continuations import continuations
 from cospadi.evaluation.perplexity import measure_tokens, token_windows
 from cospadi.evaluation.tasks import average_accuracy, check_tasks, prepared_tasks
 from cospadi.records import text_hash
 
-__all__ = ["check_tasks", "evaluate", "measure_tokens", "token_windows"]
+__all__ = ["check_tasks", "continuations", "evaluate", "measure_tokens", "token_windows"]
 
 
 def evaluate(
@@ -47,8 +48,8 @@ def evaluate(
     Returns:
         The result: ``token_perplexity``, ``second_perplexity``, ``word_perplexity``, ``lambada_perplexity``, ``kl_to_dense``
         (nats per token), ``top1_agreement`` (fraction) and ``average_accuracy`` (fraction), each with ``value``, ``stderr`` and
-        ``protocol``; ``tasks``; ``tokens`` (predicted ones); ``text_hash``; ``limit``. And per task the rows of its documents,
-        JSON-able.
+        ``protocol``; ``tasks``; ``continuations`` of the prompts; ``tokens`` (predicted ones); ``text_hash``;
+        ``limit``. And per task the rows of its documents, JSON-able.
 
     Raises:
         UserError: for an unknown task, missing data, a too short text, a window longer than the model's positions, or a
@@ -65,11 +66,13 @@ def evaluate(
         result = measure_tokens(model, windows, reference, write_reference)
         result["second_perplexity"] = _second_perplexity(model, second)
         entries, samples = run_tasks()
+        written = continuations(model, tokenizer, config.prompts, config.continuation_tokens)
     result |= {
         "word_perplexity": _metric_of(entries, ("wikitext", "heldout_perplexity"), "word_perplexity"),
         "lambada_perplexity": _metric_of(entries, ("lambada_openai",), "perplexity"),
         "average_accuracy": average_accuracy(entries),
         "tasks": entries,
+        "continuations": written,
         "tokens": windows.shape[0] * (windows.shape[1] - 1),
         "text_hash": text_hash("\n\n".join(documents)),
         "limit": config.limit,
