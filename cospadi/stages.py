@@ -397,7 +397,7 @@ def evaluate(
 
 def tabulate(study: Any, folder: Path) -> None:
     """Room 7: records -> tables and figures."""
-    from cospadi.tables import Cell, write_figures, write_overviews, write_tables
+    from cospadi.tables import Cell, differences, write_figures, write_overviews, write_report, write_tables
 
     cells = []
     for model in study.study.models:
@@ -423,9 +423,11 @@ def tabulate(study: Any, folder: Path) -> None:
                     samples=record.parent / "samples",
                 )
             )
-    write_tables(cells, folder, study.study.title, study.study.against or study.study.methods[-1])
+    paired = differences(cells, study.study.against or study.study.methods[-1])
+    write_tables(cells, folder, study.study.title, paired)
     write_overviews(cells, folder)
-    write_figures(cells, folder, study.study.title)
+    write_figures(cells, folder, study.study.title, paired)
+    write_report(cells, folder, study.study.title, paired)
 
 
 def _told(row: dict[str, Any]) -> str:

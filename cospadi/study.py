@@ -223,6 +223,12 @@ class Study:
         """The study's own overrides as they are typed on a command line."""
         return shlex.join(self.overrides)
 
+    @property
+    def as_snakemake_config(self) -> str:
+        """What ``snakemake --config`` takes for this study, as it is typed on a command line."""
+        overrides = shlex.join(self.overrides[1:])
+        return shlex.join([f"study={self.name}", *([f"overrides={overrides}"] if overrides else [])])
+
     def cell(self, model: str, method: str, ratio: str, quantized: str = "") -> CellId:
         """The cell with these wildcards: ``quantized`` is ``-int8``, or nothing."""
         return self._first(model, method, ratio, quantized.removeprefix("-") or NONE)

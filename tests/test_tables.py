@@ -372,7 +372,7 @@ def test_csv_holds_exact_values(frame):
 def test_writes_every_format_of_every_model(tmp_path):
     paths = write_tables(study(models=("small", "other")), tmp_path / "tables", "A study")
     formats = [f"{model}.{kind}" for model in ("small", "other") for kind in ("md", "tex", "html", "csv")]
-    assert [path.name for path in paths] == ["paired.csv", "summary.csv", "projections.csv", *formats]
+    assert [path.name for path in paths] == ["summary.csv", "projections.csv", *formats]
     assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == sorted(path.name for path in paths)
     assert (tmp_path / "tables/small.md").read_text(encoding="utf-8").startswith("### A study: Small-1M\n")
 

@@ -22,7 +22,8 @@ QUANTIZED = "cospadi+int4"
 TRIMMED = f"study.methods=[{','.join(METHODS)}] study.layers_per_job=2 +study.quantizations_of.cospadi=[none,int4]"
 COLUMNS = (
     *("model", "method", "solver", "compression_ratio", "stored_ratio", "bits", "token_perplexity"),
-    *("word_perplexity", "kl_to_dense", "top1_agreement", "average_accuracy", "output_error_mean"),
+    *("second_perplexity", "word_perplexity", "lambada_perplexity"),
+    *("kl_to_dense", "top1_agreement", "average_accuracy", "output_error_mean"),
     *("factorize_seconds", "peak_memory_mb"),
 )
 

@@ -6,11 +6,14 @@ Every number comes from the records of the rooms before; nothing is measured her
 from cospadi.tables.cells import Cell, projection_errors, read_summary, summary
 from cospadi.tables.figures import write_figures
 from cospadi.tables.overview import overview, write_overviews
+from cospadi.tables.paired import differences
 from cospadi.tables.render import PaperTable, notes, paper_table, write_tables
+from cospadi.tables.report import write_report
 
 __all__ = [
     "Cell",
     "PaperTable",
+    "differences",
     "notes",
     "overview",
     "paper_table",
@@ -19,5 +22,6 @@ __all__ = [
     "summary",
     "write_figures",
     "write_overviews",
+    "write_report",
     "write_tables",
 ]

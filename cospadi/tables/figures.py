@@ -56,7 +56,10 @@ _STYLE = {
 
 
 def write_figures(
-    source: Sequence[Cell] | tuple[pd.DataFrame, pd.DataFrame], folder: Path, study_title: str = ""
+    source: Sequence[Cell] | tuple[pd.DataFrame, pd.DataFrame],
+    folder: Path,
+    study_title: str = "",
+    differences: pd.DataFrame | None = None,
 ) -> list[Path]:
     """Every figure of a study as PNG and SVG, under ``folder``.
 
@@ -69,7 +72,8 @@ def write_figures(
         titles = dict(zip(frame["model"], frame["model_title"], strict=True))
         printed = [paper_table(frame, model, title) for model, title in titles.items()]
     else:
-        frame, errors, printed = summary(source), projection_errors(source), tables(source, study_title)
+        frame, errors = summary(source), projection_errors(source)
+        printed = tables(source, study_title, differences)
     with _style():
         figures = {
             "perplexity": _against_size(frame, "token_perplexity"),

@@ -13,7 +13,6 @@ import pandas as pd
 
 from cospadi import records
 from cospadi.errors import UserError
-from cospadi.tables import paired
 from cospadi.tables.cells import (
     DENSE,
     Cell,
@@ -188,6 +187,20 @@ class Row:
         return self.method_title + (DAGGER if self.dagger else "")
 
 
+def rendered(template: str, **values: object) -> str:
+    """A page made of a file in ``templates``; whatever is put in is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        loader=PackageLoader("cospadi.tables"),
+    )
+    return environment.get_template(template).render(**values) + "\n"
+
+
 @dataclass
 class PaperTable:
     """A table of one model: what it says, before it takes a format."""
@@ -206,7 +219,7 @@ class PaperTable:
             entries = [f"**{entry.text}**" if entry.best else entry.text for entry in row.entries]
             if stderr:
                 entries = [_join(" ± ", text, e.stderr_text) for text, e in zip(entries, row.entries, strict=True)]
-            lines.append([_ratio_label(row) if first else "", row.label, *entries])
+            lines.append([ratio_label(row) if first else "", row.label, *entries])
         lines = [[_escape_markdown(text) for text in line] for line in lines]
         widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
         rule = [":" + "-" * (w - 1) if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
@@ -225,7 +238,7 @@ class PaperTable:
         for group in self.groups:
             rows.append(r"\midrule")
             for first, row in zip([True] + [False] * (len(group) - 1), group, strict=True):
-                texts = [_escape_latex(_ratio_label(row)) if first else "", _escape_latex(row.label)]
+                texts = [_escape_latex(ratio_label(row)) if first else "", _escape_latex(row.label)]
                 texts += [
                     rf"\textbf{{{_escape_latex(entry.text)}}}" if entry.best else _escape_latex(entry.text)
                     for entry in row.entries
@@ -259,14 +272,7 @@ class PaperTable:
 
     def html(self) -> str:
         """A page of its own: no scripts, no fonts and no styles from elsewhere."""
-        from jinja2 import Environment
-
-        return (
-            Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-            .from_string(_HTML)
-            .render(table=self, ratio_label=_ratio_label, stderr_note=STDERR_NOTE)
-            + "\n"
-        )
+        return rendered("page.html", table=self, ratio_label=ratio_label, stderr_note=STDERR_NOTE)
 
     def csv(self) -> str:
         """One line per value: exact value and standard error beside the printed text."""
@@ -422,17 +428,19 @@ def tables(cells: Sequence[Cell], study_title: str = "", differences: pd.DataFra
     ]
 
 
-def write_tables(cells: Sequence[Cell], folder: Path, study_title: str, against: str = "") -> list[Path]:
-    """``summary.csv``, ``projections.csv``, ``paired.csv``, and each model's table as ``.md``, ``.tex``, ``.html`` and ``.csv``.
+def write_tables(
+    cells: Sequence[Cell], folder: Path, study_title: str, differences: pd.DataFrame | None = None
+) -> list[Path]:
+    """``summary.csv``, ``projections.csv``, and each model's table as ``.md``, ``.tex``, ``.html`` and ``.csv``.
 
-    ``against`` is the method that all others are compared with, document by document.
+    With ``differences`` also ``paired.csv``, and the tables show them.
     """
-    differences = paired.differences(cells, against)
     texts = {
-        "paired.csv": differences.to_csv(index=False, lineterminator="\n"),
         "summary.csv": summary(cells).to_csv(index=False, lineterminator="\n"),
         "projections.csv": projection_errors(cells).to_csv(index=False, lineterminator="\n"),
     }
+    if differences is not None:
+        texts["paired.csv"] = differences.to_csv(index=False, lineterminator="\n")
     for table in tables(cells, study_title, differences):
         if table.name in ("summary", "projections", "paired"):
             raise UserError(f"A model named {table.name} would overwrite {table.name}.csv. Rename it in conf/model.")
@@ -553,7 +561,7 @@ def _task_title(task: str) -> str:
     return TASK_TITLES.get(task, task.replace("_", " "))
 
 
-def _ratio_label(row: Row) -> str:
+def ratio_label(row: Row) -> str:
     return MISSING if row.method == DENSE else f"{row.compression_ratio:g}"
 
 
@@ -610,64 +618,3 @@ def _escape_latex(text: str) -> str:
     50 \\% of A\\_b \\& c
     """
     return "".join(_LATEX.get(letter, letter) for letter in text)
-
-
-_HTML = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ table.title }}</title>
-<style>
-:root { --ink: #1c2024; --soft: #60646c; --line: #d9d9e0; --band: #f7f7f9; --paper: #fff; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #edeef0; --soft: #b0b4ba; --line: #43484e; --band: #1e2023; --paper: #141517; }
-}
-body { margin: 2rem auto; padding: 0 1.5rem; max-width: 90rem; background: var(--paper); color: var(--ink);
-       font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
-h1 { font-size: 1.25rem; font-weight: 600; margin: 0 0 1rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap;
-        border-top: 2px solid var(--ink); border-bottom: 2px solid var(--ink); }
-th, td { padding: .3rem .7rem; text-align: right; vertical-align: baseline; }
-th:nth-child(1), th:nth-child(2), td:nth-child(1), td:nth-child(2) { text-align: left; }
-thead th { font-weight: 600; border-bottom: 1px solid var(--ink); vertical-align: bottom; }
-thead small { display: block; color: var(--soft); font-weight: 400; }
-tbody + tbody { border-top: 1px solid var(--line); }
-tbody tr:hover { background: var(--band); }
-td.best { font-weight: 700; }
-td .error { display: block; color: var(--soft); font-size: .75em; font-weight: 400; line-height: 1.2; }
-ul { color: var(--soft); font-size: .85rem; max-width: 60rem; padding-left: 1.2rem; }
-</style>
-</head>
-<body>
-<h1>{{ table.title }}</h1>
-<div class="scroll">
-<table>
-<thead>
-<tr><th>Ratio</th><th>Method</th>
-{%- for column in table.columns %}<th>{{ column.title }}<small>{{ column.unit }} {{ column.arrow }}&nbsp;</small></th>
-{%- endfor %}</tr>
-</thead>
-{% for group in table.groups %}
-<tbody>
-{% for row in group %}
-<tr><td>{{ ratio_label(row) if loop.first else "" }}</td><td>{{ row.label }}</td>
-{%- for entry in row.entries %}<td{% if entry.best %} class="best"{% endif %}>{{ entry.text }}
-{%- if entry.stderr_text %}<span class="error">± {{ entry.stderr_text }}</span>{% endif %}</td>
-{%- endfor %}</tr>
-{% endfor %}
-</tbody>
-{% endfor %}
-</table>
-</div>
-<ul>
-{% for note in table.notes %}
-<li>{{ note }}</li>
-{% endfor %}
-{% if table.has_stderr %}
-<li>{{ stderr_note }}</li>
-{% endif %}
-</ul>
-</body>
-</html>"""

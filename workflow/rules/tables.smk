@@ -1,13 +1,34 @@
+rule rulegraph:
+    """Room 7: which rules a study is made of, for the report's picture of them."""
+    output:
+        "results/tables/{study}/rulegraph.dot",
+    log:
+        "results/tables/{study}/rulegraph.log",
+    params:
+        snakefile=workflow.snakefile,
+        config=study.as_snakemake_config,
+    shell:
+        "python -m snakemake --snakefile {params.snakefile:q} --nolock --rulegraph dot --config {params.config}"
+        " > {output} 2> {log}"
+
+
 rule tabulate:
-    """Room 7: records -> tables and figures."""
+    """Room 7: records -> tables, figures and the report."""
     input:
         study.inputs_of_tables(),
+        rules.rulegraph.output,
     output:
         summary=report(
             "results/tables/{study}/summary.csv",
             caption="../report/table.rst",
             category="Tables",
             labels={"study": "{study}", "table": "every cell"},
+        ),
+        page=report(
+            "results/tables/{study}/report.html",
+            caption="../report/page.rst",
+            category="Report",
+            labels={"study": "{study}", "page": "everything on one page"},
         ),
         tables=report(
             expand("results/tables/{{study}}/{model}.html", model=study.study.models),

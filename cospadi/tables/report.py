@@ -1,0 +1,102 @@
+"""A study on one page that needs no network: tables, figures, what the models write, and how it was all made."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from cospadi import records
+from cospadi.tables.cells import Cell, ordered
+from cospadi.tables.render import STDERR_NOTE, ratio_label, rendered, tables
+from cospadi.tables.rulegraph import drawn
+
+FIGURES = {
+    "pareto": "Token perplexity against the megabytes that the compressed projections take on disk. Lower and further left is "
+    "better; the steps join what nothing as small beats.",
+    "perplexity": "Token perplexity against the fraction of bits that is gone. The dashed line is the uncompressed model.",
+    "accuracy": "Average accuracy against the fraction of bits that is gone, with one standard error.",
+    "output_error": "Error of every projection's outputs on the calibration text, layer by layer: what a factorization "
+    "minimises. Darker is better.",
+}
+"""Pictures beside the report, in its order, and what they show."""
+
+
+def write_report(
+    cells: Sequence[Cell], folder: Path, study_title: str, differences: pd.DataFrame | None = None
+) -> Path:
+    """``report.html`` in the folder of a study's figures, which it holds in itself; no scripts, nothing loaded.
+
+    The rule graph is that of ``rulegraph.dot`` in the folder, where there is one.
+    """
+    folder = Path(folder)
+    rulegraph = folder / "rulegraph.dot"
+    page = rendered(
+        "report.html",
+        title=study_title,
+        tables=tables(cells, study_title, differences),
+        figures=[(name, told, _data(folder / f"{name}.png")) for name, told in FIGURES.items()],
+        written=[(title, found) for model, title in _titles(cells).items() if (found := written(cells, model))],
+        graph=drawn(rulegraph.read_text(encoding="utf-8")) if rulegraph.is_file() else None,
+        made=_made(cells),
+        ratio_label=ratio_label,
+        stderr_note=STDERR_NOTE,
+    )
+    records.write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def written(cells: Sequence[Cell], model: str) -> list[tuple[str, list[str], list[tuple[str, list[str | None]]]]]:
+    """What a model's versions made of each prompt: ``(prompt, ratios, [(method, a text per ratio)])``, dense first.
+
+    ``None`` where a method was not run at a ratio; the dense model has one text, whatever the ratio.
+    """
+    cells = [cell for cell in ordered(cells) if cell.model == model]
+    ratios = sorted({cell.compression_ratio for cell in cells if not cell.is_dense})
+    texts: dict[str, dict[str, dict[float | int | None, str]]] = {}
+    for cell in cells:
+        for found in cell.evaluation.get("continuations") or []:
+            rows = texts.setdefault(found["prompt"], {})
+            rows.setdefault(cell.method_title, {})[cell.compression_ratio] = found["continuation"]
+    return [
+        (
+            prompt,
+            [f"{ratio:g}" for ratio in ratios],
+            [
+                (title, [of_ratio[None]] if None in of_ratio else [of_ratio.get(ratio) for ratio in ratios])
+                for title, of_ratio in rows.items()
+            ],
+        )
+        for prompt, rows in texts.items()
+    ]
+
+
+def _titles(cells: Sequence[Cell]) -> dict[str, str]:
+    return {cell.model: cell.model_title for cell in ordered(cells)}
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
+
+
+def _data(picture: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
+
+
+def _made(cells: Sequence[Cell]) -> list[tuple[str, str]]:
+    """Versions, machine and time behind the numbers, as the records have them."""
+    found = [record for cell in cells for record in (*cell.factorizations, *cell.earlier, cell.evaluation)]
+    versions: dict[str, set[str]] = {}
+    for record in found:
+        for package, version in (record.get("versions") or {}).items():
+            versions.setdefault(package, set()).add(str(version))
+    seconds = sum(float(record.get("seconds") or 0) for record in found)
+    facts: list[tuple[str, Any]] = [
+        ("Software", ", ".join(f"{package} {' or '.join(sorted(v))}" for package, v in versions.items())),
+        ("Machine", "; ".join(dict.fromkeys(_machine(r["machine"]) for r in found if r.get("machine")))),
+        ("Work", f"{seconds / 3600:.1f} hours over {len(found)} jobs" if seconds else ""),
+    ]
+    return [(name, told) for name, told in facts if told]

@@ -1,0 +1,63 @@
+"""Snakemake's rule graph as a picture that needs no Graphviz: rules left to right, in the order data walks through them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_BOX = (132, 30)
+_STEP = (172, 46)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A drawing: every box with its place, and the boxes that every arrow joins."""
+
+    boxes: dict[str, tuple[float, float]]
+    """Rule -> left and upper edge, in pixels."""
+    arrows: list[tuple[str, str]]
+    width: float | int
+    height: float | int
+    box: tuple[int, int] = _BOX
+
+    def path(self, source: str, target: str) -> str:
+        """SVG path from a rule's right side to another's left."""
+        (x1, y1), (x2, y2) = self.boxes[source], self.boxes[target]
+        x1, y1, y2 = x1 + self.box[0], y1 + self.box[1] / 2, y2 + self.box[1] / 2
+        bend = max(20.0, (x2 - x1) / 2)
+        return f"M{x1:g},{y1:g} C{x1 + bend:g},{y1:g} {x2 - bend:g},{y2:g} {x2:g},{y2:g}"
+
+
+def drawn(dot: str) -> Graph:
+    """What ``snakemake --rulegraph`` printed, laid out.
+
+    A rule stands one column right of the last rule that it needs. An arrow that a longer way makes superfluous is left out
+    (the transitive reduction), so that the chain of rooms can be seen.
+
+    >>> graph = drawn('0[label = "all"]; 1[label = "a"]; 2[label = "b"]; 1 -> 0; 2 -> 1; 2 -> 0')
+    >>> graph.arrows, [x for x, _ in graph.boxes.values()]
+    ([('a', 'all'), ('b', 'a')], [344.0, 172.0, 0.0])
+    """
+    import networkx as nx
+
+    names = dict(re.findall(r'(\d+)\s*\[label = "([^"\\]+)', dot))
+    rules = nx.DiGraph()
+    rules.add_nodes_from(names.values())
+    rules.add_edges_from((names[a], names[b]) for a, b in re.findall(r"(\d+)\s*->\s*(\d+)", dot))
+    columns = list(nx.topological_generations(rules))
+    tallest = max(map(len, columns), default=0)
+    places: dict[str, tuple[float, float]] = {}
+    for number, column in enumerate(columns):
+        above = (tallest - len(column)) / 2
+        wanted = {rule: _middle([places[r][1] for r in rules.predecessors(rule)]) for rule in column}
+        for row, rule in enumerate(sorted(column, key=lambda rule: (wanted[rule], rule))):
+            places[rule] = (float(number * _STEP[0]), (above + row) * _STEP[1])
+    arrows = sorted(nx.transitive_reduction(rules).edges)
+    width = (len(columns) - 1) * _STEP[0] + _BOX[0] if columns else 0
+    return Graph(
+        {name: places[name] for name in names.values()}, arrows, width, max(0, tallest - 1) * _STEP[1] + _BOX[1]
+    )
+
+
+def _middle(heights: list[float]) -> float:
+    return sum(heights) / len(heights) if heights else 0.0
