@@ -1,7 +1,8 @@
 # make reproduce   install into .venv, run the default study, write tables, figures and results/report.html
+# make notebooks   run notebooks/results.py on the tables of STUDY, into results/notebooks
 # make test        install into .venv and run every test
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce report test lint clean
+.PHONY: help install reproduce report notebooks test lint clean
 
 PYTHON ?= python3
 CORES ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
@@ -33,6 +34,11 @@ reproduce: $(INSTALLED)
 report: $(INSTALLED)
 	@echo "== Writing results/report.html =="
 	$(BIN)/snakemake --cores 1 --config study=$(STUDY) --report results/report.html --quiet
+
+notebooks: $(INSTALLED)
+	@mkdir -p results/notebooks
+	COSPADI_STUDY=$(STUDY) $(BIN)/jupytext --to ipynb --execute --run-path . --output results/notebooks/$(STUDY).ipynb notebooks/results.py
+	@echo "results/notebooks/$(STUDY).ipynb: open it in Jupyter."
 
 test: $(INSTALLED)
 	@echo "== Running every test on $(CORES) cores =="

@@ -284,3 +284,42 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
     assert len(rows(folder)) == 3
     assert not list(folder.rglob("*.partial"))
     assert "Nothing to be done" in snakemake(folder, overrides=overrides).stdout
+
+
+# The notebooks
+
+
+def executed(name: str, folder: Path, **environment: str):
+    """A notebook run from top to bottom in ``folder``; whatever it raises, the test does."""
+    import jupytext
+    from nbclient import NotebookClient
+
+    notebook = jupytext.read(ROOT / "notebooks" / f"{name}.py")
+    # a kernel that finds this project and none of the settings of whoever runs the tests
+    kernel_env = os.environ | {"IPYTHONDIR": str(folder / "ipython"), "MPLBACKEND": "agg"} | environment
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client.execute(env=kernel_env)
+    return notebook
+
+
+def printed(notebook) -> str:
+    outputs = [output for code in notebook.cells for output in code.get("outputs", [])]
+    return "".join(output.get("text", "") + str(output.get("data", {}).get("text/html", "")) for output in outputs)
+
+
+def test_the_tour_of_the_results_runs(finished):
+    notebook = executed("results", finished, COSPADI_STUDY="smoke")
+    pictures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(pictures) == len(MODELS) + 1
+    shown = printed(notebook)
+    for row in rows(finished):
+        assert row["method_title"] in shown
+
+
+def test_compress_your_own_model_runs(tmp_path):
+    small = {"COSPADI_MODEL": "tiny_llama", "COSPADI_SETTINGS": "calibration=smoke"}
+    notebook = executed("compress_your_own", tmp_path, **small)
+    shown = printed(notebook)
+    assert shown.count("MB of weights on disk") == 2
+    assert "values_scales" in shown  # the int8 model took the other's place
+    assert (tmp_path / "my-smaller-model" / "model.safetensors").is_file()

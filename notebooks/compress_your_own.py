@@ -1,0 +1,69 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Compress your own model
+#
+# Three choices: a model, a ratio, a text to calibrate on. The model may be a hub id (`Qwen/Qwen3-0.6B`), a folder written by
+# `save_pretrained`, or a name in `conf/model`. It stays as it is; what is written is a smaller copy.
+
+# %%
+import os
+from pathlib import Path
+
+import cospadi
+from cospadi import checkpoint
+from cospadi.compression import compress_to
+
+MODEL = os.environ.get("COSPADI_MODEL", "smollm2_135m")
+RATIO = float(os.environ.get("COSPADI_RATIO", "0.3"))
+TEXT = os.environ.get("COSPADI_TEXT")  # a file with a document a line; None: the news of the default study
+OUT = Path(os.environ.get("COSPADI_OUT", "my-smaller-model"))
+SETTINGS = os.environ.get("COSPADI_SETTINGS", "").split()  # calibration.n_samples=32 …
+
+# %% [markdown]
+# ## Compress
+#
+# The dense model reads the text once; then every projection is replaced by a dictionary times a sparse matrix whose outputs
+# on that text stay close. Cut off, it goes on where it was.
+
+# %%
+settings = ["factorization=cospadi_plus", f"factorization.compression_ratio={RATIO}", *SETTINGS]
+ledger = compress_to(MODEL, OUT, settings, TEXT, keep_work=True)
+
+# %% [markdown]
+# ## What it weighs
+
+# %%
+print(checkpoint.ledger_text(ledger))
+
+# %% [markdown]
+# ## What it writes
+#
+# `cospadi.load` checks every tensor; from then on it is an ordinary transformers model.
+
+# %%
+model = cospadi.load(OUT)
+checkpoint.write_on(model, OUT, "The capital of France is", tokens=24)
+
+# %% [markdown]
+# ## Smaller still: fewer bits for what is stored
+#
+# The factors were kept in `<out>.work` and are used again: only the rounding is new. The int8 model takes the other's place.
+
+# %%
+ledger = compress_to(MODEL, OUT, [*settings, "quantization=int8"], TEXT, keep_work=True)
+print(checkpoint.ledger_text(ledger))
+checkpoint.write_on(cospadi.load(OUT), OUT, "The capital of France is", tokens=24)
+
+# %% [markdown]
+# ## Any other runtime
+#
+# `checkpoint.densify(OUT, "dense-again")` writes an ordinary checkpoint with the same outputs.

@@ -1,0 +1,107 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # A tour of the results
+#
+# Everything here is read from `results/tables/<study>`, which `snakemake --cores N` or `make reproduce` writes. Nothing is
+# computed anew. Start Jupyter in the project's folder, or set `COSPADI_RESULTS` to where `results/` lies.
+
+# %%
+import os
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import HTML, Markdown, display
+from matplotlib import pyplot as plt
+
+from cospadi.tables import read_summary
+
+STUDY = os.environ.get("COSPADI_STUDY", "default")
+RESULTS = Path(os.environ.get("COSPADI_RESULTS", "results" if Path("results").is_dir() else "../results"))
+tables = RESULTS / "tables" / STUDY
+if not (tables / "summary.csv").is_file():
+    raise SystemExit(f"There is no {tables}/summary.csv. Run: snakemake --cores 4 --config study={STUDY}")
+summary = read_summary(tables / "summary.csv")
+models = list(summary["model"].unique())
+
+# %% [markdown]
+# ## The tables, as they would stand in a paper
+#
+# Every method at the same stored bits; bold is best of its ratio. The notes say how each number was measured.
+
+# %%
+for model in models:
+    display(HTML((tables / f"{model}.html").read_text(encoding="utf-8")))
+
+# %% [markdown]
+# ## In short: one number per method and ratio
+
+# %%
+for model in models:
+    display(Markdown((tables / f"{model}_overview.md").read_text(encoding="utf-8")))
+
+# %% [markdown]
+# ## Perplexity against megabytes
+#
+# Bytes are counted from the tensors on disk, masks and indices included. Lower and further left is better.
+
+# %%
+compressed = summary[summary["method"] != "dense"]
+for model, rows in compressed.groupby("model", sort=False):
+    figure, panel = plt.subplots(figsize=(7, 4.5))
+    for title, points in rows.groupby("method_title", sort=False):
+        points = points.sort_values("stored_bits")
+        panel.plot(points["stored_bits"].astype(float) / 8e6, points["token_perplexity"], marker="o", label=title)
+    dense = summary[(summary["model"] == model) & (summary["method"] == "dense")]["token_perplexity"].iloc[0]
+    panel.axhline(dense, linestyle="--", color="grey", label="Dense")
+    panel.set(
+        xlabel="Projections, MB stored", ylabel="Token perplexity", yscale="log", title=rows["model_title"].iloc[0]
+    )
+    panel.legend(fontsize=8)
+    plt.show()
+
+# %% [markdown]
+# ## Which differences are real?
+#
+# Two models on the same documents: what makes a document hard is hard for both and cancels. A difference of less than two
+# standard errors is not settled by these documents.
+
+# %%
+paired = pd.read_csv(tables / "paired.csv")
+paired["standard errors"] = paired["difference"] / paired["stderr"]
+against = paired[paired["against"] != "dense"]
+display(against[against["measure"].isin(["average_accuracy", "nll"])].round(4))
+
+# %% [markdown]
+# ## Where in the model the error arises
+#
+# Relative error of every projection's outputs on the calibration text, one projection at a time.
+
+# %%
+errors = pd.read_csv(tables / "projections.csv")
+ratio = sorted(errors["compression_ratio"].unique())[(errors["compression_ratio"].nunique() - 1) // 2]
+by_layer = errors[errors["compression_ratio"] == ratio].pivot_table(
+    index="layer", columns=["model", "method"], values="output_error", aggfunc="mean"
+)
+by_layer.plot(figsize=(8, 4.5), ylabel=f"Mean output error at ratio {ratio:g}", logy=True).legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+# ## The other way round: how small can it be?
+#
+# The smallest model of each method that loses at most so much perplexity.
+
+# %%
+ALLOWED = 1.25  # times the dense model's
+base = summary[summary["method"] == "dense"].set_index("model")["token_perplexity"]
+good = compressed[compressed["token_perplexity"] <= ALLOWED * compressed["model"].map(base)]
+smallest = good.loc[good.groupby(["model", "method"])["stored_bits"].idxmin()] if len(good) else good
+display(smallest[["model_title", "method_title", "compression_ratio", "stored_bits", "token_perplexity"]])
