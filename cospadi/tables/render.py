@@ -34,6 +34,10 @@ TASK_TITLES = {
     "heldout_cloze": "Cloze",
     "heldout_perplexity": "Held-out ppl",
     "hellaswag": "HellaSwag",
+    "kick_factoid": "FreebaseQA",
+    "kick_summarization": "CNN/DM",
+    "kick_triviaqa_closed": "TriviaQA",
+    "kick_triviaqa_open": "TriviaQA (open)",
     "lambada_openai": "LAMBADA",
     "lambada_standard": "LAMBADA (std)",
     "mmlu": "MMLU",
@@ -53,7 +57,7 @@ METRIC_TITLES = {
     "kl_to_dense": "KL",
     "top1_agreement": "Top-1",
 }
-_FRACTIONS = ("acc", "exact_match", "em", "f1", "mc1", "mc2", "pass")
+_FRACTIONS = ("acc", "exact_match", "em", "f1", "mc1", "mc2", "pass", "contains", "rouge")
 
 
 def perplexity(value: float) -> str:
