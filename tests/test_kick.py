@@ -96,32 +96,35 @@ def hub_freebase_rows() -> list[dict]:
     ]
 
 
+def texts(*names: str) -> dict[str, Value]:
+    return dict.fromkeys(names, TEXT)
+
+
+def lists(*names: str) -> dict[str, List]:
+    return dict.fromkeys(names, List(TEXT))
+
+
 FREEBASE = Features(
     {
-        **dict.fromkeys(("Question-ID", "RawQuestion", "ProcessedQuestion"), TEXT),
+        **texts("Question-ID", "RawQuestion", "ProcessedQuestion"),
         "Parses": {
-            **{
-                key: List(TEXT)
-                for key in (
-                    *("Parse-Id", "PotentialTopicEntityMention", "TopicEntityName", "TopicEntityMid"),
-                    "InferentialChain",
-                )
-            },
+            **lists("Parse-Id", "PotentialTopicEntityMention", "TopicEntityName", "TopicEntityMid", "InferentialChain"),
             "Answers": List({"AnswersMid": List(TEXT), "AnswersName": List(List(TEXT))}),
         },
     }
 )
 TRIVIA = Features(
     {
-        **dict.fromkeys(("question", "question_id", "question_source"), TEXT),
-        "entity_pages": {key: List(TEXT) for key in ("doc_source", "filename", "title", "wiki_context")},
+        **texts("question", "question_id", "question_source"),
+        "entity_pages": lists("doc_source", "filename", "title", "wiki_context"),
         "search_results": {
-            **{key: List(TEXT) for key in ("description", "filename", "title", "url", "search_context")},
+            **lists("description", "filename", "title", "url", "search_context"),
             "rank": List(Value("int32")),
         },
         "answer": {
-            **{key: List(TEXT) for key in ("aliases", "normalized_aliases")},
-            **dict.fromkeys((*("matched_wiki_entity_name", "normalized_matched_wiki_entity_name"), *("normalized_value", "type", "value")), TEXT),
+            **lists("aliases", "normalized_aliases"),
+            **texts("matched_wiki_entity_name", "normalized_matched_wiki_entity_name"),
+            **texts("normalized_value", "type", "value"),
         },
     }
 )
@@ -329,7 +332,7 @@ def test_prompts_are_these(scripted, mirror):
 
 
 def test_entries_have_what_tables_show(scripted):
-    from cospadi.tables.render import TASK_TITLES
+    from cospadi.tables import render
 
     result, rows, _ = scripted
     assert list(result["tasks"]) == TASKS
@@ -337,7 +340,8 @@ def test_entries_have_what_tables_show(scripted):
         assert entry["metric"] == ("rougeL" if task == "kick_summarization" else "contains")
         assert entry["higher_is_better"] is True
         assert entry["in_average"] is False
-        assert task in TASK_TITLES
+        assert task in render.TASK_TITLES
+        assert entry["metric"].startswith(render._FRACTIONS)  # shown as percent
         assert f"{task} version 1 (own task), 0-shot, {entry['metric']}, greedy, at most " in entry["protocol"]
     assert "at most 142 new tokens, first 400 words of the article, ROUGE F1" in entry["protocol"]
     assert "at most 32 new tokens, first 3072 letters of evidence" in result["tasks"]["kick_triviaqa_open"]["protocol"]
