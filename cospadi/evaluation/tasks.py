@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: stock ones, unmodified, and two of our own over the held-out text.
+"""Tasks of lm-evaluation-harness: stock ones, unmodified, those of ``kick``, and two of our own over the held-out text.
 
 The only module that imports ``lm_eval``, and only inside functions.
 """
@@ -24,6 +24,7 @@ from torch import nn
 
 from cospadi.config import EMBEDDED_TASKS, EvaluationConfig
 from cospadi.errors import UserError
+from cospadi.evaluation import kick
 from cospadi.evaluation.heldout import cloze_passages, perplexity_documents
 from cospadi.evaluation.perplexity import exponential, mean_stderr, ratio_stderr
 from cospadi.evaluation.perplexity import perplexity as perplexity_of
@@ -31,7 +32,9 @@ from cospadi.progress import Progress
 
 ACCURACIES = ("acc_norm", "acc")
 """What an average is made of: the first of the two that a task has."""
-_MAIN_METRICS = (*ACCURACIES, "exact_match", "word_perplexity", "perplexity")
+_MAIN_METRICS = (*ACCURACIES, "contains", "exact_match", "word_perplexity", "perplexity")
+KICK = Path(kick.__file__).parent
+"""Tasks of the project in lm-eval's own form."""
 _EMBEDDED_VERSION = 1
 _BOOTSTRAP_ITERATIONS = 1000
 _LOGGED_LETTERS = 200
@@ -40,6 +43,7 @@ _EXPECTED_WARNINGS = (
     "Passed an already-initialized model through `pretrained`",
     "Custom kwargs can be passed",
     "exceeds model's maximum length",  # counted, and told in the protocol
+    "Left truncation applied",  # likewise
     "is defined, but aggregation is not",
     "is defined, but higher_is_better is not",
 )
@@ -48,7 +52,8 @@ _NAMED = re.compile(rb"""^["']?(task|group)["']?[ ]*:[ ]*["']?([^\s"'#]+)["']?[ 
 
 @functools.cache
 def stock_tasks() -> dict[str, Path]:
-    """Names of lm-eval's stock tasks and the files that define them, without importing lm-eval (2 s; its index takes 15 s).
+    """Names of lm-eval's stock tasks and of ours in ``kick``, and the files that define them, without importing lm-eval (2 s; its
+    index takes 15 s).
 
     Groups (``mmlu``), tags (``ai2_arc``) and a few tasks written in Python are not among them.
     """
@@ -60,7 +65,7 @@ def _stock_names() -> dict[str, dict[str, Path]]:
     """Names of tasks and of groups that have a file of their own."""
     root = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
     found: dict[str, dict[str, Path]] = {"task": {}, "group": {}}
-    for path in sorted(root.glob("**/*.yaml"), key=Path.as_posix):
+    for path in [*sorted(KICK.glob("*.yaml")), *sorted(root.glob("**/*.yaml"), key=Path.as_posix)]:
         named = dict(_NAMED.findall(path.read_bytes()))
         kind = "group" if b"group" in named else "task"
         if name := named.get(kind.encode()):
@@ -84,7 +89,7 @@ def check_tasks(config: EvaluationConfig) -> None:
     """
     for name in config.tasks:
         if not any(name in names for names in _stock_names().values()) and name not in _stock_manager().all_tasks:
-            near = difflib.get_close_matches(name, [*_stock_manager().all_tasks, *EMBEDDED_TASKS], n=4)
+            near = difflib.get_close_matches(name, {*_stock_manager().all_tasks, *stock_tasks(), *EMBEDDED_TASKS}, n=4)
             told = f" Did you mean {', '.join(near)}?" if near else ""
             raise UserError(
                 f"evaluation.tasks: lm-eval {importlib.metadata.version('lm_eval')} has no task {name}.{told} "
@@ -290,6 +295,12 @@ def _language_model(model: nn.Module, tokenizer: Callable[..., Any], config: Eva
             self.share, self.seen = tokens / steps, 0
             self.progress = Progress(steps, f"{self.title}: {n_requests} requests, {tokens} tokens")
 
+        def advance(self, tokens: int) -> None:
+            if self.progress is not None:
+                self.seen += tokens
+                while self.progress.done < self.progress.total and self.seen >= (self.progress.done + 1) * self.share:
+                    self.progress.step(f"{self.seen} tokens")
+
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
             return super().loglikelihood(requests, disable_tqdm=True)
 
@@ -320,11 +331,25 @@ def _language_model(model: nn.Module, tokenizer: Callable[..., Any], config: Eva
 
         def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             logits = super()._model_call(inps, *args, **kwargs)
-            if self.progress is not None:
-                self.seen += inps.numel()
-                while self.progress.done < self.progress.total and self.seen >= (self.progress.done + 1) * self.share:
-                    self.progress.step(f"{self.seen} tokens")
+            self.advance(inps.numel())
             return logits
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+            room = self.max_length - max(_new_tokens(request.args[1]) for request in requests)
+            if room < 1:
+                raise UserError(
+                    f"Task {self.title} writes {self.max_length - room} tokens, and evaluation.max_length={self.max_length} "
+                    f"leaves none for its prompt. Set evaluation.max_length to more than {self.max_length - room}."
+                )
+            lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+            self.cut = sum(length > room for length in lengths)
+            self.start(len(requests), sum(min(length, room) for length in lengths))
+            return super().generate_until(requests, disable_tqdm=True)
+
+        def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            written = super()._model_generate(context, *args, **kwargs)
+            self.advance(int(kwargs["attention_mask"].sum()))
+            return written
 
     return Reporting(
         pretrained=model,
@@ -334,6 +359,13 @@ def _language_model(model: nn.Module, tokenizer: Callable[..., Any], config: Eva
         device=str(model.device),
         softmax_dtype="float32",
     )
+
+
+def _new_tokens(settings: dict[str, Any]) -> int:
+    """How many tokens a task lets a model write at most."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    return normalize_gen_kwargs(settings)["max_gen_toks"]
 
 
 def _run(
@@ -381,9 +413,10 @@ def _run(
     protocol = [
         f"lm-eval {importlib.metadata.version('lm_eval')}",
         f"{name} version {version if version is not None else 'unknown'}"
-        + ("" if name not in EMBEDDED_TASKS else " (own task)"),
+        + (" (own task)" if name in EMBEDDED_TASKS or (KICK / f"{name}.yaml").is_file() else ""),
         f"{'/'.join(str(s or 0) for s in sorted(shots, key=str))}-shot",
         main,
+        *_told(_leaves(task)[0]),
         f"max_length {config.max_length}",
         _first_token(language_model, rolling="word_perplexity" in metrics),
         f"batch size {config.batch_size}",
@@ -423,6 +456,15 @@ def _name(task: Any) -> str:
 
 def _leaves(task: Any) -> list[Any]:
     return list(task.get_all_tasks()) if hasattr(task, "get_all_tasks") else [task]
+
+
+def _told(task: Any) -> list[str]:
+    """What a generating task's protocol says beside the numbers that all have."""
+    if task.OUTPUT_TYPE != "generate_until":
+        return []
+    settings, told = task.config.generation_kwargs, (task.config.metadata or {}).get("protocol")
+    how = "sampled" if settings.get("do_sample") else "greedy"
+    return [f"{how}, at most {_new_tokens(settings)} new tokens", *([told] if told else [])]
 
 
 def _guard_overflow(task: Any) -> None:
@@ -514,6 +556,8 @@ def _data_from(mirror: str | None, wanted: list[str]) -> Iterator[None]:
         wanted.append(f"{path}, {config}" if config else str(path))
         if mirror is not None and not Path(path).is_dir():  # relative to the mirror
             raise FileNotFoundError(f"there is no folder {path}")
+        if mirror is None and (path, config) in kick.HUB_SOURCES:
+            return load_dataset(**kick.HUB_SOURCES[path, config])
         return load_dataset(path, *args, **kwargs)
 
     with contextlib.chdir(mirror or "."):

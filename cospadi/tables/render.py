@@ -35,6 +35,10 @@ TASK_TITLES = {
     "heldout_cloze": "Cloze",
     "heldout_perplexity": "Held-out ppl",
     "hellaswag": "HellaSwag",
+    "kick_factoid": "FreebaseQA",
+    "kick_summarization": "CNN/DM",
+    "kick_triviaqa_closed": "TriviaQA",
+    "kick_triviaqa_open": "TriviaQA (open)",
     "lambada_openai": "LAMBADA",
     "lambada_standard": "LAMBADA (std)",
     "mmlu": "MMLU",
@@ -58,7 +62,7 @@ METRIC_TITLES = {
 }
 _OPTIONAL = ("second_perplexity", "lambada_perplexity")
 """Columns of the studies that measure them."""
-_FRACTIONS = ("acc", "exact_match", "em", "f1", "mc1", "mc2", "pass")
+_FRACTIONS = ("acc", "exact_match", "em", "f1", "mc1", "mc2", "pass", "contains", "rouge")
 
 
 def perplexity(value: float) -> str:
