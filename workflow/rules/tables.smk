@@ -5,7 +5,7 @@ rule rulegraph:
     log:
         "results/tables/{study}/rulegraph.log",
     params:
-        snakefile=workflow.snakefile,
+        snakefile=lambda w, output: workflow.main_snakefile,
         config=study.as_snakemake_config,
     shell:
         "python -m snakemake --snakefile {params.snakefile:q} --nolock --rulegraph dot --config {params.config}"
