@@ -410,7 +410,7 @@ def tabulate(study: Any, folder: Path) -> None:
                     *((cell.quantization, config.quantization.title) if config.quantization.changes else ()),
                 )
             )
-    write_tables(cells, folder, study.study.title)
+    write_tables(cells, folder, study.study.title, study.study.published)
     write_overviews(cells, folder)
     write_figures(cells, folder, study.study.title)
 

@@ -331,25 +331,31 @@ def notes(cells: Sequence[Cell], model: str) -> list[str]:
     return list(dict.fromkeys(note for note in found if note))
 
 
-def tables(cells: Sequence[Cell], study_title: str = "") -> list[PaperTable]:
-    """A printed table per model, with the notes of its records."""
+def tables(cells: Sequence[Cell], study_title: str = "", published: Sequence[str] = ()) -> list[PaperTable]:
+    """A printed table per model, with the notes of its records and what the ``published`` sources print of it."""
+    from cospadi.tables.published import with_published
+
     frame = summary(cells)
     titles = dict(zip(frame["model"], frame["model_title"], strict=True))
-    return [
+    found = [
         paper_table(
             frame, model, study_title if title in study_title else _join(": ", study_title, title), notes(cells, model)
         )
         for model, title in titles.items()
     ]
+    return [with_published(table, published) for table in found]
 
 
-def write_tables(cells: Sequence[Cell], folder: Path, study_title: str) -> list[Path]:
-    """``summary.csv``, ``projections.csv``, and each model's table as ``.md``, ``.tex``, ``.html`` and ``.csv``."""
+def write_tables(cells: Sequence[Cell], folder: Path, study_title: str, published: Sequence[str] = ()) -> list[Path]:
+    """``summary.csv``, ``projections.csv``, and each model's table as ``.md``, ``.tex``, ``.html`` and ``.csv``.
+
+    Rows of ``published`` sources are in the tables alone.
+    """
     texts = {
         "summary.csv": summary(cells).to_csv(index=False, lineterminator="\n"),
         "projections.csv": projection_errors(cells).to_csv(index=False, lineterminator="\n"),
     }
-    for table in tables(cells, study_title):
+    for table in tables(cells, study_title, published):
         if table.name in ("summary", "projections"):
             raise UserError(f"A model named {table.name} would overwrite {table.name}.csv. Rename it in conf/model.")
         texts[f"{table.name}.md"] = table.markdown()
@@ -457,7 +463,11 @@ def _task_title(task: str) -> str:
 
 
 def _ratio_label(row: Row) -> str:
-    return MISSING if row.method == DENSE else f"{row.compression_ratio:g}"
+    return (
+        MISSING
+        if row.compression_ratio == 0 and row.method.rpartition(":")[2] == DENSE
+        else f"{row.compression_ratio:g}"
+    )
 
 
 def _join(separator: str, *parts: str) -> str:
