@@ -114,7 +114,9 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise UserError(f"{str(error).splitlines()[0].rstrip('.')}. Write key=value, or key=a,b for several.") from error
+        raise UserError(
+            f"{str(error).splitlines()[0].rstrip('.')}. Write key=value, or key=a,b for several."
+        ) from error
 
 
 def _values(override: Override) -> Iterable[str]:
@@ -136,7 +138,9 @@ def _check(overrides: Sequence[Override], name: object, multirun: bool) -> None:
                 f"overwrite the other. Give each value a file of its own in {CONF}, and sweep over their names."
             )
     if any(o.get_key_element() == "hydra/sweeper" for o in overrides):
-        raise UserError("hydra/sweeper is set, but cells are known before the first job only to Hydra's own. Leave it out.")
+        raise UserError(
+            "hydra/sweeper is set, but cells are known before the first job only to Hydra's own. Leave it out."
+        )
     if not re.fullmatch(r"\w+", str(name)) or (CONF / "study" / f"{name}.yaml").is_file():
         raise UserError(
             f"hydra.job.name={name} cannot name a sweep: tables lie under it. Take letters, digits and underscores, "
