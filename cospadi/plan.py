@@ -157,19 +157,19 @@ def _shape(found: dict[str, Any]) -> Shape:
 class Speed:
     """What a machine manages per second at best."""
 
-    product: float
+    product: int | float
     """Operations in float32 products; in TF32 on a GPU, as the solvers compute there."""
-    model: float
+    model: int | float
     """Operations in products of the model's dtype."""
-    double: float
+    double: int | float
     """Operations in float64 products."""
-    eigen: float
+    eigen: int | float
     """Operations of an eigendecomposition in float64, `EIGEN` times its size cubed."""
-    memory: float
+    memory: int | float
     """Bytes read or written."""
 
     @classmethod
-    def of(cls, tflops: float) -> Speed:
+    def of(cls, tflops: int | float) -> Speed:
         """Of a data-centre GPU with so many TFLOPS in TF32 products; the other rates in an A100's proportions.
 
         Raises:
@@ -187,16 +187,16 @@ class Speed:
 class Work:
     """What there is to do; adds up, and is multiplied by a count."""
 
-    product: float = 0.0
-    model: float = 0.0
-    double: float = 0.0
-    eigen: float = 0.0
-    memory: float = 0.0
+    product: int | float = 0.0
+    model: int | float = 0.0
+    double: int | float = 0.0
+    eigen: int | float = 0.0
+    memory: int | float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
-    def __mul__(self, times: float) -> Work:
+    def __mul__(self, times: int | float) -> Work:
         return Work(*(times * getattr(self, f.name) for f in fields(self)))
 
     def seconds(self, speed: Speed) -> float:
@@ -252,7 +252,7 @@ def _cospadi(config: CoSpaDiConfig, d_in: int, d_out: int, members: int) -> Work
     return work
 
 
-def _htp(config: CoSpaDiConfig, m: int, n: int, learned: float, fixed: int, rounds: int) -> Work:
+def _htp(config: CoSpaDiConfig, m: int, n: int, learned: int | float, fixed: int, rounds: int) -> Work:
     """Codings over all atoms, the dictionary between them, and the polish at the end (`htp_batch`)."""
     atoms = learned + fixed
     coding = 2 * m * atoms**2 + 2 * m * n * atoms + 2 * n * atoms**2 * (2 + config.cg_steps)
@@ -285,7 +285,8 @@ def calibrate(config: Config, shape: Shape) -> Work:
     per_token = 2 * shape.compressed / shape.layers + 4 * calibration.sample_length * shape.queries
     heads = shape.queries / 64
     softmax = 4 * 8 * calibration.sample_length * heads if calibration.attention and model.attended else 0
-    return Work(model=tokens * per_token, product=tokens * 2 * grams, memory=tokens * softmax) * shape.layers
+    # full float32, which on a GPU is no faster than float64
+    return Work(model=tokens * per_token, double=tokens * 2 * grams, memory=tokens * softmax) * shape.layers
 
 
 def _grams(config: Config, shape: Shape) -> list[int]:
@@ -328,25 +329,25 @@ class ModelPlan:
     model: str
     cells: int = 0
     jobs: int = 0
-    calibration: float = 0.0
+    calibration: int | float = 0.0
     """Seconds, as the three below."""
-    factorization: float = 0.0
-    quantization: float = 0.0
-    evaluation: float = 0.0
-    grams: float = 0.0
+    factorization: int | float = 0.0
+    quantization: int | float = 0.0
+    evaluation: int | float = 0.0
+    grams: int | float = 0.0
     """Bytes, as the three below."""
-    factors: float = 0.0
-    reference: float = 0.0
+    factors: int | float = 0.0
+    reference: int | float = 0.0
     """Hidden states of the dense model, which all others are compared with."""
-    download: float = 0.0
+    download: int | float = 0.0
     """0 of what is on this disk or comes from a seed."""
 
     @property
-    def seconds(self) -> float:
+    def seconds(self) -> int | float:
         return self.calibration + self.factorization + self.quantization + self.evaluation
 
     @property
-    def disk(self) -> float:
+    def disk(self) -> int | float:
         """Of results and downloads."""
         return self.grams + self.factors + self.reference + self.download
 
@@ -426,7 +427,7 @@ def measure(device: str = AUTO, dtype: str = "float32") -> Speed:
     where = devices.pick(device, "--device")
     size = 4096 if where.type == "cuda" else 1024
 
-    def rate(amount: float, run: Any) -> float:
+    def rate(amount: int | float, run: Any) -> float:
         best = float("inf")
         for _ in range(10):  # short ones: some of them are alone on a busy machine
             synchronize(where)
@@ -486,7 +487,7 @@ def report(study: Study, plans: Sequence[ModelPlan], speed: Speed, how: str) -> 
     )
 
 
-def _short(value: float) -> str:
+def _short(value: int | float) -> str:
     """
     >>> _short(0.0), _short(0.0314), _short(3.14159), _short(1234.5)
     ('0', '0.03', '3.1', '1234')
