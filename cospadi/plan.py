@@ -263,12 +263,11 @@ def _htp(config: CoSpaDiConfig, m: int, n: int, learned: int | float, fixed: int
 
 
 def _ksvd(m: int, n: int, atoms: int, sparsity: int, power_iterations: int) -> Work:
-    """A round: matching pursuit, bound by arithmetic, then every atom with the columns that use it, bound by memory."""
-    pursuit = n * (sparsity**2 * atoms + sparsity**3)
+    """A round: matching pursuit in full float32, then every atom with the columns that use it, bound by memory."""
+    pursuit = n * (sparsity**2 * atoms + sparsity**3)  # full float32 is no faster than float64 on a GPU
     users = n * sparsity / atoms
-    return Work(
-        product=2 * m * atoms * (n + atoms) + pursuit, memory=atoms * 4 * users * m * (2 * power_iterations + 4)
-    )
+    sweep = atoms * 4 * users * m * (2 * power_iterations + 4)
+    return Work(product=2 * m * atoms * (n + atoms), double=pursuit, memory=sweep)
 
 
 def quantize(config: Config, d_in: int, d_out: int) -> Work:
@@ -454,6 +453,16 @@ def measure(device: str = AUTO, dtype: str = "float32") -> Speed:
     return Speed(product, model, double, eigen, memory)
 
 
+def hours_of_methods(study: Study, speed: Speed) -> dict[str, list[float]]:
+    """Method -> hours of its factorizations, at all ratios together, of every model."""
+    found = {method: [0.0] * len(study.study.models) for method in study.study.methods}
+    for model, method, ratio in dict.fromkeys((cell.model, cell.method, cell.ratio) for cell in study.cells):
+        config = study.config(model, method, ratio)
+        seconds = factorize_model(config.factorization, shape_of(config.model)).seconds(speed)
+        found[method][study.study.models.index(model)] += seconds / 3600
+    return found
+
+
 def report(study: Study, plans: Sequence[ModelPlan], speed: Speed, how: str) -> str:
     """The plan as a Markdown table, with its totals and what it is worth."""
     heads = ("Model", "Cells", "Jobs", "Calibration h", "Factorization h", "Quantization h", "Evaluation h", "Hours")
@@ -471,6 +480,12 @@ def report(study: Study, plans: Sequence[ModelPlan], speed: Speed, how: str) -> 
             f"| {' | '.join((*counts, *(_short(s / 3600) for s in hours), *(_short(b / GB) for b in sizes)))} |"
         )
     rates = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in asdict(speed).items())
+    methods = [
+        f"| Factorization h of | {' | '.join(study.study.models)} |",
+        f"| :-- |{' --: |' * len(study.study.models)}",
+    ]
+    for method, hours in hours_of_methods(study, speed).items():
+        methods.append(f"| {method} | {' | '.join(map(_short, hours))} |")
     note = (
         f"Hours of one {how}, jobs one after another. Rates in G/s: {rates}. An estimate from counted operations: take it to a "
         "factor of three. Downloads and their time depend on the hub; finished cells are counted like all others."
@@ -481,6 +496,8 @@ def report(study: Study, plans: Sequence[ModelPlan], speed: Speed, how: str) -> 
             "",
             *lines,
             "",
+            *methods,
+            "",
             note,
             "",
         ]
@@ -490,8 +507,8 @@ def report(study: Study, plans: Sequence[ModelPlan], speed: Speed, how: str) -> 
 def _short(value: int | float) -> str:
     """
     >>> _short(0.0), _short(0.0314), _short(3.14159), _short(1234.5)
-    ('0', '0.03', '3.1', '1234')
+    ('0', '0.031', '3.1', '1234')
     """
     if value == 0:
         return "0"
-    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.2g}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
