@@ -127,7 +127,7 @@ def _add_plan(stages) -> None:
     summary = "what a study takes before its first job: cells, jobs, hours, disk, downloads"
     told = (
         f"{summary}. Hours are counted operations over this machine's speed, measured in seconds, or over --tflops. On the "
-        "default model they are within a factor of three of what was measured; for GPUs that is not known."
+        "default model they are within a factor of two of what was recorded; on GPUs nothing was compared, take a factor of three."
     )
     sub = stages.add_parser("plan", help=summary, description=told, allow_abbrev=False)
     sub.set_defaults(run=_plan)
