@@ -118,9 +118,29 @@ def _parser() -> argparse.ArgumentParser:
         record="record to write",
     )
     stage("tabulate", _tabulate, "tables and figures of a study", folder="folder to write")
+    _add_plan(stages)
     _add_tools(stages)
     _add_benches(stages)
     return parser
+
+
+def _add_plan(stages) -> None:
+    summary = "what a study takes before its first job: cells, jobs, hours, disk, downloads"
+    told = (
+        f"{summary}. Hours are counted operations over this machine's speed, measured in seconds, or over --tflops. On the "
+        "default model they are within a factor of two of what was recorded; on GPUs nothing was compared, take a factor of three."
+    )
+    sub = stages.add_parser("plan", help=summary, description=told, allow_abbrev=False)
+    sub.set_defaults(run=_plan)
+    sub.add_argument("overrides", nargs="*", metavar="study=name|key=value", help="settings, as Hydra takes them")
+    sub.add_argument("--study", help="the same as study=name (default: default)")
+    sub.add_argument(
+        "--tflops",
+        type=float,
+        help="of another machine, in TF32 products: 100 for an A100 (default: measure this one)",
+    )
+    sub.add_argument("--device", default="auto", help="that is measured: auto, cpu or cuda (default %(default)s)")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="the numbers in seconds and bytes, too")
 
 
 def _add_tools(stages) -> None:
@@ -261,13 +281,35 @@ def _evaluate(o: argparse.Namespace) -> None:
     )
 
 
-def _tabulate(o: argparse.Namespace) -> None:
-    from cospadi import stages
+def _study(overrides: Sequence[str]):
     from cospadi.study import Study
 
-    named = [v.removeprefix("study=") for v in o.overrides if v.startswith("study=")]
-    rest = [v for v in o.overrides if not v.startswith("study=")]
-    stages.tabulate(Study(named[0] if named else "default", rest), o.folder)
+    named = [v.removeprefix("study=") for v in overrides if v.startswith("study=")]
+    rest = [v for v in overrides if not v.startswith("study=")]
+    return Study(named[0] if named else "default", rest)
+
+
+def _tabulate(o: argparse.Namespace) -> None:
+    from cospadi import stages
+
+    stages.tabulate(_study(o.overrides), o.folder)
+
+
+def _plan(o: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from cospadi import plan, records
+
+    study = _study([*([f"study={o.study}"] if o.study else []), *o.overrides])
+    dtypes = {config.model.dtype for config in map(study.config, study.study.models)}
+    if o.tflops is not None:
+        speed, how = plan.Speed.of(o.tflops), f"GPU of {o.tflops:g} TFLOPS"
+    else:
+        speed, how = plan.measure(o.device, min(dtypes)), "device like this one, as it is now"
+    plans = plan.plan(study, speed)
+    print(plan.report(study, plans, speed, how))
+    if o.json:
+        records.write_json(o.json, {"speed": asdict(speed), "models": [asdict(each) for each in plans]})
 
 
 def _compress(o: argparse.Namespace) -> None:

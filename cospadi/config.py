@@ -41,6 +41,7 @@ ACCOUNTINGS = ("mask", "paper")
 METRICS = ("own", "mean")
 CONSECUTIVE, SAME_INPUT, MATCHED = "consecutive", "same_input", "matched"
 DTYPES = ("float32", "bfloat16", "float16")
+PUBLISHED = ("cospadi", "rocket", "geopair", "compot")
 ATTENDED = ("self_attn.k_proj", "self_attn.v_proj")
 
 
@@ -670,11 +671,15 @@ class StudyConfig:
     """Blocks that one factorization job covers; ``null``: all of the model."""
     against: str | None = None
     """The method that all others of a ratio are compared with, document by document; ``null``: the last of ``methods``."""
+    published: list[str] = field(default_factory=list)
+    """Papers whose numbers stand beside ours, as reference rows: sources in ``cospadi/tables/published.yaml``."""
 
     def __post_init__(self) -> None:
         _at_least("study.layers_per_job", self.layers_per_job, 1)
         if self.against is not None:
             _one_of("study.against", self.against, self.methods)
+        for name in self.published:
+            _one_of("study.published", name, PUBLISHED)
         for setting in ("models", "methods", "compression_ratios", "quantizations"):
             values = getattr(self, setting)
             _require(len(values) > 0, f"study.{setting} is empty: there is nothing to compare.")

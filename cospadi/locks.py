@@ -1,4 +1,4 @@
-"""After a ``kill -9`` Snakemake leaves its lock behind: take it away when its owner is known to be dead.
+"""Who works in a folder. After a ``kill -9`` Snakemake leaves its lock behind: it is taken away when its owner is dead.
 
 A run signs in where it works. A lock is only removed when the run that signed in last was on this machine and is gone;
 a lock of unknown origin, or of another machine on a shared disk, stays.
@@ -6,9 +6,12 @@ a lock of unknown origin, or of another machine on a shared disk, stays.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -33,6 +36,23 @@ def remove_stale(folder: Path) -> bool:
     for lock in locks:
         lock.unlink(missing_ok=True)
     return True
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another Snakemake works in ``folder``, or may: a lock of unknown origin counts."""
+    remove_stale(folder)
+    return any(lock.is_file() for lock in (folder / ".snakemake" / "locks").glob("*"))
+
+
+@contextmanager
+def held(files: Sequence[Path]) -> Iterator[None]:
+    """Lock ``files`` one after another, waiting for whoever holds them; free again when the block, or the process, ends."""
+    with ExitStack() as stack:
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stream = stack.enter_context(open(file, "w"))
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def _owner_is_dead(folder: Path) -> bool:

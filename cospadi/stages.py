@@ -424,10 +424,10 @@ def tabulate(study: Any, folder: Path) -> None:
                 )
             )
     paired = differences(cells, study.study.against or study.study.methods[-1])
-    write_tables(cells, folder, study.study.title, paired)
+    write_tables(cells, folder, study.study.title, paired, study.study.published)
     write_overviews(cells, folder)
-    write_figures(cells, folder, study.study.title, paired)
-    write_report(cells, folder, study.study.title, paired)
+    write_figures(cells, folder, study.study.title, paired, study.study.published)
+    write_report(cells, folder, study.study.title, paired, study.study.published)
 
 
 def _told(row: dict[str, Any]) -> str:

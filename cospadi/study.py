@@ -28,9 +28,11 @@ from cospadi.config import (
     load,
 )
 from cospadi.errors import UserError
+from cospadi.records import file_hash
 from cospadi.sources import local_path, n_layers, state_on_disk
 
 RESULTS = "results"
+PUBLISHED_FILE = Path(__file__).parent / "tables" / "published.yaml"
 NONE = "none"
 """The quantization that leaves factors in 16 bits."""
 
@@ -110,7 +112,7 @@ class Study:
                 continue
             ratios = self.study.ratios_of.get(method, self.study.compression_ratios)
             for ratio, name in product(ratios, self.study.quantizations_of.get(method, self.study.quantizations)):
-                cell = CellId(model, method, _digits(ratio), name)
+                cell = CellId(model, method, digits(ratio), name)
                 try:  # a composition takes a tenth of a second, checking one more ratio nothing
                     factorization = replace(config.factorization, compression_ratio=ratio)
                     found = replace(config, factorization=factorization, quantization=self._quantization(name))
@@ -276,9 +278,15 @@ class Study:
                 {c.factorization.name: c.factorization.title for c in self._configs.values()},
                 {c.quantization.name: c.quantization.title for c in self._configs.values()},
                 {name: text.title for name, text in self.texts.items()},
+                *self._published,
             ],
         }
         return _canonical(sections[room]())
+
+    @property
+    def _published(self) -> list[object]:
+        """The reference numbers that its tables show, as a hash."""
+        return [self.study.published, file_hash(PUBLISHED_FILE)] if self.study.published else []
 
     @property
     def wildcards(self) -> dict[str, str]:
@@ -359,10 +367,10 @@ def _factorization_field(override: str) -> str | None:
     return key.split(".")[1] if key.startswith("factorization.") else None
 
 
-def _digits(ratio: float) -> str:
+def digits(ratio: float) -> str:
     """All digits and no exponent, so that two ratios never share a folder.
 
-    >>> _digits(0.3), _digits(0.1234567), _digits(1e-05)
+    >>> digits(0.3), digits(0.1234567), digits(1e-05)
     ('0.3', '0.1234567', '0.00001')
     """
     return format(Decimal(repr(ratio)), "f")

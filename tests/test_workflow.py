@@ -77,7 +77,7 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("study", ["default", "quantization", "smoke"])
+@pytest.mark.parametrize("study", ["default", "quantization", "smoke", "paper_llama", "paper_qwen"])
 def test_a_study_can_be_planned(tmp_path, study):
     run = snakemake(tmp_path, "--cores", "2", "-n", study=study, overrides="")
     assert run.returncode == 0, run.stdout

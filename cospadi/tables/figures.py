@@ -60,6 +60,7 @@ def write_figures(
     folder: Path,
     study_title: str = "",
     differences: pd.DataFrame | None = None,
+    published: Sequence[str] = (),
 ) -> list[Path]:
     """Every figure of a study as PNG and SVG, under ``folder``.
 
@@ -73,7 +74,7 @@ def write_figures(
         printed = [paper_table(frame, model, title) for model, title in titles.items()]
     else:
         frame, errors = summary(source), projection_errors(source)
-        printed = tables(source, study_title, differences)
+        printed = tables(source, study_title, differences, published)
     with _style():
         figures = {
             "perplexity": _against_size(frame, "token_perplexity"),

@@ -416,11 +416,18 @@ def notes(cells: Sequence[Cell], model: str) -> list[str]:
     return list(dict.fromkeys(note for note in found if note))
 
 
-def tables(cells: Sequence[Cell], study_title: str = "", differences: pd.DataFrame | None = None) -> list[PaperTable]:
-    """A printed table per model, with the notes of its records."""
+def tables(
+    cells: Sequence[Cell],
+    study_title: str = "",
+    differences: pd.DataFrame | None = None,
+    published: Sequence[str] = (),
+) -> list[PaperTable]:
+    """A printed table per model, with the notes of its records and what the ``published`` sources print of it."""
+    from cospadi.tables.published import with_published
+
     frame = summary(cells)
     titles = dict(zip(frame["model"], frame["model_title"], strict=True))
-    return [
+    found = [
         paper_table(
             frame,
             model,
@@ -430,14 +437,19 @@ def tables(cells: Sequence[Cell], study_title: str = "", differences: pd.DataFra
         )
         for model, title in titles.items()
     ]
+    return [with_published(table, published) for table in found]
 
 
 def write_tables(
-    cells: Sequence[Cell], folder: Path, study_title: str, differences: pd.DataFrame | None = None
+    cells: Sequence[Cell],
+    folder: Path,
+    study_title: str,
+    differences: pd.DataFrame | None = None,
+    published: Sequence[str] = (),
 ) -> list[Path]:
     """``summary.csv``, ``projections.csv``, and each model's table as ``.md``, ``.tex``, ``.html`` and ``.csv``.
 
-    With ``differences`` also ``paired.csv``, and the tables show them.
+    With ``differences`` also ``paired.csv``, and the tables show them. Rows of ``published`` sources are in the tables alone.
     """
     texts = {
         "summary.csv": summary(cells).to_csv(index=False, lineterminator="\n"),
@@ -445,7 +457,7 @@ def write_tables(
     }
     if differences is not None:
         texts["paired.csv"] = differences.to_csv(index=False, lineterminator="\n")
-    for table in tables(cells, study_title, differences):
+    for table in tables(cells, study_title, differences, published):
         if table.name in ("summary", "projections", "paired"):
             raise UserError(f"A model named {table.name} would overwrite {table.name}.csv. Rename it in conf/model.")
         texts[f"{table.name}.md"] = table.markdown()
@@ -566,7 +578,11 @@ def _task_title(task: str) -> str:
 
 
 def ratio_label(row: Row) -> str:
-    return MISSING if row.method == DENSE else f"{row.compression_ratio:g}"
+    return (
+        MISSING
+        if row.compression_ratio == 0 and row.method.rpartition(":")[2] == DENSE
+        else f"{row.compression_ratio:g}"
+    )
 
 
 def _join(separator: str, *parts: str) -> str:

@@ -26,7 +26,11 @@ FIGURES = {
 
 
 def write_report(
-    cells: Sequence[Cell], folder: Path, study_title: str, differences: pd.DataFrame | None = None
+    cells: Sequence[Cell],
+    folder: Path,
+    study_title: str,
+    differences: pd.DataFrame | None = None,
+    published: Sequence[str] = (),
 ) -> Path:
     """``report.html`` in the folder of a study's figures, which it holds in itself; no scripts, nothing loaded.
 
@@ -37,7 +41,7 @@ def write_report(
     page = rendered(
         "report.html",
         title=study_title,
-        tables=tables(cells, study_title, differences),
+        tables=tables(cells, study_title, differences, published),
         figures=[(name, told, _data(folder / f"{name}.png")) for name, told in FIGURES.items()],
         written=[(title, found) for model, title in _titles(cells).items() if (found := written(cells, model))],
         graph=drawn(rulegraph.read_text(encoding="utf-8")) if rulegraph.is_file() else None,

