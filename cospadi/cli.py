@@ -118,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
         record="record to write",
     )
     stage("tabulate", _tabulate, "tables and figures of a study", folder="folder to write")
+    stage("track", _track, "a study's finished cells and tables as W&B runs", folder="folder to write")
+    stage("workspace", _workspace, "the W&B view that compares them", definition="JSON to write")
     _add_tools(stages)
     _add_benches(stages)
     return parser
@@ -261,13 +263,29 @@ def _evaluate(o: argparse.Namespace) -> None:
     )
 
 
-def _tabulate(o: argparse.Namespace) -> None:
-    from cospadi import stages
+def _study(o: argparse.Namespace):
     from cospadi.study import Study
 
     named = [v.removeprefix("study=") for v in o.overrides if v.startswith("study=")]
-    rest = [v for v in o.overrides if not v.startswith("study=")]
-    stages.tabulate(Study(named[0] if named else "default", rest), o.folder)
+    return Study(named[0] if named else "default", [v for v in o.overrides if not v.startswith("study=")])
+
+
+def _tabulate(o: argparse.Namespace) -> None:
+    from cospadi import stages
+
+    stages.tabulate(_study(o), o.folder)
+
+
+def _track(o: argparse.Namespace) -> None:
+    from cospadi import stages
+
+    stages.track(_study(o), o.folder)
+
+
+def _workspace(o: argparse.Namespace) -> None:
+    from cospadi import stages
+
+    stages.workspace(_study(o), o.definition)
 
 
 def _compress(o: argparse.Namespace) -> None:
