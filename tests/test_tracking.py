@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import pytest
 from cospadi import cli, stages
 from cospadi.config import TrackingConfig, load
 from cospadi.errors import UserError
-from cospadi.records import read_json, write_json
+from cospadi.records import read_json, write_json, write_text
 from cospadi.study import Study
+from cospadi.tables import summary
 from cospadi.tracking import cell_runs, mode, offline
 from cospadi.tracking.runs import run_id
 
@@ -97,19 +99,46 @@ def write_records(study: Study) -> None:
             write_json(Path(file), factors(cell, int(Path(file).stem[:3])))
 
 
+def write_tables(study: Study) -> None:
+    """As much of a study's tables as tracking looks at."""
+    from PIL import Image
+
+    folder = Path(study.summary).parent
+    write_text(folder / "summary.csv", summary(list(stages._cells(study).values())).to_csv(index=False))
+    for name in ("projections.csv", "tiny_llama.md", "perplexity.svg", "run.log"):
+        write_text(folder / name, name)
+    Image.new("RGB", (8, 8)).save(folder / "perplexity.png")
+
+
 @pytest.fixture
-def study(tmp_path, monkeypatch) -> Study:
-    """A finished study below the working folder, tables and all."""
+def refused(capsys):
+    """Run the command line and return its one sentence."""
+
+    def run(*arguments: str) -> str:
+        assert cli.main(arguments) == 1
+        return capsys.readouterr().err.removeprefix("error: ").rstrip()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def grid() -> Study:
+    return Study("smoke", OVERRIDES)
+
+
+@pytest.fixture
+def study(grid, tmp_path, monkeypatch) -> Study:
+    """A finished study below the working folder."""
     monkeypatch.chdir(tmp_path)
-    study = Study("smoke", OVERRIDES)
-    write_records(study)
-    return study
+    write_records(grid)
+    return grid
 
 
-def tracked(study: Study, *overrides: str) -> dict:
+def tracked(study: Study, **settings) -> dict:
     """What ``track`` notes."""
     folder = Path("results/tracking/smoke")
-    stages.track(Study("smoke", [*study.overrides[1:], *overrides]), folder)
+    study.root = replace(study.root, tracking=TrackingConfig(name="auto", **settings))
+    stages.track(study, folder)
     return read_json(folder / "record.json")
 
 
@@ -169,8 +198,8 @@ def reach(**settings) -> tuple[mode.Reach, float]:
 
 
 def test_a_cell_is_a_run_with_its_settings_numbers_and_errors(study):
-    stages.tabulate(study, Path("results/tables/smoke"))
-    record = tracked(study, "tracking=offline")
+    write_tables(study)
+    record = tracked(study, mode="offline")
     found = notes(record)
     cells = ["svd 0.2", "svd 0.3", "cospadi 0.2", "cospadi 0.2 int8", "cospadi 0.3", "cospadi 0.3 int8"]
     assert list(found) == ["dense", *cells, "tables"]
@@ -184,23 +213,23 @@ def test_a_cell_is_a_run_with_its_settings_numbers_and_errors(study):
     assert (run["run_id"], run["display_name"], run["run_group"]) == (note["run"], "cospadi 0.3 int8", "smoke")
     assert (run["project"], run["job_type"]) == ("cospadi", "cell")
     assert run["tags"] == ["tiny_llama", "cospadi", "0.3", "int8"]
-    config, summary = whole["config"], whole["summary"]
+    config, numbers = whole["config"], whole["summary"]
     named = {"study": "smoke", "model": "tiny_llama", "method": "cospadi", "quantization": "int8"}
     assert {name: config[name] for name in named} == named
     assert config["compression_ratio"] == 0.3
     assert config["settings"]["factorization"]["rho"] == 3
     assert config["settings"]["evaluation"] == {"seed": 1}
     assert config["protocols"]["arc_easy"] == "eight windows"
-    assert (summary["token_perplexity"], summary["token_perplexity_stderr"]) == (35.0, 0.5)
-    assert (summary["average_accuracy"], summary["arc_easy"], summary["arc_easy_stderr"]) == (0.4, 0.4, 0.02)
-    assert summary["diverged"] == "kl_to_dense"
-    assert "kl_to_dense" not in summary
-    assert summary["stored_mb"] == 2 * 2 * 49000 / 8e6
-    assert summary["factorize_seconds"] == 2 * 2 * 3.25  # two blocks, factorized and quantized
-    assert (summary["evaluate_seconds"], summary["peak_memory_mb"]) == (12.5, 500.0)
-    assert summary["output_error_mean"] == pytest.approx(0.225)
-    assert summary["projections"]["nrows"] == 4
-    assert "output_error/mean" not in summary  # the last layer's is nobody's summary
+    assert (numbers["token_perplexity"], numbers["token_perplexity_stderr"]) == (35.0, 0.5)
+    assert (numbers["average_accuracy"], numbers["arc_easy"], numbers["arc_easy_stderr"]) == (0.4, 0.4, 0.02)
+    assert numbers["diverged"] == "kl_to_dense"
+    assert "kl_to_dense" not in numbers
+    assert numbers["stored_mb"] == 2 * 2 * 49000 / 8e6
+    assert numbers["factorize_seconds"] == 2 * 2 * 3.25  # two blocks, factorized and quantized
+    assert (numbers["evaluate_seconds"], numbers["peak_memory_mb"]) == (12.5, 500.0)
+    assert numbers["output_error_mean"] == pytest.approx(0.225)
+    assert numbers["projections"]["nrows"] == 4
+    assert "output_error/mean" not in numbers  # the last layer's is nobody's summary
 
     layers = [row for row in history if "layer" in row]
     assert [row["layer"] for row in layers] == [0, 1]
@@ -231,17 +260,17 @@ def test_the_same_cell_is_the_same_run_and_other_settings_are_another(study):
 
 
 def test_only_what_is_new_is_written_again(study):
-    before = notes(tracked(study, "tracking=offline"))
+    before = notes(tracked(study, mode="offline"))
     record = Path(study.evaluation_record(study.cells[0]))
     write_json(record, read_json(record) | {"seconds": 99.0})
-    again = notes(tracked(study, "tracking=offline"))
+    again = notes(tracked(study, mode="offline"))
     changed = {name for name in before if again[name]["files"] != before[name]["files"]}
     assert changed <= {"svd 0.2"}  # the same second gives the same name
     assert again["svd 0.2"]["content"] != before["svd 0.2"]["content"]
     assert again["svd 0.2"]["run"] == before["svd 0.2"]["run"]
     settings = read_json(record)["settings"]["evaluation"] | {"seed": 2}
     write_json(record, read_json(record) | {"settings": {"evaluation": settings}})
-    other = notes(tracked(study, "tracking=offline"))
+    other = notes(tracked(study, mode="offline"))
     assert other["svd 0.2"]["run"] != before["svd 0.2"]["run"]
     folders = list(Path("results/tracking/smoke/wandb").glob("offline-run-*"))
     assert len(folders) == 7  # none of the run that was replaced
@@ -251,7 +280,7 @@ def test_only_what_is_new_is_written_again(study):
 def test_a_study_that_is_not_finished_is_logged_as_far_as_it_is(study):
     for record in (study.evaluation_record(study.cells[0]), study.factors(study.cells[1], "json")[1]):
         Path(record).unlink()
-    assert list(notes(tracked(study, "tracking=offline"))) == [
+    assert list(notes(tracked(study, mode="offline"))) == [
         *("dense", "cospadi 0.2", "cospadi 0.2 int8", "cospadi 0.3", "cospadi 0.3 int8")
     ]
 
@@ -319,7 +348,7 @@ def test_a_server_that_takes_the_key_and_then_hangs_ends_in_files(study, monkeyp
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
     before = everything(Path("results"))
     started = time.perf_counter()
-    record = tracked(study, "tracking.upload_timeout=3")
+    record = tracked(study, upload_timeout=3.0)
     assert time.perf_counter() - started < 30  # most of it is W&B being loaded, twice
     assert {note["mode"] for note in record["runs"]} == {"offline"}
     assert "the upload took longer than tracking.upload_timeout=3 s" in record["told"]
@@ -405,7 +434,7 @@ def test_a_killed_job_leaves_results_alone_and_the_next_goes_on(study):
     assert len(kept) >= 2, Path("log").read_text()
     assert not (folder / "record.json").exists(), "the kill came too late"
     assert everything(Path("results")) == before
-    record = tracked(study, "tracking=offline")
+    record = tracked(study, mode="offline")
     assert len(record["runs"]) == 7
     assert len(list(folder.glob("wandb/offline-run-*"))) == 7
     done = {note["run"]: note["files"] for note in map(json.loads, kept.values()) if note["files"]}
@@ -467,7 +496,8 @@ def test_bad_settings_are_a_sentence(override, words):
 
 def test_the_workspace_compares_methods(study):
     definition = Path("workspace.json")
-    stages.workspace(Study("smoke", [*OVERRIDES, "tracking.project=mine"]), definition)
+    study.root = replace(study.root, tracking=TrackingConfig(name="auto", project="mine"))
+    stages.workspace(study, definition)
     found = read_json(definition)
     assert (found["project"], found["url"]) == ("mine", None)
     section = found["spec"]["section"]
@@ -512,6 +542,7 @@ def test_the_workspace_is_saved_once_and_then_brought_up_to_date(study, monkeypa
     monkeypatch.setattr(
         Workspace, "url", property(lambda self: f"https://wandb.ai/me/cospadi?nw={self._internal_name[3:-2]}")
     )
+    study.root = replace(study.root, tracking=TrackingConfig(name="auto"))
     definition = Path("workspace.json")
     for _ in range(2):
         stages.workspace(study, definition)

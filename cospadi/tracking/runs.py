@@ -41,7 +41,7 @@ class Run:
     config: dict[str, Any]
     summary: dict[str, Any]
     """Named like the columns of ``summary.csv``."""
-    layers: list[dict[str, float]] = field(default_factory=list)
+    layers: list[dict[str, int | float]] = field(default_factory=list)
     """``layer``, ``output_error/mean`` and ``output_error/<projection>``, a line of the history each."""
     tables: dict[str, tuple[list[str], list[list[Any]]]] = field(default_factory=dict)
     """Name -> columns and rows."""
@@ -144,7 +144,7 @@ def _numbers(row: pd.Series) -> dict[str, Any]:
     return numbers
 
 
-def _layers(cell: Cell) -> list[dict[str, float]]:
+def _layers(cell: Cell) -> list[dict[str, int | float]]:
     """Errors of each layer: their mean, and those of its projections."""
     if not cell.projections:
         return []
