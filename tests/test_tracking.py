@@ -167,17 +167,28 @@ def everything(folder: Path) -> dict[Path, bytes]:
 class Server:
     """A stand-in for W&B on this machine: answers, refuses the key, or never says a word."""
 
-    def __init__(self, status: int = 200, viewer: dict | None = None, silent: bool = False):
-        seen = self.seen = []
+    def __init__(self, status: int = 200, viewer: dict | None = None, silent: bool = False, uploads: bool = False):
+        keys, asked = self.keys, self.asked = [], []
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
-                seen.append(self.headers["Authorization"])
+                keys.append(self.headers["Authorization"])
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
+                asked.append((body.get("operationName") or self.path, body.get("variables") or body))
                 if silent:
                     time.sleep(30)
+                answer = {"viewer": viewer} | (stored(*asked[-1], f"http://{self.headers['Host']}") if uploads else {})
+                content = json.dumps({"data": answer}).encode()
                 self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(json.dumps({"data": {"viewer": viewer}}).encode())
+                self.wfile.write(content)
+
+            def do_PUT(self):
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
 
             def log_message(self, *_):
                 pass
@@ -186,6 +197,21 @@ class Server:
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+def stored(operation: str, variables: dict, url: str) -> dict:
+    """As much of W&B's answers as ``wandb sync`` reads."""
+    if operation == "UpsertBucket":
+        project = {"id": "p", "name": variables["project"], "entity": {"id": "e", "name": "me"}}
+        bucket = {"id": "b", "name": variables["name"], "displayName": variables["displayName"], "project": project}
+        return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+    if operation == "CreateArtifact":
+        artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": None}}
+        return {"createArtifact": {"artifact": artifact}}
+    if operation == "CreateRunFiles":
+        files = [{"name": name, "uploadUrl": f"{url}/{name}"} for name in variables["files"]]
+        return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+    return {}
 
 
 def reach(**settings) -> tuple[mode.Reach, float]:
@@ -323,7 +349,7 @@ def test_the_server_is_asked_who_the_key_belongs_to(monkeypatch, tmp_path, statu
     found, _ = reach()
     assert (found.online, found.entity) == (online, "me" if online else None)
     assert words in found.why
-    assert len(server.seen) == 1
+    assert len(server.keys) == 1
     assert KEY not in found.why
 
 
@@ -382,6 +408,34 @@ def test_what_was_uploaded_is_known_by_the_mark_that_wandb_leaves(study, monkeyp
     assert last["runs"][0] == first["runs"][0]
     tracked(study)
     assert uploads == [7, 4, 1]
+
+
+def test_with_a_key_and_a_server_everything_is_uploaded_once(study, monkeypatch):
+    server = Server(200, {"entity": "me"}, uploads=True)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    write_tables(study)
+    record = tracked(study, upload_timeout=60.0)
+    assert {note["mode"] for note in record["runs"]} == {"online"}, record["told"]
+    assert record["runs"][0]["url"] == f"{server.url}/me/cospadi/runs/{record['runs'][0]['run']}"
+    given = [what for operation, what in server.asked if operation == "UpsertBucket" and what["groupName"]]
+    assert {run["name"]: run["displayName"] for run in given} == {note["run"]: note["name"] for note in record["runs"]}
+    assert {run["groupName"] for run in given} == {"smoke"}
+    artifacts = [
+        what["input"]["artifactCollectionName"] for operation, what in server.asked if operation == "CreateArtifact"
+    ]
+    assert "smoke-tables" in artifacts
+    for note in record["runs"][1:-1]:
+        streamed = [what for path, what in server.asked if path == f"/files/me/cospadi/{note['run']}/file_stream"]
+        lines = [
+            json.loads(line)
+            for part in streamed
+            for line in part["files"].get("wandb-history.jsonl", {}).get("content", ())
+        ]
+        assert [line["layer"] for line in lines if "layer" in line] == [0, 1]
+    asked = len(server.asked)
+    assert "8 of 8 runs are uploaded." in tracked(study, upload_timeout=60.0)["told"]
+    assert len(server.asked) == asked
 
 
 def test_wandb_sync_is_what_uploads(tmp_path, monkeypatch):
@@ -443,8 +497,8 @@ def test_a_killed_job_leaves_results_alone_and_the_next_goes_on(study):
 
 def test_numerics_and_planning_load_no_wandb():
     code = (
-        "import sys, cospadi.stages, cospadi.factorization.methods, cospadi.tracking.mode; from cospadi.study import Study;"
-        "Study('smoke').outputs; print([m for m in sys.modules if m.startswith(('wandb', 'httpx'))])"
+        "import sys, cospadi.stages, cospadi.factorization.methods, cospadi.tracking.mode, cospadi.study;"
+        "print([m for m in sys.modules if m.startswith(('wandb', 'httpx'))])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.strip() == "[]"
@@ -454,22 +508,26 @@ def test_numerics_and_planning_load_no_wandb():
 
 
 def test_online_without_a_key_is_refused_before_the_first_job(study, refused):
-    message = refused("track", "study=smoke", *OVERRIDES, "tracking=online", "--folder", "t")
-    assert message.startswith("tracking.mode=online and there is no W&B API key for https://api.wandb.ai")
-    assert "wandb login" in message
+    sentence = "tracking.mode=online and there is no W&B API key for https://api.wandb.ai"
+    assert refused("track", "study=smoke", *OVERRIDES, "tracking=online", "--folder", "t").startswith(sentence)
     config = ["study=smoke", f"overrides={' '.join([*OVERRIDES, 'tracking=online'])}"]
     command = [sys.executable, "-m", "snakemake", "-n", "--directory", str(Path.cwd()), "--snakefile"]
     run = subprocess.run(
         [*command, str(ROOT / "Snakefile"), "--config", *config], cwd=ROOT, check=False, capture_output=True, text=True
     )
     assert run.returncode != 0
-    assert "error: tracking.mode=online and there is no W&B API key" in run.stdout + run.stderr
+    assert f"error: {sentence}" in run.stdout + run.stderr
 
 
-def test_disabled_is_no_job(study, refused):
-    assert Study("smoke", ["tracking=disabled"]).outputs == ["results/tables/smoke/summary.csv"]
-    assert Study("smoke").outputs[1:] == ["results/tracking/smoke/record.json"]
-    assert refused("track", "tracking=disabled", "--folder", "t").startswith("tracking.mode=disabled")
+def test_disabled_is_no_job(study):
+    outputs = {}
+    for wanted in ("auto", "disabled"):
+        study.root = replace(study.root, tracking=TrackingConfig(name=wanted, mode=wanted))
+        outputs[wanted] = study.outputs
+    assert outputs["disabled"] == ["results/tables/smoke/summary.csv"]
+    assert outputs["auto"] == ["results/tables/smoke/summary.csv", "results/tracking/smoke/record.json"]
+    with pytest.raises(UserError, match=r"tracking\.mode=disabled: there is nothing to do"):
+        stages.track(study, Path("t"))
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def build(study: str, title: str, runs: Sequence[Run], tracking: TrackingConfig)
         ],
         settings=ws.WorkspaceSettings(max_runs=max(10, len(runs))),
         runset_settings=ws.RunsetSettings(
-            filters=[expr.Config("study") == study],
+            filters=expr.And(expr.Config("study") == study),
             pinned_columns=["config:compression_ratio", "summary:token_perplexity", "summary:average_accuracy"],
             run_settings={
                 run.id: ws.RunSettings(color=palette[run.config["method"]]) for run in runs if run.job_type == "cell"
