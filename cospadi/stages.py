@@ -483,7 +483,7 @@ def track(study: Any, folder: Path) -> None:
 
 def _runs(study: Any) -> list[Any]:
     """What is to be logged: all finished cells, and the tables where there are some."""
-    from cospadi.tracking import cell_runs, tables_run
+    from cospadi.tracking.runs import cell_runs, tables_run
 
     runs, tables = cell_runs(study.name, _cells(study, unfinished=True)), Path(study.summary).parent
     return [*runs, *([tables_run(study.name, study.study.title, tables)] if Path(study.summary).is_file() else [])]

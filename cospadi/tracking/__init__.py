@@ -2,8 +2,6 @@
 
 W&B is a mirror. Everything is on disk before a run is made of it, runs are first written as offline files, which needs
 neither a key nor a network, and an upload is one bounded step after that. Nothing here can make a study fail.
+
+``runs`` says what is logged, ``mode`` whether it is uploaded, ``offline`` writes and uploads, ``workspace`` compares.
 """
-
-from cospadi.tracking.runs import Run, cell_runs, tables_run
-
-__all__ = ["Run", "cell_runs", "tables_run"]
