@@ -8,6 +8,7 @@ from pathlib import Path
 from cospadi import locks
 from cospadi.errors import UserError
 from cospadi.study import Study, n_gpus, parse_overrides
+from cospadi.tracking.mode import require_key
 
 # Jobs run with the Python that runs snakemake, activated or not.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -23,6 +24,7 @@ try:
     study = Study(
         str(config.get("study", "default")), parse_overrides(config.get("overrides"))
     )
+    require_key(study.root.tracking)
 except UserError as error:
     sys.exit(f"error: {error}")
 
@@ -51,9 +53,10 @@ include: "workflow/rules/factorization.smk"
 include: "workflow/rules/quantization.smk"
 include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/tables.smk"
+include: "workflow/rules/tracking.smk"
 
 
 rule all:
     default_target: True
     input:
-        f"results/tables/{study.name}/summary.csv",
+        study.outputs,

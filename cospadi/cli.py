@@ -118,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
         record="record to write",
     )
     stage("tabulate", _tabulate, "tables and figures of a study", folder="folder to write")
+    stage("track", _track, "a study's finished cells and tables as W&B runs", folder="folder to write")
+    stage("workspace", _workspace, "the W&B view that compares them", definition="JSON to write")
     _add_plan(stages)
     _add_tools(stages)
     _add_benches(stages)
@@ -310,6 +312,18 @@ def _plan(o: argparse.Namespace) -> None:
     print(plan.report(study, plans, speed, how))
     if o.json:
         records.write_json(o.json, {"speed": asdict(speed), "models": [asdict(each) for each in plans]})
+
+
+def _track(o: argparse.Namespace) -> None:
+    from cospadi import stages
+
+    stages.track(_study(o.overrides), o.folder)
+
+
+def _workspace(o: argparse.Namespace) -> None:
+    from cospadi import stages
+
+    stages.workspace(_study(o.overrides), o.definition)
 
 
 def _compress(o: argparse.Namespace) -> None:

@@ -42,6 +42,7 @@ METRICS = ("own", "mean")
 CONSECUTIVE, SAME_INPUT, MATCHED = "consecutive", "same_input", "matched"
 DTYPES = ("float32", "bfloat16", "float16")
 PUBLISHED = ("cospadi", "rocket", "geopair", "compot")
+OFFLINE, ONLINE, DISABLED = "offline", "online", "disabled"
 ATTENDED = ("self_attn.k_proj", "self_attn.v_proj")
 
 
@@ -651,6 +652,38 @@ def _in_mirror(text: TextConfig, folder: Path) -> TextConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """Whether W&B mirrors a study, and where. Results and tables never depend on it."""
+
+    name: str = MISSING
+    """The file name in ``conf/tracking``."""
+    mode: str = AUTO
+    """``offline``: files that ``wandb sync`` uploads later. ``auto``: these, uploaded at once where there is an API key and a
+    server that answers. ``online``: the same, but refused from the start without a key. ``disabled``: no tracking job."""
+    project: str = "cospadi"
+    """Of W&B; it is made when it does not exist."""
+    entity: str | None = None
+    """User or team of W&B; ``null``: the key's own."""
+    timeout: float = 3.0
+    """Seconds in which the server has to answer."""
+    upload_timeout: float = 600.0
+    """Seconds that an upload may take; what is left then stays in the offline files."""
+    revision: int = 1
+    """Raise it when a code change alters what is logged."""
+
+    def __post_init__(self) -> None:
+        _one_of("tracking.mode", self.mode, (AUTO, OFFLINE, ONLINE, DISABLED))
+        for setting in ("project", "entity"):
+            value = getattr(self, setting)
+            _require(
+                value is None or re.fullmatch(r"[^/\\#?%:\s]{1,128}", value) is not None,
+                f"tracking.{setting}={value} is no name that W&B takes. Write up to 128 characters without blanks and / \\ # ? % :",
+            )
+        _at_least("tracking.timeout", self.timeout, 0.1)
+        _at_least("tracking.upload_timeout", self.upload_timeout, 1)
+
+
+@dataclass
 class StudyConfig:
     """The grid: which cells a run computes and how jobs are cut."""
 
@@ -712,6 +745,7 @@ class Config:
     factorization: FactorizationConfig = MISSING
     quantization: QuantizationConfig = MISSING
     evaluation: EvaluationConfig = MISSING
+    tracking: TrackingConfig = MISSING
 
     def __post_init__(self) -> None:
         known = [projection for shared in self.model.shared_inputs for projection in shared]
@@ -776,6 +810,7 @@ def _register() -> None:
     store.store("calibration_schema", CalibrationConfig, group="calibration")
     store.store("quantization_schema", QuantizationConfig, group="quantization")
     store.store("evaluation_schema", EvaluationConfig, group="evaluation")
+    store.store("tracking_schema", TrackingConfig, group="tracking")
     for method, schema in METHODS.items():
         store.store(f"{method}_schema", schema, group="factorization")
     OmegaConf.register_new_resolver("project", lambda: str(PROJECT), replace=True)

@@ -26,6 +26,7 @@ SECONDS = {
     "evaluate_dense": 55,
     "evaluate": 60,
     "tabulate": 15,
+    "track": 15,
 }
 """A job's core-seconds relative to the others', measured on the default study; only their proportions matter."""
 PATIENCE = 120

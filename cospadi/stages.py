@@ -5,15 +5,19 @@ from __future__ import annotations
 import itertools
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cospadi.config import ASVDConfig, Config, TextConfig
+from cospadi.config import DISABLED, OFFLINE, ONLINE, ASVDConfig, Config, TextConfig, TrackingConfig
 from cospadi.errors import UserError
 from cospadi.progress import Progress
 from cospadi.records import Record, file_hash, new_path, read_json, text_hash, write_json, write_tensors
+
+NOT_WRITTEN = "none"
+"""Instead of a mode, of a run that W&B did not take even as a file."""
 
 
 def prepare_model(config: Config, folder: Path, record: Path) -> None:
@@ -397,37 +401,150 @@ def evaluate(
 
 def tabulate(study: Any, folder: Path) -> None:
     """Room 7: records -> tables and figures."""
-    from cospadi.tables import Cell, differences, write_figures, write_overviews, write_report, write_tables
+    from cospadi.tables import differences, write_figures, write_overviews, write_report, write_tables
 
-    cells = []
-    for model in study.study.models:
-        title = study.config(model).model.title
-        record = Path(study.dense_record(model))
-        cells.append(
-            Cell(model, title, "dense", "Dense", None, [], read_json(record), samples=record.parent / "samples")
-        )
-        for cell in (c for c in study.cells if c.model == model):
-            config = study.config(cell.model, cell.method, cell.ratio, cell.quantization)
-            record = Path(study.evaluation_record(cell))
-            cells.append(
-                Cell(
-                    model,
-                    title,
-                    cell.method,
-                    config.factorization.title,
-                    config.factorization.compression_ratio,
-                    [read_json(Path(record)) for record in study.factors(cell, "json")],
-                    read_json(record),
-                    [read_json(Path(record)) for record in study.earlier_records(cell)],
-                    *((cell.quantization, config.quantization.title) if config.quantization.changes else ("", "")),
-                    samples=record.parent / "samples",
-                )
-            )
+    cells = list(_cells(study).values())
     paired = differences(cells, study.study.against or study.study.methods[-1])
     write_tables(cells, folder, study.study.title, paired, study.study.published)
     write_overviews(cells, folder)
     write_figures(cells, folder, study.study.title, paired, study.study.published)
     write_report(cells, folder, study.study.title, paired, study.study.published)
+
+
+def _cells(study: Any, unfinished: bool = False) -> dict[str, Any]:
+    """The cells of a study by their places; ``unfinished``: without those that lack a record."""
+    from cospadi.tables import Cell
+
+    cells = {}
+    for model in study.study.models:
+        title = study.config(model).model.title
+        record = Path(study.dense_record(model))
+        if record.is_file() or not unfinished:
+            cells[study.place(model)] = Cell(
+                model, title, "dense", "Dense", None, [], read_json(record), samples=record.parent / "samples"
+            )
+        for cell in (c for c in study.cells if c.model == model):
+            if unfinished and not all(Path(record).is_file() for record in study.records(cell)):
+                continue
+            config = study.config(cell.model, cell.method, cell.ratio, cell.quantization)
+            record = Path(study.evaluation_record(cell))
+            cells[study.place(model, cell)] = Cell(
+                model,
+                title,
+                cell.method,
+                config.factorization.title,
+                config.factorization.compression_ratio,
+                [read_json(Path(record)) for record in study.factors(cell, "json")],
+                read_json(record),
+                [read_json(Path(record)) for record in study.earlier_records(cell)],
+                *((cell.quantization, config.quantization.title) if config.quantization.changes else ("", "")),
+                samples=record.parent / "samples",
+            )
+    return cells
+
+
+def track(study: Any, folder: Path) -> None:
+    """Room 8: records, tables and figures -> a W&B run for every finished cell, and one for the tables.
+
+    Whatever W&B does, this writes its records and ends well. A run is written again only when there is something new to
+    log; what is not uploaded yet is uploaded when the server answers.
+
+    Raises:
+        UserError: with ``tracking.mode=online`` and no API key, or with ``disabled``.
+    """
+    from cospadi.tracking import mode, offline
+
+    tracking = study.root.tracking
+    if tracking.mode == DISABLED:
+        raise UserError("tracking.mode=disabled: there is nothing to do. Set tracking=offline, or auto.")
+    mode.require_key(tracking)
+    log = Record("tracking", asdict(tracking))
+    runs = _runs(study)
+    notes = {run.place: _note_before(folder, run) for run in runs}
+    new = [run for run in runs if notes[run.place].get("content") != _content(run, tracking)]
+    progress = Progress(len(new), f"W&B: {len(runs)} runs of study {study.name}; those to write")
+    for run, files, trouble in offline.write(new, folder, tracking):
+        if files and notes[run.place].get("run", run.id) != run.id:  # of the same cell under other settings
+            offline.remove(folder, notes[run.place]["run"])
+        notes[run.place] = {
+            "place": run.place,
+            "run": run.id,
+            "name": run.name,
+            "content": _content(run, tracking) if files else None,
+            "files": str(files.relative_to(folder.absolute())) if files else None,
+            "mode": OFFLINE if files else NOT_WRITTEN,
+            "why": trouble or "not uploaded yet",
+            "url": None,
+        }
+        write_json(_note_of(folder, run), notes[run.place])
+        progress.step(run.name, trouble or notes[run.place]["files"])
+    told = _upload(runs, notes, folder, tracking)
+    print(told, flush=True)
+    log.finish(folder / "record.json", told=told, runs=list(notes.values()))
+
+
+def _runs(study: Any) -> list[Any]:
+    """What is to be logged: all finished cells, and the tables where there are some."""
+    from cospadi.tracking.runs import cell_runs, tables_run
+
+    runs, tables = cell_runs(study.name, _cells(study, unfinished=True)), Path(study.summary).parent
+    return [*runs, *([tables_run(study.name, study.study.title, tables)] if Path(study.summary).is_file() else [])]
+
+
+def _content(run: Any, tracking: TrackingConfig) -> str:
+    """A hash of all that is logged, and of where it goes."""
+    return text_hash(f"{run.content} {tracking.entity} {tracking.project} {tracking.revision}")
+
+
+def _note_of(folder: Path, run: Any) -> Path:
+    return folder / run.place / "record.json"
+
+
+def _note_before(folder: Path, run: Any) -> dict[str, Any]:
+    """What was noted of a run, as long as its files are there."""
+    note = read_json(_note_of(folder, run)) if _note_of(folder, run).is_file() else {}
+    there = note.get("files") and list((folder / note["files"]).glob("*.wandb"))
+    return note if there else note | {"content": None}
+
+
+def _upload(runs: Sequence[Any], notes: dict[str, dict[str, Any]], folder: Path, tracking: TrackingConfig) -> str:
+    """Upload what is not uploaded yet, when the server answers; what came of it, in a sentence."""
+    from cospadi.tracking import mode, offline
+
+    written = [(run, folder / files) for run in runs if (files := notes[run.place]["files"])]
+    pending = [files for _, files in written if not offline.uploaded(files)]
+    reach = mode.reach(tracking) if pending else mode.Reach(False, "nothing is left to upload")
+    why = (reach.online and offline.upload(pending, tracking)) or reach.why
+    for run, files in written:
+        done, note = offline.uploaded(files), notes[run.place]
+        url = note["url"] or mode.page(reach.entity, tracking.project, run.id)
+        note |= {"mode": ONLINE, "why": None, "url": url} if done else {"mode": OFFLINE, "why": why, "url": None}
+        write_json(_note_of(folder, run), note)
+    count = Counter(note["mode"] for note in notes.values())
+    told = f"W&B: {count[ONLINE]} of {len(runs)} runs are uploaded."
+    if count[OFFLINE]:
+        told += f" {count[OFFLINE]} are kept as files, as {why}: `wandb sync {folder / 'wandb'}` uploads them."
+    if failed := [note["why"] for note in notes.values() if note["mode"] == NOT_WRITTEN]:
+        told += f" {len(failed)} were not written: {failed[0]}."
+    return told
+
+
+def workspace(study: Any, definition: Path) -> None:
+    """The view that compares a study's runs in W&B: written to ``definition``, and saved there when the server answers."""
+    from cospadi.tracking import mode, workspace
+
+    mode.require_key(study.root.tracking)
+    before = read_json(definition) if definition.is_file() else {}
+    runs = [run for run in _runs(study) if run.job_type != "tables"]
+    built = workspace.build(study.name, study.study.title, runs, study.root.tracking)
+    reach = mode.reach(study.root.tracking)
+    found = (
+        workspace.save(built, before.get("url"), reach)
+        if reach.online
+        else {"url": before.get("url"), "why": reach.why}
+    )
+    write_json(definition, found | workspace.definition(built))
+    print(found["url"] or f"{definition}: kept as a file, as {reach.why}.", flush=True)
 
 
 def _told(row: dict[str, Any]) -> str:

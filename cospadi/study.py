@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 
 from cospadi.config import (
+    DISABLED,
     METHODS,
     Config,
     FactorizationConfig,
@@ -33,6 +34,8 @@ from cospadi.sources import local_path, n_layers, state_on_disk
 
 RESULTS = "results"
 PUBLISHED_FILE = Path(__file__).parent / "tables" / "published.yaml"
+DENSE = "dense"
+"""Instead of a calibration and a cell, in the place of the dense model."""
 NONE = "none"
 """The quantization that leaves factors in 16 bits."""
 
@@ -280,6 +283,7 @@ class Study:
                 {name: text.title for name, text in self.texts.items()},
                 *self._published,
             ],
+            "tracking": lambda: asdict(self.root.tracking),
         }
         return _canonical(sections[room]())
 
@@ -317,10 +321,10 @@ class Study:
         return [f"{folder}/{layers}.{suffix}" for layers in self.layers(cell)]
 
     def evaluation_record(self, cell: CellId) -> str:
-        return f"{RESULTS}/evaluation/{cell.model}/{self.calibration}/{cell.folder}/{self.evaluation}/record.json"
+        return f"{RESULTS}/evaluation/{self.place(cell.model, cell)}/record.json"
 
     def dense_record(self, model: str) -> str:
-        return f"{RESULTS}/evaluation/{model}/dense/{self.evaluation}/record.json"
+        return f"{RESULTS}/evaluation/{self.place(model)}/record.json"
 
     def earlier_records(self, cell: CellId) -> list[str]:
         """What took time to compress a cell before its factors were made: a rank search; before they were quantized, them."""
@@ -332,12 +336,30 @@ class Study:
             records += [f"{folder}/{cell.method}/sensitivity.json", f"{folder}/{cell.method}-{cell.ratio}/ranks.json"]
         return records
 
+    def records(self, cell: CellId) -> list[str]:
+        """Every record that a cell's row is made of."""
+        return [self.evaluation_record(cell), *self.factors(cell, "json"), *self.earlier_records(cell)]
+
     def inputs_of_tables(self) -> list[str]:
         """Every record a study's tables are made of."""
-        records = [self.dense_record(model) for model in self.study.models]
-        for cell in self.cells:
-            records += [self.evaluation_record(cell), *self.factors(cell, "json"), *self.earlier_records(cell)]
-        return records
+        return [
+            *(self.dense_record(model) for model in self.study.models),
+            *(record for cell in self.cells for record in self.records(cell)),
+        ]
+
+    @property
+    def summary(self) -> str:
+        return f"{RESULTS}/tables/{self.name}/summary.csv"
+
+    def place(self, model: str, cell: CellId | None = None) -> str:
+        """Where a cell's results lie below a room's folder; without a cell, the dense model's."""
+        return f"{model}/{f'{self.calibration}/{cell.folder}' if cell else DENSE}/{self.evaluation}"
+
+    @property
+    def outputs(self) -> list[str]:
+        """What a whole run is for."""
+        tracked = self.root.tracking.mode != DISABLED
+        return [self.summary, *([f"{RESULTS}/tracking/{self.name}/record.json"] if tracked else [])]
 
 
 def _refuse_axes(overrides: Sequence[str]) -> None:

@@ -57,6 +57,7 @@ def test_there_is_a_file_for_every_room():
         "quantization",
         "evaluation",
         "study",
+        "tracking",
     }
 
 

@@ -32,7 +32,7 @@ def plain() -> Study:
 
 def recipes(grid: Study) -> dict[tuple[str, ...], str]:
     """Every recipe of a study by the job it belongs to."""
-    found = {("tables",): grid.recipe("tables")}
+    found = {("tables",): grid.recipe("tables"), ("tracking",): grid.recipe("tracking")}
     for text in grid.texts:
         found["text", text] = grid.recipe("text", text=text)
     for cell in grid.cells:
@@ -125,6 +125,8 @@ def test_tables_are_made_of_every_cell(plain):
         ("model.seed=1", {"model"}),
         ("study.title=other", {"tables"}),
         ("model.title=other", {"tables"}),
+        ("tracking.project=other", {"tracking"}),
+        ("tracking=offline", {"tracking"}),
     ],
 )
 def test_a_setting_changes_only_the_rooms_that_read_it(plain, override, rooms):

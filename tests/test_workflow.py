@@ -189,12 +189,17 @@ def test_a_second_run_has_nothing_to_do(finished):
 
 def test_another_evaluation_leaves_the_factors_alone(finished):
     jobs = planned(finished, f"{TRIMMED} evaluation.n_windows=2")
-    assert {rule: len(found) for rule, found in jobs.items()} == {"evaluate": 10, "evaluate_dense": 2, "tabulate": 1}
+    assert {rule: len(found) for rule, found in jobs.items()} == {
+        "evaluate": 10,
+        "evaluate_dense": 2,
+        "tabulate": 1,
+        "track": 1,
+    }
 
 
 def test_another_rho_touches_only_cospadi(finished):
     jobs = planned(finished, f"{TRIMMED} factorization.rho=2")
-    assert set(jobs) == {"factorize", "quantize", "evaluate", "tabulate"}
+    assert set(jobs) == {"factorize", "quantize", "evaluate", "tabulate", "track"}
     touched = {found for rule in ("factorize", "quantize", "evaluate") for found in jobs[rule]}
     assert all("method=cospadi" in found for found in touched)
     assert len(jobs["factorize"]) + len(jobs["quantize"]) == len(jobs["evaluate"])
@@ -202,7 +207,12 @@ def test_another_rho_touches_only_cospadi(finished):
 
 def test_another_rounding_leaves_factors_and_other_cells_alone(finished):
     jobs = planned(finished, f"{TRIMMED} quantization.sweeps=1")
-    assert {rule: len(found) for rule, found in jobs.items()} == {"quantize": 2, "evaluate": 2, "tabulate": 1}
+    assert {rule: len(found) for rule, found in jobs.items()} == {
+        "quantize": 2,
+        "evaluate": 2,
+        "tabulate": 1,
+        "track": 1,
+    }
 
 
 def test_a_revision_makes_factors_and_what_follows_stale(finished):
@@ -214,7 +224,18 @@ def test_a_revision_makes_factors_and_what_follows_stale(finished):
         "quantize": 2,
         "evaluate": 10,
         "tabulate": 1,
+        "track": 1,
     }
+
+
+def test_every_cell_is_a_wandb_run_and_its_settings_touch_nothing_else(finished):
+    record = json.loads((finished / "results/tracking/smoke/record.json").read_text())
+    assert len(record["runs"]) == 2 * 6 + 1
+    assert {(run["mode"], run["why"]) for run in record["runs"]} == {("offline", "WANDB_MODE=offline")}
+    assert all(list((finished / "results/tracking/smoke" / run["files"]).glob("*.wandb")) for run in record["runs"])
+    jobs = planned(finished, f"{TRIMMED} tracking.project=other")
+    assert {rule: len(found) for rule, found in jobs.items()} == {"track": 1}
+    assert planned(finished, f"{TRIMMED} tracking=disabled") == {}
 
 
 def test_the_report_holds_tables_and_captions(finished):
@@ -246,7 +267,7 @@ def test_a_failed_job_tells_why_and_finished_results_stay(finished, tmp_path):
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
-    overrides = "study.models=[tiny_qwen3] study.methods=[svd,cospadi_ksvd]"
+    overrides = "study.models=[tiny_qwen3] study.methods=[svd,cospadi_ksvd] tracking=disabled"
     log = tmp_path / "log"
     folder = tmp_path / "study"
     folder.mkdir()

@@ -1,0 +1,106 @@
+"""Whether runs are uploaded: is there a key, and does the server answer, both known within ``tracking.timeout``."""
+
+from __future__ import annotations
+
+import configparser
+import netrc
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cospadi.config import OFFLINE, ONLINE, TrackingConfig
+from cospadi.errors import UserError
+
+CLOUD = "https://api.wandb.ai"
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Whether W&B can be reached, in words, and who is asking."""
+
+    online: bool
+    why: str
+    entity: str | None = None
+
+
+def require_key(tracking: TrackingConfig) -> None:
+    """Before the first job.
+
+    Raises:
+        UserError: with ``tracking.mode=online`` and no API key.
+    """
+    if tracking.mode == ONLINE and api_key() is None:
+        raise UserError(
+            f"tracking.mode=online and there is no W&B API key for {base_url()}: neither WANDB_API_KEY is set nor does a netrc "
+            "file name it. Type `wandb login`, or set tracking=auto, which keeps runs as files until there is one."
+        )
+
+
+def reach(tracking: TrackingConfig) -> Reach:
+    """Ask the server who the key belongs to, for at most ``tracking.timeout`` seconds, name lookup and proxies included."""
+    if tracking.mode == OFFLINE:
+        return Reach(False, "tracking.mode=offline")
+    wanted = os.environ.get("WANDB_MODE", ONLINE)
+    if wanted != ONLINE:  # the person's word for everything that uses W&B
+        return Reach(False, f"WANDB_MODE={wanted}")
+    key = api_key()
+    if key is None:
+        return Reach(False, f"there is no API key for {base_url()}")
+    answers: list[Reach] = []
+    asking = threading.Thread(target=lambda: answers.append(_ask(key, tracking)), daemon=True)
+    asking.start()
+    asking.join(tracking.timeout)
+    return answers[0] if answers else Reach(False, f"{base_url()} did not answer within {tracking.timeout:g} s")
+
+
+def _ask(key: str, tracking: TrackingConfig) -> Reach:
+    import httpx
+
+    query = {"query": "query Viewer { viewer { entity } }"}
+    try:
+        answer = httpx.post(f"{base_url()}/graphql", json=query, auth=("api", key), timeout=tracking.timeout)
+        viewer = answer.json()["data"]["viewer"] if answer.is_success else None
+    except httpx.HTTPError as error:
+        return Reach(False, f"{base_url()} cannot be reached ({type(error).__name__})")
+    except (ValueError, KeyError, TypeError):
+        return Reach(False, f"{base_url()} does not answer like W&B")
+    if answer.is_success and viewer:
+        return Reach(True, f"{base_url()} answers", tracking.entity or viewer.get("entity"))
+    if answer.is_success or answer.status_code in (401, 403):
+        return Reach(False, f"{base_url()} does not know the API key")
+    return Reach(False, f"{base_url()} answers with HTTP status {answer.status_code}")
+
+
+def base_url() -> str:
+    """W&B's server: ``WANDB_BASE_URL``, what ``wandb login --host`` noted, or the cloud."""
+    folder = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
+    noted = configparser.ConfigParser(interpolation=None)
+    try:
+        noted.read(Path(folder).expanduser() / "settings")
+    except (configparser.Error, OSError, UnicodeDecodeError):
+        pass  # W&B warns of it itself
+    found = os.environ.get("WANDB_BASE_URL") or noted.get("default", "base_url", fallback="") or CLOUD
+    return found.rstrip("/")
+
+
+def api_key() -> str | None:
+    """Where W&B itself looks for it: ``WANDB_API_KEY``, then the netrc file."""
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
+    places = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    file = next((path for place in places if place and (path := Path(place).expanduser()).is_file()), None)
+    try:
+        found = netrc.netrc(file).authenticators(urlsplit(base_url()).netloc) if file else None
+    except (netrc.NetrcParseError, OSError, UnicodeDecodeError):
+        return None
+    return found[2] or None if found else None
+
+
+def page(entity: str | None, project: str, run: str) -> str | None:
+    """Where a run is shown, as far as that is known."""
+    if entity is None:
+        return None
+    app = "https://wandb.ai" if base_url() == CLOUD else base_url()
+    return f"{app}/{entity}/{project}/runs/{run}"
