@@ -225,6 +225,15 @@ def test_nothing_behind_the_end_of_codes_and_scales_is_read(form, d_out, atoms):
     close(dense_product(z, moved(matrix)), z, columns.T)
 
 
+def on_a_plain_cpu(script, inputs, folder):
+    """What ``script`` saves to its second argument, given ``inputs`` in its first, compiled for no processor in particular."""
+    torch.save(inputs, folder / "in.pt")
+    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(folder)}
+    command = [sys.executable, "-c", script, folder / "in.pt", folder / "out.pt"]
+    subprocess.run(command, env=os.environ | plain, check=True)
+    return torch.load(folder / "out.pt")
+
+
 @forms
 def test_codes_on_a_cpu_without_these_instructions(tmp_path, form):
     script = """
@@ -237,16 +246,8 @@ torch.save(found, sys.argv[2])
 """
     columns, (mask, values, starts), matrix = quantized(0, 9, 45, 0.5, form, 32)
     z = normal(1, 2, 45)
-    torch.save((z, mask, tuple(vars(values).values()), starts, tuple(vars(matrix).values())), tmp_path / "in.pt")
-    environment = {
-        **os.environ,
-        "NUMBA_CPU_NAME": "generic",
-        "NUMBA_CPU_FEATURES": "",
-        "NUMBA_CACHE_DIR": str(tmp_path),
-    }
-    command = [sys.executable, "-c", script, tmp_path / "in.pt", tmp_path / "out.pt"]
-    subprocess.run(command, env=environment, check=True)
-    sparsely, densely, full = torch.load(tmp_path / "out.pt")
+    inputs = (z, mask, tuple(vars(values).values()), starts, tuple(vars(matrix).values()))
+    sparsely, densely, full = on_a_plain_cpu(script, inputs, tmp_path)
     close(sparsely, z, columns.T)
     close(densely, z, columns.T)
     assert torch.equal(full, columns)
@@ -262,15 +263,6 @@ torch.save((sparse_product(z, mask, values, starts), unpack(mask, values, starts
 """
     columns, z = sparse(0, 9, 45, 0.5, dtype), normal(1, 1, 45)
     columns[:4, 0] = torch.tensor([1e-7, -65504, 6e-5, 3e-6])  # subnormal and large in half precision
-    torch.save((z, *packed(columns)), tmp_path / "in.pt")
-    environment = {
-        **os.environ,
-        "NUMBA_CPU_NAME": "generic",
-        "NUMBA_CPU_FEATURES": "",
-        "NUMBA_CACHE_DIR": str(tmp_path),
-    }
-    command = [sys.executable, "-c", script, tmp_path / "in.pt", tmp_path / "out.pt"]
-    subprocess.run(command, env=environment, check=True)
-    product, dense = torch.load(tmp_path / "out.pt")
+    product, dense = on_a_plain_cpu(script, (z, *packed(columns)), tmp_path)
     close(product, z, columns.T)
     assert torch.equal(dense, columns.float())
