@@ -45,9 +45,20 @@ def pareto_figure(frame: pd.DataFrame, palette: dict[str, str], ink: str, soft: 
         Line2D([], [], color=soft, marker=markers[name], linestyle="none", label=title) for name, title in bits.items()
     ]
     entries.append(Line2D([], [], color=soft, alpha=0.6, linewidth=5, label="none smaller is better"))
-    figure.legend(handles=entries, loc="outside lower center", ncols=4)
-    figure.set_figheight(4.3 + 0.21 * (math.ceil(len(entries) / 4) - 1))
+    columns = _legend_columns([entry.get_label() for entry in entries], figure.get_figwidth())
+    figure.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=9)
+    figure.set_figheight(4.3 + 0.19 * (math.ceil(len(entries) / columns) - 1))
     return figure
+
+
+def _legend_columns(titles: Sequence[str], width: float | int) -> int:
+    """As many columns as fit beside one another into ``width`` inches, at most 4.
+
+    >>> _legend_columns(["SVD", "Wanda"], 6.6), _legend_columns(["CoSpaDi+, no learned atoms"], 6.6)
+    (4, 2)
+    """
+    widest = 0.6 + 0.085 * max(map(len, titles))
+    return max(1, min(4, int(width / widest)))
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
