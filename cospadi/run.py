@@ -25,6 +25,7 @@ SECONDS = {
     "quantize": 60,
     "evaluate_dense": 55,
     "evaluate": 60,
+    "rulegraph": 8,
     "tabulate": 15,
     "track": 15,
 }

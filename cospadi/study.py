@@ -229,10 +229,9 @@ class Study:
         return shlex.join(self.overrides)
 
     @property
-    def as_snakemake_config(self) -> str:
-        """What ``snakemake --config`` takes for this study, as it is typed on a command line."""
-        overrides = shlex.join(self.overrides[1:])
-        return shlex.join([f"study={self.name}", *([f"overrides={overrides}"] if overrides else [])])
+    def snakemake_config(self) -> list[str]:
+        """What follows ``snakemake --config`` for this study."""
+        return [f"study={self.name}", f"overrides={json.dumps(self.overrides[1:])}"]
 
     def cell(self, model: str, method: str, ratio: str, quantized: str = "") -> CellId:
         """The cell with these wildcards: ``quantized`` is ``-int8``, or nothing."""

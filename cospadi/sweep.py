@@ -10,7 +10,6 @@ computed under a lock while other jobs wait. Tables over all cells go to ``resul
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import sys
@@ -197,9 +196,8 @@ _made: set[tuple[str, ...]] = set()
 
 
 def _snakemake(study: Study, targets: Sequence[str], cores: int) -> None:
-    settings = [f"study={study.name}", f"overrides={json.dumps(study.overrides[1:])}"]
     where = ["--snakefile", str(PROJECT / "Snakefile"), "--nolock"]  # locks of ours instead: jobs run side by side
-    if run.main([*targets, *where, "--cores", str(cores), "--config", *settings]):
+    if run.main([*targets, *where, "--cores", str(cores), "--config", *study.snakemake_config]):
         raise UserError(f"{targets[-1]} could not be made: what failed stands above.")
 
 

@@ -192,7 +192,14 @@ def model():
 
 
 def kick_settings(mirror: Path, **changes):
-    defaults = {"tasks": TASKS, "embedded_tasks": [], "mirror": str(mirror), "n_windows": 1, "max_length": 256}
+    defaults = {
+        "tasks": TASKS,
+        "embedded_tasks": [],
+        "mirror": str(mirror),
+        "n_windows": 1,
+        "max_length": 256,
+        "prompts": [],
+    }
     return settings(**(defaults | changes))
 
 

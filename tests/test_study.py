@@ -289,7 +289,8 @@ def test_a_setting_that_the_grid_would_overrule_is_refused(override, instead):
 
 def test_an_unknown_study_is_refused():
     with pytest.raises(
-        UserError, match=r"study=nope does not exist.*default, groups, kick, quantization, rivals, smoke"
+        UserError,
+        match=r"study=nope does not exist.*default, groups, kick, paper_llama, paper_qwen, quantization, rivals, smoke",
     ):
         Study("nope")
 

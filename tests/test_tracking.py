@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -368,7 +369,7 @@ def test_what_a_person_says_to_wandb_counts(monkeypatch, wanted):
     assert mode.reach(TrackingConfig(name="auto")) == mode.Reach(False, f"WANDB_MODE={wanted}")
 
 
-def test_a_server_that_takes_the_key_and_then_hangs_ends_in_files(study, monkeypatch, capfd):
+def test_a_server_that_takes_the_key_and_no_runs_ends_in_files(study, monkeypatch, capfd):
     server = Server(200, {"entity": "me"})
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
@@ -377,7 +378,10 @@ def test_a_server_that_takes_the_key_and_then_hangs_ends_in_files(study, monkeyp
     record = tracked(study, upload_timeout=3.0)
     assert time.perf_counter() - started < 30  # most of it is W&B being loaded, twice
     assert {note["mode"] for note in record["runs"]} == {"offline"}
-    assert "the upload took longer than tracking.upload_timeout=3 s" in record["told"]
+    # W&B waits for an answer that it understands, or gives up before
+    assert re.search(
+        r"as (the upload took longer than .*upload_timeout=3 s|wandb sync left 7 of 7 runs)", record["told"]
+    )
     assert everything(Path("results")) == before
     for path in Path("results").rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path

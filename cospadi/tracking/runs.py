@@ -117,7 +117,7 @@ def tables_run(study: str, title: str, folder: Path) -> Run:
 def run_id(study: str, place: str, settings: dict[str, Any]) -> str:
     """
     >>> run_id("default", "small/news/svd-0.3/embedded", {"seed": 1})
-    '45a39a5d0a3a0b13'
+    'e883d2a38ca0fd8a'
     """
     return text_hash(_canonical([study, place, settings]))[:16]
 

@@ -6,9 +6,9 @@ rule rulegraph:
         "results/tables/{study}/rulegraph.log",
     params:
         snakefile=lambda w, output: workflow.main_snakefile,
-        config=study.as_snakemake_config,
+        config=study.snakemake_config,
     shell:
-        "python -m snakemake --snakefile {params.snakefile:q} --nolock --rulegraph dot --config {params.config}"
+        "python -m snakemake --snakefile {params.snakefile:q} --nolock --rulegraph dot --config {params.config:q}"
         " > {output} 2> {log}"
 
 
