@@ -41,7 +41,7 @@ def methods(folder: Path, name: str) -> list[str]:
     return list(read_summary(folder / "results/tables" / name / "summary.csv")["method"])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def swept(tmp_path_factory) -> Path:
     """One cell by itself, then two more side by side."""
     folder = tmp_path_factory.mktemp("sweep")
