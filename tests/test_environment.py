@@ -74,3 +74,10 @@ def test_the_code_is_formatted_and_clean(command):
     program = Path(sys.executable).parent / command[0]
     run = subprocess.run([program, *command[1:]], cwd=ROOT, check=False, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.xdist_group("any")
+def test_tests_of_a_group_stay_on_one_worker(request):
+    """They share a finished run, and xdist knows a group by the end of a test's name."""
+    alone = not hasattr(request.config, "workerinput")
+    assert alone or request.node.nodeid.endswith("@any")

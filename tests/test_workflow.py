@@ -317,7 +317,8 @@ def executed(name: str, folder: Path, **environment: str):
 
     notebook = jupytext.read(ROOT / "notebooks" / f"{name}.py")
     # a kernel that finds this project and none of the settings of whoever runs the tests
-    kernel_env = os.environ | {"IPYTHONDIR": str(folder / "ipython"), "MPLBACKEND": "agg"} | environment
+    kernel_env = os.environ | {"IPYTHONDIR": str(folder / "ipython")} | environment
+    kernel_env.pop("MPLBACKEND", None)  # the kernel's own puts pictures into the notebook
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     client.execute(env=kernel_env)
     return notebook

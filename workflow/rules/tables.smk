@@ -5,8 +5,9 @@ rule rulegraph:
     log:
         "results/tables/{study}/rulegraph.log",
     params:
+        recipe=study.recipe("tables"),  # its methods and quantizations: other settings change no rule
         snakefile=lambda w, output: workflow.main_snakefile,
-        config=study.snakemake_config,
+        config=lambda w, output: study.snakemake_config,
     shell:
         "python -m snakemake --snakefile {params.snakefile:q} --nolock --rulegraph dot --config {params.config:q}"
         " > {output} 2> {log}"
