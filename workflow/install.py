@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-PACKAGES = 95
+PACKAGES = 118
 """Lines in which pip collects a package, roughly; only for the time left."""
 LOG = Path(".venv/install.log")
 COMMAND = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
