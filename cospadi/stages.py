@@ -401,14 +401,15 @@ def evaluate(
 
 def tabulate(study: Any, folder: Path) -> None:
     """Room 7: records -> tables and figures."""
-    from cospadi.tables import differences, write_figures, write_overviews, write_report, write_tables
+    from cospadi.tables import differences, tables, write_figures, write_overviews, write_report, write_tables
 
     cells = list(_cells(study).values())
     paired = differences(cells, study.study.against or study.study.methods[-1])
-    write_tables(cells, folder, study.study.title, paired, study.study.published)
+    printed = tables(cells, study.study.title, paired, study.study.published)
+    write_tables(cells, folder, printed, paired)
     write_overviews(cells, folder)
-    write_figures(cells, folder, study.study.title, paired, study.study.published)
-    write_report(cells, folder, study.study.title, paired, study.study.published)
+    write_figures(cells, folder, printed)
+    write_report(cells, folder, study.study.title, printed)
 
 
 def _cells(study: Any, unfinished: bool = False) -> dict[str, Any]:

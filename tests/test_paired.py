@@ -142,7 +142,7 @@ def test_the_table_shows_differences_with_their_errors(cells, tmp_path):
     for text in (table.markdown(), table.html()):
         assert text.count("+0.833 ± 0.176") == 1
     assert r"+0.833 $\pm$ 0.176" in table.latex()
-    write_tables(cells, tmp_path / "tables", "A study", paired.differences(cells, "cospadi_plus"))
+    write_tables(cells, tmp_path / "tables", [table], paired.differences(cells, "cospadi_plus"))
     written = pd.read_csv(tmp_path / "tables" / "paired.csv")
     pd.testing.assert_frame_equal(written, paired.differences(cells, "cospadi_plus"))
 

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from PIL import Image
 
-from cospadi.tables import differences, write_figures, write_report
+from cospadi.tables import differences, tables, write_figures, write_report
 from cospadi.tables.report import FIGURES, written
 from cospadi.tables.rulegraph import drawn
 from tests.test_tables import cell, dense
@@ -42,8 +42,9 @@ def cells():
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     (folder / "rulegraph.dot").write_text(DOT)
-    write_figures(cells(), folder, "A study")
-    return write_report(cells(), folder, "A study", differences(cells(), "cospadi"))
+    printed = tables(cells(), "A study", differences(cells(), "cospadi"))
+    write_figures(cells(), folder, printed)
+    return write_report(cells(), folder, "A study", printed)
 
 
 def test_the_report_holds_everything_and_loads_nothing(page):
@@ -69,8 +70,8 @@ def test_what_models_write_stands_side_by_side_and_is_only_text(page):
 
 def test_without_texts_and_graph_there_are_no_empty_sections(tmp_path):
     made = [dense(), cell("svd_llm", 0.2), cell("cospadi", 0.2)]
-    write_figures(made, tmp_path, "A study")
-    text = write_report(made, tmp_path, "A study").read_text(encoding="utf-8")
+    write_figures(made, tmp_path)
+    text = write_report(made, tmp_path, "A study", tables(made, "A study")).read_text(encoding="utf-8")
     assert "What the models write" not in text
     assert "<svg" not in text
 

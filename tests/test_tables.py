@@ -22,6 +22,7 @@ from cospadi.tables import (
     projection_errors,
     read_summary,
     summary,
+    tables,
     write_figures,
     write_overviews,
     write_tables,
@@ -191,7 +192,7 @@ def test_reads_back_from_csv_to_the_last_bit(tmp_path):
     cells[1].evaluation["limit"] = 100
     cells[2].evaluation["tasks"]["arc_easy"]["value"] = 0.1 + 0.2
     frame = summary(cells)
-    write_tables(cells, tmp_path, "Study")
+    write_tables(cells, tmp_path, tables(cells, "Study"))
     pd.testing.assert_frame_equal(read_summary(tmp_path / "summary.csv"), frame, check_exact=True)
 
 
@@ -370,7 +371,8 @@ def test_csv_holds_exact_values(frame):
 
 
 def test_writes_every_format_of_every_model(tmp_path):
-    paths = write_tables(study(models=("small", "other")), tmp_path / "tables", "A study")
+    cells = study(models=("small", "other"))
+    paths = write_tables(cells, tmp_path / "tables", tables(cells, "A study"))
     formats = [f"{model}.{kind}" for model in ("small", "other") for kind in ("md", "tex", "html", "csv")]
     assert [path.name for path in paths] == ["summary.csv", "projections.csv", *formats]
     assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == sorted(path.name for path in paths)
@@ -452,7 +454,11 @@ def test_a_method_with_ratios_of_its_own_has_rows_of_its_own(tmp_path):
         (0.4375, "svd"),
     ]
     assert (0.4375, "svd") not in bold(table, "token_perplexity")  # nothing to compare it with
-    assert {path.name for path in write_tables(cells, tmp_path, "Study")} >= {"summary.csv", "small.md", "small.html"}
+    assert {path.name for path in write_tables(cells, tmp_path, tables(cells, "Study"))} >= {
+        "summary.csv",
+        "small.md",
+        "small.html",
+    }
     check_pictures(write_figures(cells, tmp_path))
     assert "0.4375" in (tmp_path / "small.md").read_text()
 

@@ -7,7 +7,7 @@ from cospadi.tables.cells import Cell, projection_errors, read_summary, summary
 from cospadi.tables.figures import write_figures
 from cospadi.tables.overview import overview, write_overviews
 from cospadi.tables.paired import differences
-from cospadi.tables.render import PaperTable, notes, paper_table, write_tables
+from cospadi.tables.render import PaperTable, notes, paper_table, tables, write_tables
 from cospadi.tables.report import write_report
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "projection_errors",
     "read_summary",
     "summary",
+    "tables",
     "write_figures",
     "write_overviews",
     "write_report",

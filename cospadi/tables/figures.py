@@ -58,9 +58,7 @@ _STYLE = {
 def write_figures(
     source: Sequence[Cell] | tuple[pd.DataFrame, pd.DataFrame],
     folder: Path,
-    study_title: str = "",
-    differences: pd.DataFrame | None = None,
-    published: Sequence[str] = (),
+    printed: Sequence[PaperTable] | None = None,
 ) -> list[Path]:
     """Every figure of a study as PNG and SVG, under ``folder``.
 
@@ -74,7 +72,7 @@ def write_figures(
         printed = [paper_table(frame, model, title) for model, title in titles.items()]
     else:
         frame, errors = summary(source), projection_errors(source)
-        printed = tables(source, study_title, differences, published)
+        printed = tables(source) if printed is None else printed
     with _style():
         figures = {
             "perplexity": _against_size(frame, "token_perplexity"),

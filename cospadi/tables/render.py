@@ -441,15 +441,11 @@ def tables(
 
 
 def write_tables(
-    cells: Sequence[Cell],
-    folder: Path,
-    study_title: str,
-    differences: pd.DataFrame | None = None,
-    published: Sequence[str] = (),
+    cells: Sequence[Cell], folder: Path, printed: Sequence[PaperTable], differences: pd.DataFrame | None = None
 ) -> list[Path]:
-    """``summary.csv``, ``projections.csv``, and each model's table as ``.md``, ``.tex``, ``.html`` and ``.csv``.
+    """``summary.csv``, ``projections.csv``, and each ``printed`` table as ``.md``, ``.tex``, ``.html`` and ``.csv``.
 
-    With ``differences`` also ``paired.csv``, and the tables show them. Rows of ``published`` sources are in the tables alone.
+    With ``differences`` also ``paired.csv``. Rows of published sources are in the printed tables alone.
     """
     texts = {
         "summary.csv": summary(cells).to_csv(index=False, lineterminator="\n"),
@@ -457,7 +453,7 @@ def write_tables(
     }
     if differences is not None:
         texts["paired.csv"] = differences.to_csv(index=False, lineterminator="\n")
-    for table in tables(cells, study_title, differences, published):
+    for table in printed:
         if table.name in ("summary", "projections", "paired"):
             raise UserError(f"A model named {table.name} would overwrite {table.name}.csv. Rename it in conf/model.")
         texts[f"{table.name}.md"] = table.markdown()

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from cospadi import records
 from cospadi.tables.cells import Cell, ordered
-from cospadi.tables.render import STDERR_NOTE, ratio_label, rendered, tables
+from cospadi.tables.render import STDERR_NOTE, PaperTable, ratio_label, rendered
 from cospadi.tables.rulegraph import drawn
 
 FIGURES = {
@@ -25,13 +23,7 @@ FIGURES = {
 """Pictures beside the report, in its order, and what they show."""
 
 
-def write_report(
-    cells: Sequence[Cell],
-    folder: Path,
-    study_title: str,
-    differences: pd.DataFrame | None = None,
-    published: Sequence[str] = (),
-) -> Path:
+def write_report(cells: Sequence[Cell], folder: Path, study_title: str, printed: Sequence[PaperTable]) -> Path:
     """``report.html`` in the folder of a study's figures, which it holds in itself; no scripts, nothing loaded.
 
     The rule graph is that of ``rulegraph.dot`` in the folder, where there is one.
@@ -41,7 +33,7 @@ def write_report(
     page = rendered(
         "report.html",
         title=study_title,
-        tables=tables(cells, study_title, differences, published),
+        tables=printed,
         figures=[(name, told, _data(folder / f"{name}.png")) for name, told in FIGURES.items()],
         written=[(title, found) for model, title in _titles(cells).items() if (found := written(cells, model))],
         graph=drawn(rulegraph.read_text(encoding="utf-8")) if rulegraph.is_file() else None,

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from cospadi.records import file_hash, text_hash
+from cospadi.study import NONE
 from cospadi.tables.cells import (
     PROJECTION_COLUMNS,
     QUANTIZED,
@@ -20,7 +21,6 @@ from cospadi.tables.cells import (
     task_names,
 )
 
-NONE = "none"
 _NAMING = ("model", "method", "compression_ratio")
 """Columns of the tables that are the same in all rows of a run."""
 
