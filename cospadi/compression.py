@@ -45,6 +45,7 @@ def compress_to(
         UserError: a setting, the model, the text or the disk does not do.
     """
     from cospadi import checkpoint, stages
+    from cospadi.factorization.files import read_factors
     from cospadi.models import find_projections
 
     config = configured(source, overrides, text)
@@ -91,7 +92,7 @@ def compress_to(
         )
         factors = quantized
     summary = _summary(config, read_json(record))
-    checkpoint.write(out, model, stages.read_factors([factors]), summary, stub=stub)
+    checkpoint.write(out, model, read_factors([factors]), summary, stub=stub)
     if not keep_work:
         shutil.rmtree(work)
     return checkpoint.ledger(out)

@@ -5,19 +5,15 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cospadi.config import DISABLED, OFFLINE, ONLINE, ASVDConfig, Config, TextConfig, TrackingConfig
+from cospadi.config import DISABLED, ASVDConfig, Config, TextConfig
 from cospadi.errors import UserError
 from cospadi.progress import Progress
 from cospadi.records import Record, file_hash, new_path, read_json, text_hash, write_json, write_tensors
-
-NOT_WRITTEN = "none"
-"""Instead of a mode, of a run that W&B did not take even as a file."""
 
 
 def prepare_model(config: Config, folder: Path, record: Path) -> None:
@@ -109,12 +105,9 @@ def choose_ranks(config: Config, model: Path, documents: Path, grams: Path, sens
 def factorize(
     config: Config, model: Path, grams: Path, layers: str, factors: Path, record: Path, ranks: Path | None
 ) -> None:
-    """Room 3: gram and weights -> factors of every projection in a block of layers.
-
-    What a group shares is written once, under its first member; the others name that in the file's metadata.
-    """
+    """Room 3: gram and weights -> factors of every projection in a block of layers."""
     from cospadi.calibration import statistics_file
-    from cospadi.factorization.factors import private_tensors
+    from cospadi.factorization.files import FactorsFile
     from cospadi.factorization.groups import require_whole_groups
     from cospadi.models import Checkpoint, find_projections
 
@@ -135,24 +128,18 @@ def factorize(
     chosen = read_json(ranks)["ranks"] if ranks else None
     size = [p.d_in * p.d_out for p in projections]
     progress = Progress(len(projections), f"{config.factorization.title}, layers {layers}", float(sum(size)))
-    rows, tensors, entries = [], {}, {}
-    for projection, result in _factorized(config, checkpoint, projections, grams, chosen):
-        compact, row = result
-        stored = private_tensors(compact, _shares(row))
-        tensors |= {f"{projection.name}.{part}": tensor for part, tensor in stored.items()}
-        rows.append(row)
-        entries[projection.name] = _file_entry(row, compact)
-        progress.step(projection.name, _told(row), float(projection.d_in * projection.d_out))
-    order = {p.name: i for i, p in enumerate(projections)}
-    rows.sort(key=lambda row: order[row["name"]])  # a GPU takes them by shape
-    write_tensors(factors, tensors, {row["name"]: entries[row["name"]] for row in rows})
+    file = FactorsFile([p.name for p in projections])  # their order; a GPU takes them by shape
+    for compact, row in _factorized(config, checkpoint, projections, grams, chosen):
+        file.add(row, compact)
+        progress.step(row["name"], _told(row), float(row["d_in"] * row["d_out"]))
+    file.write(factors)
     statistics = [statistics_file(grams, layer) for layer in sorted({p.layer for p in projections})]
     inputs = _hashes(*statistics, *([ranks] if ranks else [])) | _weights(model)
-    log.finish(record, inputs=inputs, projections=rows)
+    log.finish(record, inputs=inputs, projections=file.rows)
 
 
 def _factorized(config: Config, checkpoint: Any, projections: Sequence[Any], grams: Path, ranks: dict[str, Any] | None):
-    """Yield ``(projection, (factors, row of the record))``; projections that share an input share its whitener.
+    """Yield ``(factors, row of the record)``; projections that share an input share its whitener.
 
     ``seconds`` of a row are those since the one before: the first matrix of a batch carries the time of all.
     """
@@ -178,7 +165,7 @@ def _factorized(config: Config, checkpoint: Any, projections: Sequence[Any], gra
         if ranks is not None and factorization.rank_search.perplexity_budget is not None:
             row["fallback"] = "rank chosen by factorization.rank_search.perplexity_budget, whatever the ratio"
         row["seconds"], last = time.perf_counter() - last, time.perf_counter()
-        yield projection, (factors, row)
+        yield factors, row
 
 
 def _batches(groups: Sequence[Any], factorization: Any, device: Any):
@@ -208,13 +195,14 @@ def _batches(groups: Sequence[Any], factorization: Any, device: Any):
 def _row(projection: Any, group: Sequence[Any], factors: Any, problem: Any, compression_ratio: float) -> dict[str, Any]:
     """What the record keeps of one projection; what a group shares is counted at its first member."""
     from cospadi.factorization import budget
+    from cospadi.factorization.files import shares
 
     row = asdict(projection) | {"group": [p.name for p in group] if len(group) > 1 else None}
     row |= {
         "dense_bits": budget.dense_bits(projection.d_in, projection.d_out),
         "budget_bits": budget.budget_bits(projection.d_in, projection.d_out, compression_ratio),
     }
-    return row | _measured(factors, problem, _shares(row)) | {"fallback": None}
+    return row | _measured(factors, problem, shares(row)) | {"fallback": None}
 
 
 def _measured(factors: Any, problem: Any, shares: bool) -> dict[str, Any]:
@@ -233,72 +221,6 @@ def _measured(factors: Any, problem: Any, shares: bool) -> dict[str, Any]:
     }
 
 
-def _shares(row: dict[str, Any]) -> bool:
-    """Whether a projection uses what the first of its group stores."""
-    return row["group"] is not None and row["group"][0] != row["name"]
-
-
-def _file_entry(row: dict[str, Any], factors: Any) -> str:
-    """What a factors file's metadata says of a projection: kind, shape, who stores what it shares, and formats.
-
-    ``sparse_dictionary 576 1536 model.layers.0.mlp.gate_proj dictionary=int4:128 values=int4:128``, the last three only
-    where they apply.
-    """
-    words = [row["kind"], str(row["d_in"]), str(row["d_out"]), *([row["group"][0]] if _shares(row) else [])]
-    return " ".join([*words, *(f"{part}={name}:{size}" for part, (name, size) in factors.formats.items())])
-
-
-def read_factors(files: Sequence[Path], order: Sequence[str] = ()):
-    """Yield ``(projection name, factors)`` of every projection in the files, those of a group one after another.
-
-    Those named in ``order`` come in it, all others by name.
-
-    They hold the same tensor: the first of them is the one that stores it.
-    """
-    import torch
-    from safetensors import safe_open
-
-    from cospadi.factorization.factors import KINDS, shared_matrix, shared_names
-
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            entries, formats = {}, {}
-            for name, entry in tensors.metadata().items():
-                if name != "format":
-                    words = entry.split()
-                    entries[name] = [word for word in words if "=" not in word]
-                    formats[name] = {part: (how, int(size)) for part, how, size in map(_format, words[3:]) if part}
-            first_of = {name: entry[3] if len(entry) > 3 else name for name, entry in entries.items()}
-            keys: dict[str, list[str]] = {name: [] for name in entries}
-            for key in tensors.keys():  # noqa: SIM118
-                keys[key.rpartition(".")[0]].append(key)
-            shared: dict[str, torch.Tensor] = {}
-            place = {name: number for number, name in enumerate(order)}
-            for name in sorted(entries, key=lambda n: (place.get(first_of[n], 0), first_of[n], first_of[n] != n)):
-                kind, _, d_out = entries[name][:3]
-                parts = {key.rpartition(".")[2]: tensors.get_tensor(key) for key in keys[name]}
-                if first_of[name] == name:
-                    found = KINDS[kind].from_tensors(parts | {"d_out": torch.tensor(int(d_out))}, formats[name])
-                    shared = {part: t for part, t in parts.items() if part in shared_names(found)}
-                    first = found
-                else:
-                    found = KINDS[kind].from_tensors(
-                        parts | shared | {"d_out": torch.tensor(int(d_out))}, formats[name]
-                    )
-                    found = replace(found, **{found.shared_part: shared_matrix(first)})
-                yield name, found
-
-
-def _format(word: str) -> tuple[str, str, int]:
-    """
-    >>> _format("values=int4:128"), _format("model.layers.0.mlp.gate_proj")
-    (('values', 'int4', 128), ('', '', 0))
-    """
-    part, _, how = word.rpartition("=")
-    name, _, size = how.partition(":")
-    return (part, name, int(size)) if part else ("", "", 0)
-
-
 def quantize(
     config: Config, model: Path, grams: Path, factors: Path, factorization: Path, out: Path, record: Path
 ) -> None:
@@ -308,7 +230,7 @@ def quantize(
     """
     from cospadi import devices
     from cospadi.calibration import read_statistics
-    from cospadi.factorization.factors import private_tensors
+    from cospadi.factorization.files import FactorsFile, read_factors, shares
     from cospadi.factorization.groups import problems_from
     from cospadi.models import Checkpoint, find_projections
     from cospadi.quantization.methods import quantize
@@ -331,23 +253,18 @@ def quantize(
     )
     title = f"{config.factorization.title} in {config.quantization.title}"
     progress = Progress(len(before), title, float(sum(row["d_in"] * row["d_out"] for row in before.values())))
-    rows, tensors, entries = [], {}, {}
+    file = FactorsFile(list(before))
     for group in _groups_of(read_factors([factors], order=list(before)), before):
         started = time.perf_counter()
         problems = [problem_of(projections[name]) for name, _ in group]
         found = quantize(config.quantization, [f for _, f in group], problems)
         seconds = (time.perf_counter() - started) / len(group)
         for (name, _), smaller, problem in zip(group, found, problems, strict=True):
-            row = before[name] | _measured(smaller, problem, _shares(before[name])) | {"seconds": seconds}
-            stored = private_tensors(smaller, _shares(row))
-            tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
-            entries[name] = _file_entry(row, smaller)
-            rows.append(row)
+            row = before[name] | _measured(smaller, problem, shares(before[name])) | {"seconds": seconds}
+            file.add(row, smaller)
             progress.step(name, _told(row), float(row["d_in"] * row["d_out"]))
-    order = list(before)
-    rows.sort(key=lambda row: order.index(row["name"]))
-    write_tensors(out, tensors, entries)
-    log.finish(record, inputs=_hashes(factors, factorization) | _weights(model), projections=rows)
+    file.write(out)
+    log.finish(record, inputs=_hashes(factors, factorization) | _weights(model), projections=file.rows)
 
 
 def _groups_of(factors: Iterable[tuple[str, Any]], rows: dict[str, dict[str, Any]]) -> Iterable[list[tuple[str, Any]]]:
@@ -371,6 +288,7 @@ def evaluate(
 
     from cospadi import devices, models
     from cospadi.evaluation import evaluate
+    from cospadi.factorization.files import read_factors
     from cospadi.kernels.products import products
 
     settings = {"model": asdict(config.model), "evaluation": asdict(config.evaluation)}
@@ -453,35 +371,21 @@ def track(study: Any, folder: Path) -> None:
     Raises:
         UserError: with ``tracking.mode=online`` and no API key, or with ``disabled``.
     """
-    from cospadi.tracking import mode, offline
+    from cospadi.tracking import mode
+    from cospadi.tracking.logbook import Logbook
 
     tracking = study.root.tracking
     if tracking.mode == DISABLED:
         raise UserError("tracking.mode=disabled: there is nothing to do. Set tracking=offline, or auto.")
     mode.require_key(tracking)
     log = Record("tracking", asdict(tracking))
-    runs = _runs(study)
-    notes = {run.place: _note_before(folder, run) for run in runs}
-    new = [run for run in runs if notes[run.place].get("content") != _content(run, tracking)]
-    progress = Progress(len(new), f"W&B: {len(runs)} runs of study {study.name}; those to write")
-    for run, files, trouble in offline.write(new, folder, tracking):
-        if files and notes[run.place].get("run", run.id) != run.id:  # of the same cell under other settings
-            offline.remove(folder, notes[run.place]["run"])
-        notes[run.place] = {
-            "place": run.place,
-            "run": run.id,
-            "name": run.name,
-            "content": _content(run, tracking) if files else None,
-            "files": str(files.relative_to(folder.absolute())) if files else None,
-            "mode": OFFLINE if files else NOT_WRITTEN,
-            "why": trouble or "not uploaded yet",
-            "url": None,
-        }
-        write_json(_note_of(folder, run), notes[run.place])
-        progress.step(run.name, trouble or notes[run.place]["files"])
-    told = _upload(runs, notes, folder, tracking)
+    book = Logbook(_runs(study), folder, tracking)
+    progress = Progress(len(book.new), f"W&B: {len(book.runs)} runs of study {study.name}; those to write")
+    for name, where in book.write_new():
+        progress.step(name, where)
+    told = book.upload()
     print(told, flush=True)
-    log.finish(folder / "record.json", told=told, runs=list(notes.values()))
+    log.finish(folder / "record.json", told=told, runs=book.notes)
 
 
 def _runs(study: Any) -> list[Any]:
@@ -490,44 +394,6 @@ def _runs(study: Any) -> list[Any]:
 
     runs, tables = cell_runs(study.name, _cells(study, unfinished=True)), Path(study.summary).parent
     return [*runs, *([tables_run(study.name, study.study.title, tables)] if Path(study.summary).is_file() else [])]
-
-
-def _content(run: Any, tracking: TrackingConfig) -> str:
-    """A hash of all that is logged, and of where it goes."""
-    return text_hash(f"{run.content} {tracking.entity} {tracking.project} {tracking.revision}")
-
-
-def _note_of(folder: Path, run: Any) -> Path:
-    return folder / run.place / "record.json"
-
-
-def _note_before(folder: Path, run: Any) -> dict[str, Any]:
-    """What was noted of a run, as long as its files are there."""
-    note = read_json(_note_of(folder, run)) if _note_of(folder, run).is_file() else {}
-    there = note.get("files") and list((folder / note["files"]).glob("*.wandb"))
-    return note if there else note | {"content": None}
-
-
-def _upload(runs: Sequence[Any], notes: dict[str, dict[str, Any]], folder: Path, tracking: TrackingConfig) -> str:
-    """Upload what is not uploaded yet, when the server answers; what came of it, in a sentence."""
-    from cospadi.tracking import mode, offline
-
-    written = [(run, folder / files) for run in runs if (files := notes[run.place]["files"])]
-    pending = [files for _, files in written if not offline.uploaded(files)]
-    reach = mode.reach(tracking) if pending else mode.Reach(False, "nothing is left to upload")
-    why = (reach.online and offline.upload(pending, tracking)) or reach.why
-    for run, files in written:
-        done, note = offline.uploaded(files), notes[run.place]
-        url = note["url"] or mode.page(reach.entity, tracking.project, run.id)
-        note |= {"mode": ONLINE, "why": None, "url": url} if done else {"mode": OFFLINE, "why": why, "url": None}
-        write_json(_note_of(folder, run), note)
-    count = Counter(note["mode"] for note in notes.values())
-    told = f"W&B: {count[ONLINE]} of {len(runs)} runs are uploaded."
-    if count[OFFLINE]:
-        told += f" {count[OFFLINE]} are kept as files, as {why}: `wandb sync {folder / 'wandb'}` uploads them."
-    if failed := [note["why"] for note in notes.values() if note["mode"] == NOT_WRITTEN]:
-        told += f" {len(failed)} were not written: {failed[0]}."
-    return told
 
 
 def workspace(study: Any, definition: Path) -> None:

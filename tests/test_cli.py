@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from cospadi import cli, stages
+from cospadi import cli
 from cospadi.errors import UserError
+from cospadi.factorization.files import read_factors
 from cospadi.records import read_json, write_json
 
 TINY = ["study=smoke", "model=tiny_llama"]
@@ -161,5 +162,5 @@ def test_the_stages_end_in_factors(checkpoint, tmp_path):
     assert cli.main(factorize(checkpoint, *settings, "calibration.damping=0.01", grams=tmp_path / "grams")) == 0
     record = read_json(checkpoint / "out" / "record")
     assert len(record["projections"]) == 7
-    assert len(list(stages.read_factors([checkpoint / "out" / "factors"]))) == 7
+    assert len(list(read_factors([checkpoint / "out" / "factors"]))) == 7
     assert json.dumps(record)

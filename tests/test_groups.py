@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import cospadi
-from cospadi import checkpoint, cli, stages
+from cospadi import checkpoint, cli
 from cospadi.compression import compress_to
 from cospadi.config import BasisSharingConfig, CoSpaDiConfig, SVDConfig, SVDLLMConfig, load
 from cospadi.errors import UserError
 from cospadi.factorization import budget, groups, shared
 from cospadi.factorization.factors import stored_bits
+from cospadi.factorization.files import read_factors
 from cospadi.factorization.htp import htp
 from cospadi.factorization.methods import Problem, factorize, factorize_group
 from cospadi.factorization.whitening import output_error
@@ -548,7 +549,7 @@ def test_a_factors_file_holds_what_is_shared_once(made, method, model):
             on_disk[name] = on_disk.get(name, 0) + 8 * tensor.numel() * tensor.element_size()
     assert on_disk == {row["name"]: row["stored_bits"] for row in rows}
     assert sum(on_disk.values()) <= sum(row["budget_bits"] for row in rows)
-    factors = dict(stages.read_factors([factors_file(folder)]))
+    factors = dict(read_factors([factors_file(folder)]))
     assert groups_in(folder)
     for row in rows:
         if row["group"]:
@@ -567,7 +568,7 @@ def test_a_loaded_model_shares_and_computes_what_its_factors_say(made, method, m
     compressed = cospadi.load(folder / "out")
     assert shared_parameters(compressed) == groups_in(folder)
     dense = AutoModelForCausalLM.from_pretrained(folder / "out.work/model")
-    for name, factors in stages.read_factors([factors_file(folder)]):
+    for name, factors in read_factors([factors_file(folder)]):
         dense.get_submodule(name).weight.data.copy_(factors.weight().T)
     torch.testing.assert_close(logits(compressed), logits(dense.eval()), rtol=1e-4, atol=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(folder / "out", device_map="cpu").eval()
@@ -699,7 +700,7 @@ def test_compress_in_python_shares_too(made, tmp_path, method):
     again = cospadi.load(tmp_path / "out")
     assert shared_parameters(again) == groups_in(made(method))
     assert logits(again).equal(logits(smaller))
-    stored = dict(stages.read_factors([factors_file(made(method))]))
+    stored = dict(read_factors([factors_file(made(method))]))
     for name, layer in smaller.named_modules():  # the same numbers as block by block, but for the grams' rounding
         if isinstance(layer, CompressedLinear):
             assert float((layer.dense_weight() - stored[name].weight()).norm() / layer.dense_weight().norm()) < 0.2

@@ -1,4 +1,4 @@
-"""What a factorization returns, and how its bits lie in a file.
+"""What a factorization returns, and the tensors that are stored of it.
 
 ``tensors()`` is the stored form and ``stored_bits`` counts exactly those tensors; ``weight()`` multiplies the stored
 form out again, so that every number reported belongs to the rounded factors and not to those before rounding.

@@ -1,0 +1,108 @@
+"""A factors file: what is stored of every projection in a block of layers, and in its metadata a line for each.
+
+A line says kind, shape, who stores what the projection shares, and formats, the last two only where they apply:
+``sparse_dictionary 576 1536 model.layers.0.mlp.gate_proj dictionary=int4:128 values=int4:128``. What a group shares is
+written once, under its first member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from cospadi.factorization.factors import KINDS, Factors, private_tensors, shared_matrix, shared_names
+from cospadi.records import write_tensors
+
+
+@dataclass
+class FactorsFile:
+    """Collects projections in the order in which they are finished; written in that of ``names``."""
+
+    names: Sequence[str]
+    _rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _lines: dict[str, str] = field(default_factory=dict)
+
+    def add(self, row: dict[str, Any], factors: Factors) -> None:
+        """``row``: what the record says of the projection, at least ``name``, ``kind``, ``d_in``, ``d_out``, ``group``."""
+        name = row["name"]
+        self._rows[name], self._lines[name] = row, _line(row, factors)
+        self._tensors[name] = private_tensors(factors, shares(row))
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Those of the record, in the order of the file."""
+        return [self._rows[name] for name in self.names]
+
+    def write(self, file: Path) -> None:
+        """All at once, or not at all."""
+        tensors = {f"{name}.{part}": tensor for name in self.names for part, tensor in self._tensors[name].items()}
+        write_tensors(file, tensors, {name: self._lines[name] for name in self.names})
+
+
+def shares(row: dict[str, Any]) -> bool:
+    """Whether a projection uses what the first of its group stores."""
+    return row["group"] is not None and row["group"][0] != row["name"]
+
+
+def read_factors(files: Sequence[Path], order: Sequence[str] = ()) -> Iterator[tuple[str, Factors]]:
+    """Yield ``(projection name, factors)`` of every projection in the files, those of a group one after another.
+
+    Those named in ``order`` come in it, all others by name. A group's hold one and the same tensor; the first of them is the
+    one that stores it.
+    """
+    place = {name: number for number, name in enumerate(order)}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            entries = {name: _Entry.read(line) for name, line in tensors.metadata().items() if name != "format"}
+            parts: dict[str, list[str]] = {name: [] for name in entries}
+            for key in tensors.keys():  # noqa: SIM118
+                name, _, part = key.rpartition(".")
+                parts[name].append(part)
+            stores = {name: entry.stores or name for name, entry in entries.items()}
+            first, shared = None, {}
+            for name in sorted(entries, key=lambda n: (place.get(stores[n], 0), stores[n], stores[n] != n)):
+                entry, is_first = entries[name], stores[name] == name
+                stored = {part: tensors.get_tensor(f"{name}.{part}") for part in parts[name]}
+                stored |= {"d_out": torch.tensor(entry.d_out)} | ({} if is_first else shared)
+                found = KINDS[entry.kind].from_tensors(stored, entry.formats)
+                if is_first:
+                    first, shared = found, {part: stored[part] for part in shared_names(found)}
+                else:
+                    found = replace(found, **{found.shared_part: shared_matrix(first)})
+                yield name, found
+
+
+def _line(row: dict[str, Any], factors: Factors) -> str:
+    words = [row["kind"], str(row["d_in"]), str(row["d_out"]), *([row["group"][0]] if shares(row) else [])]
+    return " ".join([*words, *(f"{part}={name}:{size}" for part, (name, size) in factors.formats.items())])
+
+
+@dataclass(frozen=True)
+class _Entry:
+    kind: str
+    d_out: int
+    stores: str | None
+    """The first of the group, for the others of it."""
+    formats: dict[str, tuple[str, int]]
+
+    @classmethod
+    def read(cls, line: str) -> _Entry:
+        """
+        >>> _Entry.read("low_rank 576 192 a.q_proj right=int4:128")
+        _Entry(kind='low_rank', d_out=192, stores='a.q_proj', formats={'right': ('int4', 128)})
+        """
+        words = line.split()
+        kind, _, d_out, *stores = (word for word in words if "=" not in word)
+        formats = {}
+        for word in (word for word in words if "=" in word):
+            part, how = word.split("=")
+            name, size = how.split(":")
+            formats[part] = (name, int(size))
+        return cls(kind, int(d_out), stores[0] if stores else None, formats)
