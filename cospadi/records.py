@@ -132,7 +132,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """``tensors`` (name -> torch tensor) as one safetensors file."""
+    """``tensors`` (name -> torch tensor) as one safetensors file; the same content gives the same bytes."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -146,7 +146,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
                 if f"os error {number}" in str(error).lower():
                     raise OSError(number, os.strerror(number)) from error
             raise
+        _sort_metadata(partial)
         partial.chmod(0o666 & ~_umask())  # safetensors leaves 0600, which nobody else can read
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put a safetensors file's metadata in order: safetensors writes it in another one every time.
+
+    The header, JSON after its length in 8 bytes, is as long in any order.
+    """
+    with file.open("r+b") as content:
+        length = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            written = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+            if len(written) > length:
+                raise OSError(f"The header of {file} grew from {length} to {len(written)} bytes when it was sorted.")
+            content.seek(8)
+            content.write(written.ljust(length))
 
 
 def _umask() -> int:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cospadi import cli, records, stages
@@ -185,6 +186,18 @@ def test_tensors_come_back_and_can_be_shared(tmp_path):
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
     assert target.stat().st_mode & 0o777 == 0o640
     assert os.umask(umask) == umask
+
+
+def test_the_same_tensors_and_metadata_are_the_same_bytes(tmp_path):
+    """safetensors itself orders metadata anew in every file."""
+    tensors = {name: torch.full((3,), float(i)) for i, name in enumerate("dacb")}
+    metadata = {f'name {i} ü \n\t\x01" \\': f"größe/{i}\u2028" for i in range(30)}
+    for name in ("a", "b"):
+        write_tensors(tmp_path / name, tensors, dict(sorted(metadata.items(), reverse=name == "b")))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safe_open(tmp_path / "a", framework="pt") as content:
+        assert content.metadata() == metadata
+        assert all(torch.equal(content.get_tensor(name), tensor) for name, tensor in tensors.items())
 
 
 def test_a_record_tells_settings_versions_time_and_memory(tmp_path):
