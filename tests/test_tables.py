@@ -288,6 +288,12 @@ def test_notes_tell_each_protocol_once_and_the_calibration():
     assert len(found) == len(set(found)) == 8
 
 
+def test_notes_tell_whose_values_have_how_many_bits_only_where_they_differ():
+    table = paper_table(summary(study()), "small").markdown()
+    assert "Stored values have 16 bits (Dense, SVD, SVD-LLM); 14 bits (CoSpaDi)." in table
+    assert "Stored values have 16 bits." in paper_table(summary(study(methods=("svd", "svd_llm"))), "small").markdown()
+
+
 # formats
 
 

@@ -546,7 +546,9 @@ def _own_notes(rows: pd.DataFrame, groups: Sequence[Sequence[Row]]) -> list[str]
     for _, row in rows.iterrows():
         if not pd.isna(row["bits"]):
             of_bits.setdefault(int(row["bits"]), []).append(row["method_title"])
-    if of_bits:
+    if len(of_bits) == 1:
+        found.append(f"Stored values have {next(iter(of_bits))} bits.")
+    elif of_bits:
         parts = [f"{bits} bits ({', '.join(dict.fromkeys(titles))})" for bits, titles in of_bits.items()]
         found.append(f"Stored values have {'; '.join(parts)}.")
     for _, row in rows[rows["fallbacks"] > 0].iterrows():
