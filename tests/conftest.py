@@ -5,7 +5,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WANDB_MODE"] = "offline"  # whoever runs the tests may be logged in
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process per core
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the jobs of runs have more: waiting, they leave the cores to others
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # jobs of runs have several: waiting, they leave the cores free
 
 import hypothesis
 import pytest
