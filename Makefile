@@ -28,7 +28,7 @@ install: $(INSTALLED)
 
 reproduce: $(INSTALLED)
 	@echo "== Study $(STUDY) on $(CORES) cores; results go to results/ =="
-	$(BIN)/python -m cospadi.run --cores $(CORES) --config study=$(STUDY)
+	$(BIN)/python -m cospadi.pipeline.run --cores $(CORES) --config study=$(STUDY)
 	$(MAKE) report
 
 report: $(INSTALLED)

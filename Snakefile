@@ -5,9 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-from cospadi import locks
+from cospadi.pipeline import locks
 from cospadi.errors import UserError
-from cospadi.study import Study, n_gpus, parse_overrides
+from cospadi.pipeline.study import Study, n_gpus, parse_overrides
 from cospadi.tracking.mode import require_key
 
 # Jobs run with the Python that runs snakemake, activated or not.

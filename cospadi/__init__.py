@@ -11,22 +11,21 @@ package also makes ``AutoModelForCausalLM.from_pretrained`` understand compresse
 
 from typing import Any
 
-from cospadi import registration
+from cospadi.checkpoint import registration
 
 __version__ = "0.1.0"
 __all__ = ["compress", "load"]
-
 registration.register()
 
 
 def __getattr__(name: str) -> Any:
     """`compress` and `load`, imported when they are first asked for."""
     if name == "compress":
-        from cospadi.compression import compress
+        from cospadi.api import compress
 
         return compress
     if name == "load":
-        from cospadi.checkpoint import load
+        from cospadi.checkpoint.read import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,3 +1,5 @@
+"""TODO cospadi.__main__."""
+
 import sys
 
 from cospadi.cli import main

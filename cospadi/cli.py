@@ -7,10 +7,12 @@ options. A mistake of the person typing ends in one sentence and exit code 1.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from cospadi.bench import arguments
 from cospadi.errors import UserError
@@ -216,26 +218,27 @@ def _add_benches(stages) -> None:
 
 
 def _config(options: argparse.Namespace):
-    from cospadi.config import load
+    from cospadi.settings import load
 
     return load(options.overrides)
 
 
-def _prepare_model(o: argparse.Namespace) -> None:
-    from cospadi import stages
+def _stage(name: str) -> ModuleType:
+    """A file of ``cospadi.pipeline.stages``, loaded by its own commands alone: torch takes seconds."""
+    return importlib.import_module(f"cospadi.pipeline.stages.{name}")
 
-    stages.prepare_model(_config(o), o.folder, o.record)
+
+def _prepare_model(o: argparse.Namespace) -> None:
+    _stage("sources").prepare_model(_config(o), o.folder, o.record)
 
 
 def _prepare_text(o: argparse.Namespace) -> None:
-    from cospadi import stages
-
     text, overrides = _named_text(o.overrides)
     config = _config(argparse.Namespace(overrides=overrides))
     texts = {t.name: t for t in (config.calibration.text, *config.evaluation.texts)}
     if text not in texts:
         raise UserError(f"text={text} is neither the calibration's nor the evaluation's text: {', '.join(texts)}.")
-    stages.prepare_text(texts[text], o.documents, o.record)
+    _stage("sources").prepare_text(texts[text], o.documents, o.record)
 
 
 def _named_text(overrides: Sequence[str]) -> tuple[str, list[str]]:
@@ -246,45 +249,33 @@ def _named_text(overrides: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _calibrate(o: argparse.Namespace) -> None:
-    from cospadi import stages
-
-    stages.calibrate(_config(o), o.model, o.documents, o.grams, o.record)
+    _stage("calibration").calibrate(_config(o), o.model, o.documents, o.grams, o.record)
 
 
 def _search_ranks(o: argparse.Namespace) -> None:
-    from cospadi import stages
-
-    stages.search_ranks(_config(o), o.model, o.documents, o.grams, o.sensitivity)
+    _stage("rank_search").search_ranks(_config(o), o.model, o.documents, o.grams, o.sensitivity)
 
 
 def _choose_ranks(o: argparse.Namespace) -> None:
-    from cospadi import stages
-
-    stages.choose_ranks(_config(o), o.model, o.documents, o.grams, o.sensitivity, o.ranks)
+    _stage("rank_search").choose_ranks(_config(o), o.model, o.documents, o.grams, o.sensitivity, o.ranks)
 
 
 def _factorize(o: argparse.Namespace) -> None:
-    from cospadi import stages
-
-    stages.factorize(_config(o), o.model, o.grams, o.layers, o.factors, o.record, o.ranks)
+    _stage("factorization").factorize(_config(o), o.model, o.grams, o.layers, o.factors, o.record, o.ranks)
 
 
 def _quantize(o: argparse.Namespace) -> None:
-    from cospadi import stages
-
-    stages.quantize(_config(o), o.model, o.grams, o.factors, o.factorization, o.quantized, o.record)
+    _stage("quantization").quantize(_config(o), o.model, o.grams, o.factors, o.factorization, o.quantized, o.record)
 
 
 def _evaluate(o: argparse.Namespace) -> None:
-    from cospadi import stages
-
-    stages.evaluate(
+    _stage("evaluation").evaluate(
         _config(o), o.model, o.documents, o.factors_files, o.reference, o.record, o.samples, o.second_text_files
     )
 
 
 def _study(overrides: Sequence[str]):
-    from cospadi.study import Study
+    from cospadi.pipeline.study import Study
 
     named = [v.removeprefix("study=") for v in overrides if v.startswith("study=")]
     rest = [v for v in overrides if not v.startswith("study=")]
@@ -292,15 +283,14 @@ def _study(overrides: Sequence[str]):
 
 
 def _tabulate(o: argparse.Namespace) -> None:
-    from cospadi import stages
-
-    stages.tabulate(_study(o.overrides), o.folder)
+    _stage("tables").tabulate(_study(o.overrides), o.folder)
 
 
 def _plan(o: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from cospadi import plan, records
+    from cospadi import records
+    from cospadi.pipeline import plan
 
     study = _study([*([f"study={o.study}"] if o.study else []), *o.overrides])
     dtypes = {config.model.dtype for config in map(study.config, study.study.models)}
@@ -315,20 +305,16 @@ def _plan(o: argparse.Namespace) -> None:
 
 
 def _track(o: argparse.Namespace) -> None:
-    from cospadi import stages
-
-    stages.track(_study(o.overrides), o.folder)
+    _stage("tracking").track(_study(o.overrides), o.folder)
 
 
 def _workspace(o: argparse.Namespace) -> None:
-    from cospadi import stages
-
-    stages.workspace(_study(o.overrides), o.definition)
+    _stage("tracking").workspace(_study(o.overrides), o.definition)
 
 
 def _compress(o: argparse.Namespace) -> None:
-    from cospadi.checkpoint import ledger_text
-    from cospadi.compression import compress_to
+    from cospadi.api import compress_to
+    from cospadi.checkpoint.ledger import ledger_text
 
     overrides = [f"factorization={o.method}", f"quantization={o.quantize}"]
     overrides += [] if o.ratio is None else [f"factorization.compression_ratio={o.ratio}"]
@@ -340,14 +326,14 @@ def _compress(o: argparse.Namespace) -> None:
 def _info(o: argparse.Namespace) -> None:
     import json
 
-    from cospadi.checkpoint import ledger, ledger_text
+    from cospadi.checkpoint.ledger import ledger, ledger_text
 
     found = ledger(o.checkpoint)
     print(json.dumps(found, indent=2, default=str) if o.json else ledger_text(found))
 
 
 def _densify(o: argparse.Namespace) -> None:
-    from cospadi.checkpoint import densify
+    from cospadi.checkpoint.write import densify
 
     densify(o.checkpoint, o.out, o.dtype)
     print(f"{o.out}: an ordinary checkpoint.")
@@ -355,7 +341,8 @@ def _densify(o: argparse.Namespace) -> None:
 
 def _generate(o: argparse.Namespace) -> None:
     from cospadi import devices
-    from cospadi.checkpoint import load, write_on
+    from cospadi.checkpoint.generate import write_on
+    from cospadi.checkpoint.read import load
 
     device = devices.pick(o.device, "--device")
     write_on(load(o.checkpoint).to(device), o.checkpoint, o.prompt, o.tokens, o.temperature, o.seed)

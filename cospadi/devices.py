@@ -11,6 +11,13 @@ import torch
 
 from cospadi.errors import UserError
 
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; a CPU is never ahead."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 _HELD: dict[int, int] = {}
 """File descriptors of the GPUs this process has taken: closing one gives the GPU back, as does the end of the process."""
 

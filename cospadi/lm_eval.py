@@ -1,7 +1,5 @@
 """``python -m cospadi.lm_eval …``: the lm_eval command line, able to load compressed checkpoints (``--model hf``)."""
 
-import cospadi  # noqa: F401 - makes transformers understand them
-
 
 def main() -> None:
     """As ``lm_eval`` itself; its own command line has no place for a plug-in."""

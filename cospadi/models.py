@@ -15,8 +15,8 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from cospadi.config import ModelConfig
 from cospadi.errors import UserError
+from cospadi.sources.settings import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

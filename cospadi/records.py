@@ -21,6 +21,8 @@ from typing import Any
 from cospadi.errors import UserError
 
 PACKAGES = ("cospadi", "torch", "transformers", "datasets", "lm_eval", "hydra-core", "snakemake", "numpy", "pandas")
+DENSE = "dense"
+"""The uncompressed model, in paths and tables."""
 _MARK = ".cospadi"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -240,3 +242,10 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue  # a bare GPU box has torch and little else
     return found
+
+
+def file_hashes(*files: Path) -> dict[str, str]:
+    return {str(file): file_hash(file) for file in files}
+
+
+RESULTS = "results"

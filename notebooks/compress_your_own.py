@@ -19,8 +19,9 @@ import os
 from pathlib import Path
 
 import cospadi
-from cospadi import checkpoint
-from cospadi.compression import compress_to
+from cospadi.api import compress_to
+from cospadi.checkpoint import generate
+from cospadi.checkpoint import ledger as checkpoint_ledger
 
 MODEL = os.environ.get("COSPADI_MODEL", "smollm2_135m")
 RATIO = float(os.environ.get("COSPADI_RATIO", "0.3"))
@@ -42,7 +43,7 @@ ledger = compress_to(MODEL, OUT, settings, TEXT, keep_work=True)
 # ## What it weighs
 
 # %%
-print(checkpoint.ledger_text(ledger))
+print(checkpoint_ledger.ledger_text(ledger))
 
 # %% [markdown]
 # ## What it writes
@@ -51,7 +52,7 @@ print(checkpoint.ledger_text(ledger))
 
 # %%
 model = cospadi.load(OUT)
-checkpoint.write_on(model, OUT, "The capital of France is", tokens=24)
+generate.write_on(model, OUT, "The capital of France is", tokens=24)
 
 # %% [markdown]
 # ## Smaller still: fewer bits for what is stored
@@ -60,8 +61,8 @@ checkpoint.write_on(model, OUT, "The capital of France is", tokens=24)
 
 # %%
 ledger = compress_to(MODEL, OUT, [*settings, "quantization=int8"], TEXT, keep_work=True)
-print(checkpoint.ledger_text(ledger))
-checkpoint.write_on(cospadi.load(OUT), OUT, "The capital of France is", tokens=24)
+print(checkpoint_ledger.ledger_text(ledger))
+generate.write_on(cospadi.load(OUT), OUT, "The capital of France is", tokens=24)
 
 # %% [markdown]
 # ## Any other runtime

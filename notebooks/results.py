@@ -22,7 +22,7 @@ import pandas as pd
 from IPython.display import HTML, Markdown, display
 from matplotlib import pyplot as plt
 
-from cospadi.tables import read_summary
+from cospadi.tables.cells import read_summary
 
 STUDY = os.environ.get("COSPADI_STUDY", "default")
 RESULTS = Path(os.environ.get("COSPADI_RESULTS", "results" if Path("results").is_dir() else "../results"))

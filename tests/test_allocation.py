@@ -5,13 +5,17 @@ import pytest
 import torch
 from hypothesis import given
 
-from cospadi import allocation, models, stages
-from cospadi import config as settings
+from cospadi import models, settings
 from cospadi.errors import UserError
 from cospadi.factorization import budget
+from cospadi.factorization import rank_search as factorization_rank_search
+from cospadi.factorization import settings as factorization_settings
 from cospadi.models import Projection
+from cospadi.pipeline.stages import calibration, sources
+from cospadi.pipeline.stages import rank_search as allocation
+from cospadi.pipeline.stages import rank_search as stages_rank_search
 from cospadi.records import read_json
-from cospadi.sources import prepare_model
+from cospadi.sources.checkpoints import prepare_model
 
 
 @st.composite
@@ -45,18 +49,18 @@ def test_the_fewest_truncations_that_fit_are_accepted(search):
     fitting = [count for count in range(len(pairs) + 1) if naive_bits(projections, pairs[:count]) <= allowed]
     if not fitting:
         with pytest.raises(UserError, match=r"truncation_ratios cannot reach factorization\.compression_ratio"):
-            allocation._fewest_that_fit(projections, pairs, ratio)
+            factorization_rank_search.fewest_that_fit(projections, pairs, ratio)
         return
-    accepted = allocation._fewest_that_fit(projections, pairs, ratio)
+    accepted = factorization_rank_search.fewest_that_fit(projections, pairs, ratio)
     assert accepted == min(fitting)
-    kept = allocation.smallest_accepted(pairs[:accepted])
-    assert allocation.bits_of(projections, kept) == naive_bits(projections, pairs[:accepted]) <= allowed
+    kept = factorization_rank_search.smallest_accepted(pairs[:accepted])
+    assert factorization_rank_search.bits_of(projections, kept) == naive_bits(projections, pairs[:accepted]) <= allowed
 
 
 @given(searches(), st.integers(0, 16))
 def test_each_projection_takes_its_smallest_accepted_fraction(search, count):
     _, pairs, _ = search
-    kept = allocation.smallest_accepted(pairs[:count])
+    kept = factorization_rank_search.smallest_accepted(pairs[:count])
     assert set(kept) == {name for _, name, _ in pairs[:count]}
     for _, name, fraction in pairs[:count]:
         assert kept[name] <= fraction
@@ -65,7 +69,7 @@ def test_each_projection_takes_its_smallest_accepted_fraction(search, count):
 
 @given(st.integers(1, 99), st.integers(1, 99), st.floats(0.01, 0.99))
 def test_a_truncated_rank_keeps_the_fraction(d_in, d_out, kept):
-    rank = allocation.truncated_rank(Projection("p", 0, "p", "p", d_in, d_out), kept)
+    rank = factorization_rank_search.truncated_rank(Projection("p", 0, "p", "p", d_in, d_out), kept)
     assert rank >= 1
     assert rank == 1 or rank * (d_in + d_out) <= kept * d_in * d_out + 1e-6
     assert (rank + 1) * (d_in + d_out) > kept * d_in * d_out
@@ -92,8 +96,8 @@ def room(tmp_path_factory):
     )
     prepare_model(config.model, folder / "model")
     documents = folder / "documents.json"
-    stages.prepare_text(config.calibration.text, documents, folder / "text.json")
-    stages.calibrate(config, folder / "model", documents, folder / "grams", folder / "calibration.json")
+    sources.prepare_text(config.calibration.text, documents, folder / "text.json")
+    calibration.calibrate(config, folder / "model", documents, folder / "grams", folder / "calibration.json")
     return config, folder / "model", documents, folder / "grams"
 
 
@@ -101,7 +105,7 @@ def room(tmp_path_factory):
 def sensitivity(room, tmp_path_factory):
     config, model, documents, grams = room
     file = tmp_path_factory.mktemp("sensitivity") / "sensitivity.json"
-    stages.search_ranks(config, model, documents, grams, file)
+    stages_rank_search.search_ranks(config, model, documents, grams, file)
     return read_json(file)
 
 
@@ -122,7 +126,7 @@ def test_the_model_is_whole_again_after_each_truncation(room, monkeypatch):
     plain = settings.load(["study=smoke", "factorization=asvd"]).factorization
     absolute_mean = allocation.read_statistics(grams, p.layer, p.shared_input, torch.device("cpu"))[1]
     weight = models.Checkpoint(folder).weight(p)
-    rank = allocation.truncated_rank(p, 0.3)
+    rank = factorization_rank_search.truncated_rank(p, 0.3)
     problem = allocation.Problem(weight, torch.eye(p.d_in).double(), absolute_mean, rank)
     models.replace_weights(fresh, [(p.name, allocation.factorize(plain, problem).weight())])
     assert allocation._perplexity(fresh, tokens) == result["perplexities"][p.name]["0.3"]
@@ -144,7 +148,7 @@ def test_the_model_is_whole_again_after_a_failure(room):
 
 def test_chosen_ranks_meet_the_bits(room, sensitivity):
     config, folder, documents, grams = room
-    chosen = allocation.choose_ranks(config, folder, documents, grams, sensitivity)
+    chosen = allocation.chosen_ranks(config, folder, documents, grams, sensitivity)
     projections = models.find_projections(folder, config.model)
     allowed = sum(budget.budget_bits(p.d_in, p.d_out, 0.3) for p in projections)
     stored = sum(
@@ -159,7 +163,7 @@ def test_a_truncation_that_breaks_the_model_is_the_last_resort(room, sensitivity
     rows = {name: dict(row) for name, row in sensitivity["perplexities"].items()}
     broken = next(iter(rows))
     rows[broken] = dict.fromkeys(rows[broken], float("nan"))
-    chosen = allocation.choose_ranks(config, folder, documents, grams, {"perplexities": rows})
+    chosen = allocation.chosen_ranks(config, folder, documents, grams, {"perplexities": rows})
     assert chosen["ranks"][broken] is None
 
 
@@ -167,15 +171,15 @@ def test_a_perplexity_budget_is_kept_or_refused(room, sensitivity):
     config, folder, documents, grams = room
     dense = sensitivity["dense_perplexity"]
     given_search = config.factorization.rank_search
-    generous = settings.RankSearchConfig(list(given_search.truncation_ratios), 100 * dense, 2)
-    strict = settings.RankSearchConfig(list(given_search.truncation_ratios), 1.0, 2)
+    generous = factorization_settings.RankSearchConfig(list(given_search.truncation_ratios), 100 * dense, 2)
+    strict = factorization_settings.RankSearchConfig(list(given_search.truncation_ratios), 1.0, 2)
     try:
         config.factorization.rank_search = generous
-        chosen = allocation.choose_ranks(config, folder, documents, grams, sensitivity)
+        chosen = allocation.chosen_ranks(config, folder, documents, grams, sensitivity)
         assert None not in chosen["ranks"].values()  # everything is accepted at its smallest ratio
         config.factorization.rank_search = strict
         with pytest.raises(UserError, match="perplexity_budget"):
-            allocation.choose_ranks(config, folder, documents, grams, sensitivity)
+            allocation.chosen_ranks(config, folder, documents, grams, sensitivity)
     finally:
         config.factorization.rank_search = given_search
 
@@ -185,9 +189,9 @@ def test_unreachable_ratios_and_missing_settings_are_refused(room, sensitivity):
     config.factorization.compression_ratio = 0.9
     try:
         with pytest.raises(UserError, match=r"compression_ratio=0\.9.*Add a truncation ratio of 0\.1"):
-            allocation.choose_ranks(config, folder, documents, grams, sensitivity)
+            allocation.chosen_ranks(config, folder, documents, grams, sensitivity)
     finally:
         config.factorization.compression_ratio = 0.3
     plain = settings.load(["study=smoke", "factorization=asvd"])
     with pytest.raises(UserError, match="rank_search is not set"):
-        allocation.choose_ranks(plain, folder, documents, grams, sensitivity)
+        allocation.chosen_ranks(plain, folder, documents, grams, sensitivity)

@@ -11,8 +11,8 @@ from cospadi import cli
 from cospadi.bench import problems, render, solver
 from cospadi.bench.solvers import SOLVERS, Settings, suited, timed
 from cospadi.bench.usage import usage
-from cospadi.factorization.ksvd import first_atoms, ksvd
-from cospadi.factorization.sparse_coding import sparse_code
+from cospadi.factorization.solvers.ksvd import first_atoms, ksvd
+from cospadi.factorization.solvers.sparse_coding import sparse_code
 
 CPU = torch.device("cpu")
 SMALL = [

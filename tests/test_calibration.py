@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cospadi import config as settings
-from cospadi import models
-from cospadi.calibration import InputStatistics, collect, draw_samples, gather, read_statistics, tensors_of
-from cospadi.config import ModelConfig
+from cospadi import models, settings
+from cospadi.calibration.collect import collect, draw_samples, gather
+from cospadi.calibration.statistics import InputStatistics, read_statistics, tensors_of
 from cospadi.errors import UserError
 from cospadi.models import BlockWalker
-from cospadi.sources import prepare_model
+from cospadi.sources.checkpoints import prepare_model
+from cospadi.sources.settings import ModelConfig
 
 CPU = torch.device("cpu")
 ARCHITECTURE = {

@@ -17,27 +17,27 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import cospadi
-from cospadi import checkpoint, cli
-from cospadi.compression import compress_to
-from cospadi.config import (
-    CoSpaDiConfig,
-    ModelConfig,
-    OATSConfig,
-    PlainConfig,
-    QuantizationConfig,
-    SVDLLMConfig,
-    WandaConfig,
-)
+from cospadi import cli
+from cospadi.api import compress_to
+from cospadi.checkpoint import ledger
+from cospadi.checkpoint import write as checkpoint
+from cospadi.checkpoint.checksums import CHECKSUMS
+from cospadi.checkpoint.checksums import checksum as checksum_of
+from cospadi.checkpoint.layers import CompressedLinear
+from cospadi.checkpoint.specs import layer_of
+from cospadi.checkpoint.transformers_plugin import CoSpaDiQuantizer
 from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.factorization.factors import KINDS, LowRank, SparseDictionary, SparsePlusLowRank, stored_bits
-from cospadi.factorization.methods import Problem, factorize_all
-from cospadi.integrity import CHECKSUMS
-from cospadi.integrity import checksum as checksum_of
-from cospadi.layers import CompressedLinear, layer_of
+from cospadi.factorization.methods import factorize_all
+from cospadi.factorization.problem import Problem
+from cospadi.factorization.settings import CoSpaDiConfig, OATSConfig, PlainConfig, SVDLLMConfig, WandaConfig
 from cospadi.models import Checkpoint, find_projections
+from cospadi.pipeline.stages import calibration, factorization, sources
 from cospadi.quantization.methods import quantize
-from cospadi.sources import prepare_model
+from cospadi.quantization.settings import QuantizationConfig
+from cospadi.sources.checkpoints import prepare_model
+from cospadi.sources.settings import ModelConfig
 
 TINY = {
     "hidden_size": 32,
@@ -156,7 +156,7 @@ def test_saving_and_loading_again_changes_no_bit(made, tmp_path, method):
     before, after = first.state_dict(), second.state_dict()
     assert before.keys() == after.keys()
     assert all(before[name].equal(after[name]) and before[name].dtype == after[name].dtype for name in before)
-    old, new = (checkpoint.ledger(f) for f in (folder, tmp_path / "again"))
+    old, new = (ledger.ledger(f) for f in (folder, tmp_path / "again"))
     assert old["projection_bytes"] == new["projection_bytes"]
 
 
@@ -179,7 +179,7 @@ def test_shards_hold_the_same_and_each_its_own_checksums(made):
     assert len(list(parts.glob("model-*.safetensors"))) > 3
     assert (parts / "model.safetensors.index.json").is_file()
     assert logits(cospadi.load(whole)).equal(logits(cospadi.load(parts)))
-    assert checkpoint.ledger(whole)["projection_bytes"] == checkpoint.ledger(parts)["projection_bytes"]
+    assert ledger.ledger(whole)["projection_bytes"] == ledger.ledger(parts)["projection_bytes"]
 
 
 def test_plain_transformers_reads_it_wherever_cospadi_was_imported(made):
@@ -238,7 +238,7 @@ def test_the_densified_model_agrees(made, tmp_path, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_ledger_counts_the_files_and_keeps_the_budget(made, method):
     dense, folder = made("llama", method)
-    found = checkpoint.ledger(folder)
+    found = ledger.ledger(folder)
     with safe_open(folder / "model.safetensors", "pt") as tensors:
         sizes = {n: t.numel() * t.element_size() for n in tensors.keys() for t in [tensors.get_tensor(n)]}  # noqa: SIM118
     projections = sum(size for name, size in sizes.items() if "_proj." in name)
@@ -257,7 +257,7 @@ def test_no_layer_keeps_more_in_memory_than_its_checkpoint_stores(made):
         if isinstance(layer, CompressedLinear)
         for tensor in [*layer.parameters(), *layer.buffers()]
     )
-    assert held == checkpoint.ledger(made()[1])["projection_bytes"]
+    assert held == ledger.ledger(made()[1])["projection_bytes"]
 
 
 # --- what is refused
@@ -528,7 +528,7 @@ def compressed(tmp_path_factory):
 def test_compress_writes_what_load_reads(compressed, capsys):
     model = cospadi.load(compressed / "out")
     assert sum(isinstance(m, CompressedLinear) for m in model.modules()) == 14
-    found = checkpoint.ledger(compressed / "out")
+    found = ledger.ledger(compressed / "out")
     assert 0.3 <= found["removed"] < 0.35
     assert found["record"]["factorization"]["name"] == "cospadi_plus"
     assert cli.main(["info", str(compressed / "out")]) == 0
@@ -538,8 +538,6 @@ def test_compress_writes_what_load_reads(compressed, capsys):
 
 
 def test_compress_goes_on_where_it_was_cut_off(compressed, tmp_path, monkeypatch):
-    from cospadi import stages
-
     shutil.copytree(compressed, tmp_path, dirs_exist_ok=True)
 
     def refuse(*_):
@@ -547,12 +545,13 @@ def test_compress_goes_on_where_it_was_cut_off(compressed, tmp_path, monkeypatch
 
     settings = ["factorization=cospadi_plus", "factorization.compression_ratio=0.3", "calibration=smoke"]
     settings += ["factorization.device=auto", "calibration.device=auto"]
-    for stage in ("prepare_model", "prepare_text", "calibrate", "factorize"):
-        monkeypatch.setattr(stages, stage, refuse)
+    before = [(sources, "prepare_model"), (sources, "prepare_text"), (calibration, "calibrate")]
+    for stage in (*before, (factorization, "factorize")):
+        monkeypatch.setattr(*stage, refuse)
     compress_to("tiny_llama", tmp_path / "out", settings, keep_work=True)
     monkeypatch.undo()
-    for stage in ("prepare_model", "prepare_text", "calibrate"):
-        monkeypatch.setattr(stages, stage, refuse)
+    for stage in before:
+        monkeypatch.setattr(*stage, refuse)
     settings[1] = "factorization.compression_ratio=0.5"
     found = compress_to("tiny_llama", tmp_path / "out", settings, keep_work=True)
     assert found["removed"] >= 0.5
@@ -564,7 +563,7 @@ def test_compress_quantizes_and_its_files_are_as_large_as_its_ledger_says(compre
     shutil.copytree(compressed / "out.work", tmp_path / "out.work")
     command = ["compress", "tiny_llama", str(tmp_path / "out"), "--ratio", "0.3", "--quantize", bits, "--keep-work"]
     assert cli.main([*command, "--set", "calibration=smoke"]) == 0
-    found, before = checkpoint.ledger(tmp_path / "out"), checkpoint.ledger(compressed / "out")
+    found, before = ledger.ledger(tmp_path / "out"), ledger.ledger(compressed / "out")
     assert found["format_version"] == 3
     assert found["record"]["quantization"]["name"] == bits
     assert found["projection_bytes"] < {"int8": 0.82, "int4": 0.5}[bits] * before["projection_bytes"]
@@ -575,7 +574,7 @@ def test_compress_quantizes_and_its_files_are_as_large_as_its_ledger_says(compre
     exact, rounded = (logits(cospadi.load(folder / "out")) for folder in (compressed, tmp_path))
     assert 0 < (exact - rounded).norm() / exact.norm() < {"int8": 0.02, "int4": 0.3}[bits]
     model = cospadi.load(tmp_path / "out")
-    cospadi.quantizer.CoSpaDiQuantizer._dequantize(model.hf_quantizer, model)
+    CoSpaDiQuantizer._dequantize(model.hf_quantizer, model)
     torch.testing.assert_close(logits(model), rounded, rtol=1e-4, atol=1e-4)  # what the codes stand for, in float32
     model = cospadi.load(tmp_path / "out")
     model.save_pretrained(tmp_path / "again")
@@ -594,7 +593,7 @@ def test_compress_in_memory_quantizes(made, tmp_path):
     assert 0 < (after - before).norm() / before.norm() < 0.02
     network.save_pretrained(tmp_path / "out")
     assert torch.equal(logits(cospadi.load(tmp_path / "out")), after)
-    assert checkpoint.ledger(tmp_path / "out")["removed"] > 0.4
+    assert ledger.ledger(tmp_path / "out")["removed"] > 0.4
 
 
 def test_compress_takes_a_folder_and_a_text_file(made, compressed, tmp_path):
@@ -669,7 +668,7 @@ def test_compress_in_python(made, tmp_path):
     smaller = cospadi.compress(model, tokenizer, compression_ratio=0.3, texts=texts, overrides=settings)
     expected = logits(smaller.eval())
     smaller.save_pretrained(tmp_path / "out")
-    assert checkpoint.ledger(tmp_path / "out")["removed"] >= 0.3
+    assert ledger.ledger(tmp_path / "out")["removed"] >= 0.3
     assert logits(cospadi.load(tmp_path / "out")).equal(expected)
     with pytest.raises(UserError, match="compressed already"):
         cospadi.compress(smaller, tokenizer, compression_ratio=0.3, texts=texts, overrides=settings)

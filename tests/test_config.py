@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cospadi import config
-from cospadi.config import CONF, load
+from cospadi import settings as config
 from cospadi.errors import UserError
+from cospadi.settings import CONF, load
 
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
 ON_CELL = {"text": "text@calibration.text"}

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cospadi import evaluation
-from cospadi.config import EvaluationConfig, TextConfig
 from cospadi.errors import UserError
-from cospadi.evaluation import heldout, perplexity, tasks
+from cospadi.evaluation import heldout, perplexity, task_names, tasks
+from cospadi.evaluation import measure as evaluation
+from cospadi.evaluation.settings import EvaluationConfig
 from cospadi.records import write_json
+from cospadi.sources.settings import TextConfig
 
 MIRROR = Path(os.environ.get("COSPADI_MIRROR", Path(__file__).parents[2] / "shared" / "hub" / "datasets"))
 NOUNS = ("river", "market", "engine", "teacher", "garden", "letter", "window", "captain", "summer", "village")
@@ -535,13 +536,13 @@ def test_windows_are_kept_for_comparisons(model, windows, reference):
 
 
 def test_an_unknown_task_is_refused_with_near_names(monkeypatch):
-    index = SimpleNamespace(all_tasks=[*tasks.stock_tasks(), "mmlu"])
-    monkeypatch.setattr(tasks, "_stock_manager", lambda: index)  # the real one takes 15 s
+    index = SimpleNamespace(all_tasks=[*task_names.stock_tasks(), "mmlu"])
+    monkeypatch.setattr(task_names, "stock_manager", lambda: index)  # the real one takes 15 s
     with pytest.raises(UserError, match=r"no task arc_eazy\. Did you mean .*arc_easy"):
-        tasks.check_tasks(settings(tasks=["arc_eazy"]))
+        task_names.check_tasks(settings(tasks=["arc_eazy"]))
     with pytest.raises(UserError, match="heldout_close is not known"):
-        tasks.check_tasks(settings(embedded_tasks=["heldout_close"]))
-    tasks.check_tasks(settings(tasks=["arc_easy", "piqa", "lambada_openai", "wikitext", "mmlu"]))
+        task_names.check_tasks(settings(embedded_tasks=["heldout_close"]))
+    task_names.check_tasks(settings(tasks=["arc_easy", "piqa", "lambada_openai", "wikitext", "mmlu"]))
 
 
 def test_missing_data_is_one_sentence(model, tokenizer, tmp_path, monkeypatch):
@@ -680,7 +681,7 @@ def test_every_prompt_of_mmlu_is_the_stock_one(monkeypatch):
 
     folder = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
     monkeypatch.setattr(  # the whole index takes 15 s
-        tasks, "_stock_manager", lambda: TaskManager(include_defaults=False, include_path=folder)
+        tasks, "stock_manager", lambda: TaskManager(include_defaults=False, include_path=folder)
     )
     (ours,) = tasks.load_stock("mmlu", str(MIRROR))
     with contextlib.chdir(MIRROR):
@@ -725,7 +726,7 @@ def test_a_tag_stands_for_its_tasks(model, tokenizer, monkeypatch):
 
     folder = Path(lm_eval.tasks.__file__).parent / "arc"  # the whole index takes 15 s
     manager = TaskManager(include_defaults=False, include_path=folder)
-    monkeypatch.setattr(tasks, "_stock_manager", lambda: manager)
+    monkeypatch.setattr(task_names, "stock_manager", lambda: manager)
     config = settings(tasks=["ai2_arc"], embedded_tasks=[], mirror=str(MIRROR), limit=2, n_windows=1, max_length=1024)
     result, samples = evaluation.evaluate(model, tokenizer, DOCUMENTS, config)
     assert list(result["tasks"]) == list(samples) == ["arc_challenge", "arc_easy"]

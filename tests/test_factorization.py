@@ -8,7 +8,12 @@ import references
 import torch
 from hypothesis import assume, example, given
 
-from cospadi.config import (
+from cospadi.errors import UserError
+from cospadi.factorization import budget
+from cospadi.factorization.factors import KINDS, Dense, LowRank, SparseDictionary, rounded, stored_bits
+from cospadi.factorization.methods import factorize
+from cospadi.factorization.problem import Problem
+from cospadi.factorization.settings import (
     ASVDConfig,
     CoSpaDiConfig,
     MagnitudeConfig,
@@ -18,21 +23,9 @@ from cospadi.config import (
     SVDLLMConfig,
     WandaConfig,
 )
-from cospadi.errors import UserError
-from cospadi.factorization import budget
-from cospadi.factorization.factors import (
-    KINDS,
-    Dense,
-    LowRank,
-    SparseDictionary,
-    pack_bits,
-    rounded,
-    stored_bits,
-    unpack_bits,
-)
-from cospadi.factorization.low_rank import left_singular_vectors, truncated_svd
-from cospadi.factorization.methods import Problem, factorize
-from cospadi.factorization.whitening import output_error, unwhiten, weight_error, whitener
+from cospadi.factorization.solvers.low_rank import left_singular_vectors, truncated_svd
+from cospadi.factorization.solvers.whitening import output_error, unwhiten, weight_error, whitener
+from cospadi.packing.bits import pack_bits, unpack_bits
 
 METHODS = {
     "svd": (SVDConfig, {}),

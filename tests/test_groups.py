@@ -17,20 +17,25 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import cospadi
-from cospadi import checkpoint, cli
-from cospadi.compression import compress_to
-from cospadi.config import BasisSharingConfig, CoSpaDiConfig, SVDConfig, SVDLLMConfig, load
+from cospadi import cli
+from cospadi.api import compress_to
+from cospadi.checkpoint import ledger
+from cospadi.checkpoint import write as checkpoint
+from cospadi.checkpoint.checksums import CHECKSUMS
+from cospadi.checkpoint.layers import CompressedLinear
 from cospadi.errors import UserError
-from cospadi.factorization import budget, groups, shared
+from cospadi.factorization import budget, groups
 from cospadi.factorization.factors import stored_bits
 from cospadi.factorization.files import read_factors
-from cospadi.factorization.htp import htp
-from cospadi.factorization.methods import Problem, factorize, factorize_group
-from cospadi.factorization.whitening import output_error
-from cospadi.integrity import CHECKSUMS
-from cospadi.layers import CompressedLinear
+from cospadi.factorization.methods import factorize, factorize_group
+from cospadi.factorization.problem import Problem
+from cospadi.factorization.settings import BasisSharingConfig, CoSpaDiConfig, SVDConfig, SVDLLMConfig
+from cospadi.factorization.solvers import shared
+from cospadi.factorization.solvers.htp import htp
+from cospadi.factorization.solvers.whitening import output_error
 from cospadi.models import Projection
-from cospadi.study import Study
+from cospadi.pipeline.study import Study
+from cospadi.settings import load
 
 seeds = st.integers(0, 10**6)
 INPUTS = {
@@ -592,7 +597,7 @@ def test_ties_outlast_saving_casting_copying_and_tying_again(made, tmp_path, met
     assert logits(again).equal(before)
     parameters = sum(p.numel() for p in model.parameters())
     assert model.num_parameters() == parameters == again.num_parameters()
-    old, new = (checkpoint.ledger(f) for f in (folder / "out", tmp_path / "again"))
+    old, new = (ledger.ledger(f) for f in (folder / "out", tmp_path / "again"))
     assert old["projection_bytes"] == new["projection_bytes"]
     assert abs(old["file_bytes"] - new["file_bytes"]) < 20_000  # checksums and names; a dictionary more would not fit
     model.to(torch.bfloat16)
@@ -608,7 +613,7 @@ def test_ties_outlast_saving_casting_copying_and_tying_again(made, tmp_path, met
 @pytest.mark.parametrize("method", GROUPED)
 def test_every_shared_byte_is_counted_once(made, method):
     folder = made(method) / "out"
-    found = checkpoint.ledger(folder)
+    found = ledger.ledger(folder)
     rows = rows_of(made(method))
     assert found["projection_bytes"] * 8 == sum(row["stored_bits"] for row in rows)
     everything = sum(t.numel() * t.element_size() for t in load_file(folder / "model.safetensors").values())
@@ -696,7 +701,7 @@ def test_compress_in_python_shares_too(made, tmp_path, method):
     ).eval()
     assert shared_parameters(smaller) == groups_in(made(method))
     smaller.save_pretrained(tmp_path / "out")
-    assert checkpoint.ledger(tmp_path / "out")["removed"] >= 0.3
+    assert ledger.ledger(tmp_path / "out")["removed"] >= 0.3
     again = cospadi.load(tmp_path / "out")
     assert shared_parameters(again) == groups_in(made(method))
     assert logits(again).equal(logits(smaller))

@@ -9,12 +9,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from cospadi.errors import UserError
 from cospadi.factorization import budget
-from cospadi.factorization import htp as htp_module
-from cospadi.factorization.htp import best_dictionary, first_atoms, htp, htp_batch, largest, least_squares
-from cospadi.factorization.low_rank import left_singular_vectors
-from cospadi.factorization.one_shot import one_shot
-from cospadi.factorization.orthogonal import orthogonal
-from cospadi.factorization.whitening import whitener
+from cospadi.factorization.solvers import htp as htp_module
+from cospadi.factorization.solvers.htp import best_dictionary, first_atoms, htp, htp_batch, largest, least_squares
+from cospadi.factorization.solvers.low_rank import left_singular_vectors
+from cospadi.factorization.solvers.one_shot import one_shot
+from cospadi.factorization.solvers.orthogonal import orthogonal
+from cospadi.factorization.solvers.whitening import whitener
 
 seeds = st.integers(0, 10**6)
 

@@ -17,11 +17,11 @@ from datasets import Dataset, Features, List, Value, load_dataset
 from test_evaluation import DOCUMENTS, MIRROR, byte_tokenizer, needs_mirror, settings, tiny_model
 
 import cospadi
-from cospadi import evaluation
-from cospadi.config import CONF, load
 from cospadi.errors import UserError
-from cospadi.evaluation import kick, tasks
+from cospadi.evaluation import kick, task_names, tasks
+from cospadi.evaluation import measure as evaluation
 from cospadi.evaluation.kick import functions
+from cospadi.settings import CONF, load
 
 ROOT = Path(__file__).parents[1]
 TASKS = ["kick_factoid", "kick_triviaqa_closed", "kick_triviaqa_open", "kick_summarization"]
@@ -511,7 +511,7 @@ def test_one_split_of_triviaqa_is_read_where_the_card_names_three(mirror, tmp_pa
 
 def test_the_wheel_holds_the_task_files():
     """hatch packs what lies in the package, unless git ignores it or a setting leaves it out."""
-    files = sorted(path.relative_to(ROOT).as_posix() for path in tasks.KICK.glob("*.yaml"))
+    files = sorted(path.relative_to(ROOT).as_posix() for path in task_names.KICK.glob("*.yaml"))
     assert [Path(file).stem for file in files] == sorted(["_question", *TASKS])
     build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
     assert build["targets"]["wheel"]["packages"] == ["cospadi"]
@@ -526,10 +526,10 @@ def test_the_wheel_holds_the_task_files():
 def test_a_task_name_close_to_ours_is_told(monkeypatch):
     from types import SimpleNamespace
 
-    monkeypatch.setattr(tasks, "_stock_manager", lambda: SimpleNamespace(all_tasks=["arc_easy", "mmlu"]))
-    tasks.check_tasks(settings(tasks=TASKS))
+    monkeypatch.setattr(task_names, "stock_manager", lambda: SimpleNamespace(all_tasks=["arc_easy", "mmlu"]))
+    task_names.check_tasks(settings(tasks=TASKS))
     with pytest.raises(UserError, match=r"no task kick_factoids\. Did you mean kick_factoid"):
-        tasks.check_tasks(settings(tasks=["kick_factoids"]))
+        task_names.check_tasks(settings(tasks=["kick_factoids"]))
 
 
 def test_the_study_asks_for_every_task():
@@ -557,7 +557,7 @@ def test_mmlu_alone_makes_the_average(mirror, model, tokenizer, tmp_path, monkey
 
     folder = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"  # the whole index takes 15 s
     manager = TaskManager(include_defaults=False, include_path=folder)
-    monkeypatch.setattr(tasks, "_stock_manager", lambda: manager)
+    monkeypatch.setattr(task_names, "stock_manager", lambda: manager)
     for source in (mirror / "KelvinJiang", MIRROR / "cais"):
         (tmp_path / source.name).symlink_to(source)
     config = kick_settings(tmp_path, tasks=["kick_factoid", "mmlu"], limit=1, max_length=1024, batch_size=8)

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 
 from cospadi.errors import UserError
-from cospadi.factorization import ksvd as ksvd_module
-from cospadi.factorization.ksvd import first_atoms, ksvd, ksvd_sweep
-from cospadi.factorization.sparse_coding import sparse_code
+from cospadi.factorization.solvers import ksvd as ksvd_module
+from cospadi.factorization.solvers.ksvd import first_atoms, ksvd, ksvd_sweep
+from cospadi.factorization.solvers.sparse_coding import sparse_code
 from cospadi.kernels.sweep import sweep
 
 

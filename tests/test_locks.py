@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from cospadi import locks
+from cospadi.pipeline import locks
 
 
 @pytest.fixture

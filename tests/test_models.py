@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cospadi import models
-from cospadi.config import ModelConfig
 from cospadi.errors import UserError
 from cospadi.models import Checkpoint, find_projections, replace_weights
-from cospadi.sources import prepare_model
+from cospadi.sources.checkpoints import prepare_model
+from cospadi.sources.settings import ModelConfig
 
 CPU = torch.device("cpu")
 TINY = {

@@ -8,14 +8,15 @@ import references
 import torch
 from hypothesis import given
 
-from cospadi.config import OATSConfig
 from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.factorization.factors import KINDS, stored_bits
-from cospadi.factorization.low_rank import followed_svd
-from cospadi.factorization.methods import Problem, factorize
-from cospadi.factorization.oats import sparse_plus_low_rank
-from cospadi.factorization.whitening import whitener
+from cospadi.factorization.methods import factorize
+from cospadi.factorization.problem import Problem
+from cospadi.factorization.settings import OATSConfig
+from cospadi.factorization.solvers.low_rank import followed_svd
+from cospadi.factorization.solvers.oats import sparse_plus_low_rank
+from cospadi.factorization.solvers.whitening import whitener
 
 seeds = st.integers(0, 10**6)
 

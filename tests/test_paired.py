@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cospadi.errors import UserError
-from cospadi.tables import Cell, paired, paper_table, summary, write_tables
-from cospadi.tables.render import tables
+from cospadi.tables import paired
+from cospadi.tables.cells import Cell, summary
+from cospadi.tables.render import paper_table, tables, write_tables
 
 SCORES = {  # method -> task -> a score per document
     "dense": {"arc_easy": [1, 1, 1, 0], "mmlu_a": [1, 0], "mmlu_b": [1, 1, 0]},

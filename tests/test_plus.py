@@ -8,14 +8,16 @@ import references
 import torch
 from hypothesis import given
 
-from cospadi.compression import configured
-from cospadi.config import CoSpaDiConfig, load
+from cospadi.api import configured
 from cospadi.errors import UserError
 from cospadi.factorization import budget, search
 from cospadi.factorization.factors import SparseDictionary, stored_bits
-from cospadi.factorization.htp import Solution, htp, htp_batch
-from cospadi.factorization.methods import Problem, factorize, factorize_all
-from cospadi.factorization.whitening import output_error, whitener
+from cospadi.factorization.methods import factorize, factorize_all
+from cospadi.factorization.problem import Problem
+from cospadi.factorization.settings import CoSpaDiConfig
+from cospadi.factorization.solvers.htp import Solution, htp, htp_batch
+from cospadi.factorization.solvers.whitening import output_error, whitener
+from cospadi.settings import load
 
 seeds = st.integers(0, 10**6)
 

@@ -6,13 +6,16 @@ import references
 import torch
 from hypothesis import assume, given
 
-from cospadi.config import MagnitudeConfig, SparseGPTConfig, WandaConfig, load
+from cospadi.checkpoint.specs import layer_of
 from cospadi.errors import UserError
-from cospadi.factorization import budget, pruning
+from cospadi.factorization import budget
 from cospadi.factorization.factors import SparseDictionary, stored_bits
-from cospadi.factorization.methods import Problem, factorize
-from cospadi.factorization.whitening import whitener
-from cospadi.layers import layer_of
+from cospadi.factorization.methods import factorize
+from cospadi.factorization.problem import Problem
+from cospadi.factorization.settings import MagnitudeConfig, SparseGPTConfig, WandaConfig
+from cospadi.factorization.solvers import pruning
+from cospadi.factorization.solvers.whitening import whitener
+from cospadi.settings import load
 
 CONFIGS = {"magnitude": MagnitudeConfig, "wanda": WandaConfig, "sparsegpt": SparseGPTConfig}
 PATTERNS = ((2, 4), (1, 4), (4, 8), (1, 3), (3, 5))

@@ -6,12 +6,13 @@ import io
 import pytest
 import yaml
 
-from cospadi.config import CONF, PUBLISHED, load
 from cospadi.errors import UserError
-from cospadi.study import PUBLISHED_FILE, Study
-from cospadi.tables import Cell, read_summary, write_tables
+from cospadi.pipeline.study import Study
+from cospadi.settings import CONF, PUBLISHED, load
+from cospadi.tables import PUBLISHED_FILE
+from cospadi.tables.cells import Cell, read_summary
 from cospadi.tables.published import PREFIX, results, sources, with_published
-from cospadi.tables.render import METRIC_TITLES, tables
+from cospadi.tables.render import METRIC_TITLES, tables, write_tables
 
 FACTS = yaml.safe_load(PUBLISHED_FILE.read_text(encoding="utf-8"))
 STUDIES = {"paper_llama": 400, "paper_qwen": 560}

@@ -9,17 +9,20 @@ import references
 import torch
 from hypothesis import given, settings
 
-from cospadi.config import CoSpaDiConfig, OATSConfig, PlainConfig, QuantizationConfig, SVDLLMConfig, WandaConfig, load
+from cospadi.checkpoint.specs import layer_of
 from cospadi.errors import UserError
 from cospadi.factorization.factors import KINDS, Dense, stored_bits
-from cospadi.factorization.methods import Problem, factorize, factorize_group
-from cospadi.factorization.whitening import output_error
-from cospadi.layers import layer_of
+from cospadi.factorization.methods import factorize, factorize_group
+from cospadi.factorization.problem import Problem
+from cospadi.factorization.settings import CoSpaDiConfig, OATSConfig, PlainConfig, SVDLLMConfig, WandaConfig
+from cospadi.factorization.solvers.whitening import output_error
+from cospadi.packing.formats import FLOAT8, FORMATS, INTEGERS, TRUNCATED, bits_of, largest_codes, packed_bytes
+from cospadi.packing.matrix import Quantized, by_row, pack, unpack
 from cospadi.quantization import methods
-from cospadi.quantization.formats import FLOAT8, FORMATS, INTEGERS, TRUNCATED, bits_of, largest_codes, packed_bytes
-from cospadi.quantization.matrix import Quantized, by_row, pack, unpack
 from cospadi.quantization.methods import quantize
 from cospadi.quantization.rounding import Rounding, _codes, quantized
+from cospadi.quantization.settings import QuantizationConfig
+from cospadi.settings import load
 
 
 def normal(seed, *shape):
@@ -410,7 +413,7 @@ def test_a_layer_described_wrongly_is_refused():
     task = problem()
     (found,) = quantize(quantization("int4"), [Dense(task.weight.half())], [task])
     spec = layer_of(found).spec
-    from cospadi.layers import empty_layer
+    from cospadi.checkpoint.specs import empty_layer
 
     for wrong in (
         {"dense": ["int9", 32]},

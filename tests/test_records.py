@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cospadi import cli, records, stages
+from cospadi import cli, records
 from cospadi.errors import UserError
+from cospadi.pipeline.stages import sources
 from cospadi.records import new_path, read_json, write_json, write_tensors, write_text
 
 
@@ -120,7 +121,7 @@ def test_a_disk_that_fills_up_ends_a_stage_in_a_sentence(tmp_path, monkeypatch, 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", full)  # the last system call of every write
-    monkeypatch.setattr(stages, "prepare_text", lambda config, documents, record: write_json(documents, ["a"]))
+    monkeypatch.setattr(sources, "prepare_text", lambda config, documents, record: write_json(documents, ["a"]))
     code = cli.main(["prepare-text", "study=smoke", "text=smoke_calibration", *files(tmp_path, "documents", "record")])
     told = capsys.readouterr().err
     assert code == 1

@@ -8,8 +8,10 @@ import subprocess
 import pytest
 from PIL import Image
 
-from cospadi.tables import differences, tables, write_figures, write_report
-from cospadi.tables.report import FIGURES, written
+from cospadi.tables.figures import write_figures
+from cospadi.tables.paired import differences
+from cospadi.tables.render import tables
+from cospadi.tables.report import FIGURES, write_report, written
 from cospadi.tables.rulegraph import drawn
 from tests.test_tables import cell, dense
 

@@ -2,7 +2,7 @@
 
 import re
 
-from cospadi import run
+from cospadi.pipeline import run
 
 LOG = """\
 Building DAG of jobs...

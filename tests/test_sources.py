@@ -17,10 +17,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cospadi import config as settings
-from cospadi.config import PROJECT, ModelConfig, TextConfig
 from cospadi.errors import UserError
-from cospadi.sources import checkpoints, n_layers, prepare_model, read_documents, texts, wheels, wikitext
+from cospadi.settings import PROJECT
+from cospadi.sources import checkpoints, texts, wheels, wikitext
+from cospadi.sources import settings as sources_settings
+from cospadi.sources.checkpoints import n_layers, prepare_model
+from cospadi.sources.settings import ModelConfig, TextConfig
+from cospadi.sources.texts import read_documents
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DATA = PROJECT / "tests" / "data"
@@ -410,7 +413,7 @@ def test_the_smoke_texts_are_disjoint():
     assert not sentences[0] & sentences[1]
 
 
-@pytest.mark.parametrize("parser", settings.PARSERS)
+@pytest.mark.parametrize("parser", sources_settings.PARSERS)
 def test_a_missing_source_is_refused(tmp_path, parser):
     with pytest.raises(UserError, match=r"text\.source=.*nowhere does not exist"):
         read_documents(text(source=str(tmp_path / "nowhere"), parser=parser))
@@ -905,7 +908,7 @@ def test_an_unknown_or_unclear_number_of_blocks_is_refused(checkpoint, tmp_path)
 def test_planning_imports_nothing_heavy():
     heavy = {"torch", "transformers", "datasets", "huggingface_hub", "wikitextparser", "pyarrow", "numpy"}
     code = (
-        "import sys; from cospadi.config import ModelConfig; from cospadi.sources import n_layers;"
+        "import sys; from cospadi.sources.settings import ModelConfig; from cospadi.sources.checkpoints import n_layers;"
         "n_layers(ModelConfig(name='m', title='M', source='random:llama', architecture={'num_hidden_layers': 2}));"
         f"print({heavy} & set(sys.modules))"
     )

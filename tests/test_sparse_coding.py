@@ -12,8 +12,8 @@ from hypothesis import given
 from sklearn.linear_model import orthogonal_mp_gram
 
 from cospadi.errors import UserError
-from cospadi.factorization import sparse_coding
-from cospadi.factorization.sparse_coding import sparse_code
+from cospadi.factorization.solvers import sparse_coding
+from cospadi.factorization.solvers.sparse_coding import sparse_code
 from cospadi.kernels import pursuit
 
 

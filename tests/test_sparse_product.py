@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 
 from cospadi.kernels import sparse_product as kernels
-from cospadi.kernels.sparse_product import Packed, dense_product, offsets, sparse_product, unpack
-from cospadi.quantization.matrix import pack
+from cospadi.kernels.sparse_product import dense_product, offsets, sparse_product, unpack
+from cospadi.packing.matrix import Packed, pack
 
 either = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
@@ -238,7 +238,8 @@ def on_a_plain_cpu(script, inputs, folder):
 def test_codes_on_a_cpu_without_these_instructions(tmp_path, form):
     script = """
 import sys, torch
-from cospadi.kernels.sparse_product import Packed, dense_product, sparse_product, unpack
+from cospadi.packing.matrix import Packed
+from cospadi.kernels.sparse_product import dense_product, sparse_product, unpack
 z, mask, values, starts, matrix = torch.load(sys.argv[1])
 values, matrix = Packed(*values), Packed(*matrix)
 found = sparse_product(z, mask, values, starts), dense_product(z, matrix), unpack(mask, values, starts, z.shape[1])

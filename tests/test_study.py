@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from cospadi import config, study
+from cospadi import settings as config
 from cospadi.errors import UserError
-from cospadi.study import CellId, Study, parse_overrides
+from cospadi.pipeline import study
+from cospadi.pipeline.study import CellId, Study, parse_overrides
 
 SMALL = ("study.models=[tiny_llama,tiny_qwen3]", "study.methods=[svd,asvd_search,cospadi]")
 
@@ -301,7 +302,7 @@ def test_a_model_of_unknown_depth_is_refused():
 
 def test_planning_loads_no_heavy_library():
     code = (
-        "import sys; from cospadi.study import Study; Study('default');"
+        "import sys; from cospadi.pipeline.study import Study; Study('default');"
         "print([m for m in ('torch', 'transformers', 'datasets', 'lm_eval') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

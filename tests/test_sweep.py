@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cospadi import locks
 from cospadi.errors import UserError
-from cospadi.sweep import planned
-from cospadi.tables import read_summary
+from cospadi.pipeline import locks
+from cospadi.pipeline.sweep import planned
+from cospadi.tables.cells import read_summary
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("study=smoke", "model=tiny_llama", "factorization.compression_ratio=0.3", "study.layers_per_job=2")
@@ -20,7 +20,7 @@ SMALL = ("study=smoke", "model=tiny_llama", "factorization.compression_ratio=0.3
 
 def sweep(folder: Path, *arguments: str) -> str:
     run = subprocess.run(
-        [sys.executable, "-m", "cospadi.sweep", *arguments],
+        [sys.executable, "-m", "cospadi.pipeline.sweep", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=False,

@@ -14,22 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cospadi.errors import UserError
-from cospadi.tables import (
-    Cell,
-    figures,
-    notes,
-    paper_table,
-    projection_errors,
-    read_summary,
-    summary,
-    tables,
-    write_figures,
-    write_overviews,
-    write_tables,
-)
-from cospadi.tables.cells import LEADING_COLUMNS, PROJECTION_COLUMNS
-from cospadi.tables.figures import _error_maps, colours
-from cospadi.tables.render import divergence, percent, perplexity, size
+from cospadi.tables import figures
+from cospadi.tables.cells import LEADING_COLUMNS, PROJECTION_COLUMNS, Cell, projection_errors, read_summary, summary
+from cospadi.tables.error_maps import error_maps as _error_maps
+from cospadi.tables.figures import write_figures
+from cospadi.tables.numbers import divergence, percent, perplexity, size
+from cospadi.tables.overview import write_overviews
+from cospadi.tables.render import notes, paper_table, tables, write_tables
+from cospadi.tables.style import colours
 
 TITLES = {"svd": "SVD", "svd_llm": "SVD-LLM", "cospadi": "CoSpaDi"}
 PERPLEXITY = {

@@ -15,14 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from cospadi import cli, stages
-from cospadi.config import TrackingConfig, load
+from cospadi import cli
 from cospadi.errors import UserError
+from cospadi.pipeline.stages import tables, tracking
+from cospadi.pipeline.study import Study
 from cospadi.records import read_json, write_json, write_text
-from cospadi.study import Study
-from cospadi.tables import summary
+from cospadi.settings import load
+from cospadi.tables.cells import summary
 from cospadi.tracking import mode, offline
 from cospadi.tracking.runs import cell_runs, run_id
+from cospadi.tracking.settings import TrackingConfig
 
 ROOT = Path(__file__).parents[1]
 KEY = "0123456789abcdef" * 2 + "deadbeef"
@@ -105,7 +107,7 @@ def write_tables(study: Study) -> None:
     from PIL import Image
 
     folder = Path(study.summary).parent
-    write_text(folder / "summary.csv", summary(list(stages._cells(study).values())).to_csv(index=False))
+    write_text(folder / "summary.csv", summary(list(tables.study_cells(study).values())).to_csv(index=False))
     for name in ("projections.csv", "tiny_llama.md", "perplexity.svg", "run.log"):
         write_text(folder / name, name)
     Image.new("RGB", (8, 8)).save(folder / "perplexity.png")
@@ -139,7 +141,7 @@ def tracked(study: Study, **settings) -> dict:
     """What ``track`` notes."""
     folder = Path("results/tracking/smoke")
     study.root = replace(study.root, tracking=TrackingConfig(name="auto", **settings))
-    stages.track(study, folder)
+    tracking.track(study, folder)
     return read_json(folder / "record.json")
 
 
@@ -278,9 +280,9 @@ def test_a_cell_is_a_run_with_its_settings_numbers_and_errors(study):
 
 
 def test_the_same_cell_is_the_same_run_and_other_settings_are_another(study):
-    cells = stages._cells(study)
+    cells = tables.study_cells(study)
     ids = [run.id for run in cell_runs("smoke", cells)]
-    assert ids == [run.id for run in cell_runs("smoke", stages._cells(Study("smoke", OVERRIDES)))]
+    assert ids == [run.id for run in cell_runs("smoke", tables.study_cells(Study("smoke", OVERRIDES)))]
     assert len(set(ids)) == len(ids) == 7
     assert not set(ids) & {run.id for run in cell_runs("other", cells)}
     assert run_id("a", "b", {"x": 1, "y": 2}) == run_id("a", "b", {"y": 2, "x": 1}) != run_id("a", "b", {"x": 1})
@@ -501,7 +503,7 @@ def test_a_killed_job_leaves_results_alone_and_the_next_goes_on(study):
 
 def test_numerics_and_planning_load_no_wandb():
     code = (
-        "import sys, cospadi.stages, cospadi.factorization.methods, cospadi.tracking.mode, cospadi.study;"
+        "import sys, cospadi.pipeline.stages.factorization, cospadi.factorization.methods, cospadi.tracking.mode, cospadi.pipeline.study;"
         "print([m for m in sys.modules if m in ('wandb', 'httpx', 'pandas')])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -531,7 +533,7 @@ def test_disabled_is_no_job(study):
     assert outputs["disabled"] == ["results/tables/smoke/summary.csv"]
     assert outputs["auto"] == ["results/tables/smoke/summary.csv", "results/tracking/smoke/record.json"]
     with pytest.raises(UserError, match=r"tracking\.mode=disabled: there is nothing to do"):
-        stages.track(study, Path("t"))
+        tracking.track(study, Path("t"))
 
 
 @pytest.mark.parametrize(
@@ -559,7 +561,7 @@ def test_bad_settings_are_a_sentence(override, words):
 def test_the_workspace_compares_methods(study):
     definition = Path("workspace.json")
     study.root = replace(study.root, tracking=TrackingConfig(name="auto", project="mine"))
-    stages.workspace(study, definition)
+    tracking.workspace(study, definition)
     found = read_json(definition)
     assert (found["project"], found["url"]) == ("mine", None)
     section = found["spec"]["section"]
@@ -576,7 +578,7 @@ def test_the_workspace_compares_methods(study):
         ("layer", [f"output_error/{name}"]) for name in ("mean", "q_proj", "down_proj")
     ]
     colours = section["customRunColors"]
-    runs = cell_runs("smoke", stages._cells(study))
+    runs = cell_runs("smoke", tables.study_cells(study))
     assert set(colours) == {run.id for run in runs if run.job_type == "cell"}
     assert len({colours[run.id] for run in runs if run.config["method"] == "cospadi"}) == 1
     assert "smoke" in json.dumps(section["runSets"][0]["filters"])
@@ -607,7 +609,7 @@ def test_the_workspace_is_saved_once_and_then_brought_up_to_date(study, monkeypa
     study.root = replace(study.root, tracking=TrackingConfig(name="auto"))
     definition = Path("workspace.json")
     for _ in range(2):
-        stages.workspace(study, definition)
+        tracking.workspace(study, definition)
     assert [(view.entity, view.id) for view in sent] == [("me", ""), ("me", "known")]
     assert sent[0].name == sent[1].name
     assert read_json(definition)["url"] == f"https://wandb.ai/me/cospadi?nw={sent[0].name[3:-2]}"

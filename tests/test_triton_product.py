@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is for Linux")
 
 from cospadi.kernels import triton_product
 from cospadi.kernels.triton_product import sparse_product, unpack
-from cospadi.quantization.matrix import pack
+from cospadi.packing.matrix import pack
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -7,6 +7,7 @@ median over the rounds, and a ratio compares within the run.
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +16,19 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from cospadi import devices
 from cospadi.bench.problems import SHAPES, atoms_and_sparsity
 from cospadi.bench.render import seconds, table
-from cospadi.bench.usage import machine, synchronize
+from cospadi.bench.usage import machine
+from cospadi.checkpoint.layers import LowRankLinear, SparseDictionaryLinear
+from cospadi.checkpoint.ledger import ledger
+from cospadi.checkpoint.read import load
+from cospadi.devices import synchronize
 from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.progress import Progress
@@ -29,6 +36,7 @@ from cospadi.records import read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 Row = dict[str, Any]
 PROMPT = 16
@@ -70,8 +78,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _models(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Row]:
-    from cospadi.checkpoint import ledger
-
     named = [folder.name for folder in options.checkpoints]
     folders = {DENSE: options.dense}
     for folder in options.checkpoints:
@@ -99,10 +105,6 @@ def _opened(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         UserError: when it is neither.
     """
-    from transformers import AutoModelForCausalLM
-
-    from cospadi.checkpoint import load
-
     try:
         compressed = "quantization_config" in read_json(folder / "config.json")
     except (OSError, ValueError) as error:
@@ -120,10 +122,6 @@ def _apart(work: Callable[..., Row], *arguments: Any) -> Row:
 
 def _resident(folder: Path, dtype: str, device: str, threads: int) -> Row:
     """Bytes of the model's tensors, and those that the process gives back when the model is dropped after decoding."""
-    import gc
-
-    import psutil
-
     import cospadi.checkpoint  # noqa: F401 - what loading imports is not the model's
 
     torch.set_num_threads(threads)
@@ -237,8 +235,6 @@ def _stack(
 
 
 def _layer(kind: str, d_in: int, d_out: int, ratio: float, rho: float, dtype: torch.dtype, seed: int) -> nn.Module:
-    from cospadi.layers import LowRankLinear, SparseDictionaryLinear
-
     storage = "bfloat16" if dtype == torch.bfloat16 else "float16"
     draw = torch.Generator().manual_seed(seed)
     if kind == DENSE:

@@ -10,8 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cospadi import models
+from cospadi import settings as config
+from cospadi.calibration.statistics import read_statistics
 from cospadi.errors import UserError
 from cospadi.factorization import budget
+from cospadi.factorization.solvers.whitening import whitener
 
 MODEL, CALIBRATION = "smollm2_135m", "news"
 """Whose projections are taken from a finished run: those of the default study."""
@@ -118,10 +122,6 @@ def real_problems(
             f"{grams if checkpoint.is_dir() else checkpoint} is missing, and real projections come from there. Make it by "
             f"`snakemake --cores all results/calibration/{MODEL}/{CALIBRATION}/grams`, or take --matrix 576x1536."
         )
-    from cospadi import config, models
-    from cospadi.calibration import read_statistics
-    from cospadi.factorization.whitening import whitener
-
     settings = config.load([f"model={MODEL}"])
     found = {(p.layer, _short(p.projection)): p for p in models.find_projections(checkpoint, settings.model)}
     _known("--layers", layers, [layer for layer, _ in found])

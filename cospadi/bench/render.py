@@ -9,8 +9,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
 from cospadi import records
 from cospadi.errors import UserError
+from cospadi.tables.style import STYLE as _STYLE
+from cospadi.tables.style import colours
 
 Row = dict[str, Any]
 NONE = "–"
@@ -221,12 +228,6 @@ def check_figure(file: Path, drawn: bool) -> None:
 
 def write_figure(rows: Sequence[Row], file: Path) -> None:
     """Error over seconds: a panel per problem, a line per solver, its end marked."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    from cospadi.tables.figures import _STYLE, colours
-
     solved = [row for row in rows if "curve" in row]
     names = list(dict.fromkeys(row["solver"] for row in solved))
     palette = dict(zip(names, colours([_AS_METHOD.get(name, name) for name in names]).values(), strict=True))
@@ -252,8 +253,6 @@ def write_figure(rows: Sequence[Row], file: Path) -> None:
 
 
 def _draw(axis: Any, rows: Sequence[Row], palette: dict[str, str]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     axis.set_xscale("log")
     for row in rows:
         times, errors = zip(*row["curve"], strict=True)

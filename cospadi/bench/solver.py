@@ -31,7 +31,7 @@ from cospadi.bench.solvers import (
 )
 from cospadi.bench.usage import machine, product_peaks, usage
 from cospadi.errors import UserError
-from cospadi.factorization.ksvd import first_atoms
+from cospadi.factorization.solvers.ksvd import first_atoms
 from cospadi.progress import Progress
 from cospadi.records import write_json, write_text
 

@@ -16,14 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cospadi.bench.problems import Problem
-from cospadi.bench.usage import synchronize
+from cospadi.devices import synchronize
 from cospadi.errors import UserError
 from cospadi.factorization import budget
-from cospadi.factorization.htp import htp
-from cospadi.factorization.ksvd import ksvd
-from cospadi.factorization.one_shot import one_shot
-from cospadi.factorization.orthogonal import orthogonal
-from cospadi.factorization.sparse_coding import sparse_code
+from cospadi.factorization.solvers.htp import htp
+from cospadi.factorization.solvers.ksvd import ksvd
+from cospadi.factorization.solvers.one_shot import one_shot
+from cospadi.factorization.solvers.orthogonal import orthogonal
+from cospadi.factorization.solvers.sparse_coding import sparse_code
 
 Heard = Callable[[int, float], None]
 """``progress(rounds_done, error)``"""

@@ -16,6 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
+from cospadi.devices import synchronize
 from cospadi.kernels.products import products
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell when it starts and stops
@@ -66,12 +67,6 @@ def product_peaks(rows: int, inner: int, columns: int, device: torch.device) -> 
         with precision:
             found[name] = 2 * rows * inner * columns / _best_seconds(lambda a=left, b=right: a @ b, device)
     return found
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU; a CPU is never ahead."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def machine(device: torch.device) -> str:

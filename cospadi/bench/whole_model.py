@@ -14,9 +14,10 @@ from torch import Tensor
 
 from cospadi.bench.problems import SHAPES, atoms_and_sparsity, power_law
 from cospadi.bench.solvers import output_error
-from cospadi.bench.usage import product_peaks, synchronize, usage
+from cospadi.bench.usage import product_peaks, usage
+from cospadi.devices import synchronize
 from cospadi.errors import UserError
-from cospadi.factorization.htp import htp_batch
+from cospadi.factorization.solvers.htp import htp_batch
 from cospadi.progress import Progress
 
 MEMORY_MULTIPLE = 16

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from cospadi.progress import Progress
 
@@ -18,8 +19,6 @@ def continuations(
 
     A prompt at a time, so that no padding can change what is written; special tokens are not shown.
     """
-    from transformers import GenerationConfig
-
     if not prompts:
         return []
     end = model.generation_config.eos_token_id if model.generation_config else None

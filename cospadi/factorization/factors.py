@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cospadi.errors import UserError
 from cospadi.factorization.budget import PAPER_VALUE_BITS, mask_bits
-from cospadi.quantization.formats import bits_of
-from cospadi.quantization.matrix import Quantized, pack, unpack
+from cospadi.packing.bits import pack_bits, unpack_bits
+from cospadi.packing.formats import bits_of
+from cospadi.packing.matrix import Quantized, pack, unpack
 
 Matrix = Float[Tensor, "_ _"] | Quantized
 Formats = Mapping[str, tuple[str, int]]
@@ -318,25 +319,3 @@ def rounded(tensor: Tensor, storage_dtype: torch.dtype) -> Tensor:
             "Set factorization.storage_dtype=bfloat16."
         )
     return small
-
-
-def pack_bits(words: Tensor, n_bits: int) -> UInt8[Tensor, " bytes"]:
-    """The upper ``n_bits`` of 16-bit words, written one after another without gaps.
-
-    >>> pack_bits(torch.tensor([-4, 4], dtype=torch.int16), 14).tolist()
-    [255, 252, 0, 16]
-    """
-    unsigned = words.contiguous().cpu().numpy().view(np.uint16)
-    bits = np.unpackbits(unsigned.astype(">u2").view(np.uint8)).reshape(-1, 16)[:, :n_bits]
-    return torch.from_numpy(np.packbits(bits))
-
-
-def unpack_bits(packed: UInt8[Tensor, " bytes"], n_bits: int, count: int) -> Tensor:
-    """The words that ``pack_bits`` wrote, their lower bits zero.
-
-    >>> unpack_bits(pack_bits(torch.tensor([-4, 4], dtype=torch.int16), 14), 14, 2).tolist()
-    [-4, 4]
-    """
-    bits = np.zeros((count, 16), dtype=np.uint8)
-    bits[:, :n_bits] = np.unpackbits(packed.numpy(), count=count * n_bits).reshape(count, n_bits)
-    return torch.from_numpy(np.packbits(bits).view(">u2").astype(np.uint16).view(np.int16))

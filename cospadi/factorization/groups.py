@@ -11,20 +11,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+import networkx
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cospadi.config import MATCHED, SAME_INPUT, FactorizationConfig, GroupedConfig, layers_together
 from cospadi.errors import UserError
 from cospadi.factorization.factors import Factors
-from cospadi.factorization.methods import Problem, factorize_groups
-from cospadi.factorization.whitening import whitener
+from cospadi.factorization.methods import factorize_groups
+from cospadi.factorization.problem import Problem
+from cospadi.factorization.settings import MATCHED, SAME_INPUT, FactorizationConfig, GroupedConfig, layers_together
+from cospadi.factorization.solvers.whitening import whitener
 
 if TYPE_CHECKING:
     from cospadi.models import Projection
 
     Group = tuple[Projection, ...]
+
 
 SKETCH = 128
 """Columns of a sketch: distances between sketches are those between the matrices within some ten percent."""
@@ -162,8 +165,6 @@ def matched(projections: Sequence[Projection], sketches: Mapping[str, Float[Tens
     Minimum-weight perfect matching on the complete graph of every shape (as GeoPair pairs layers); where their number is
     odd, one stays alone.
     """
-    import networkx
-
     order = {p.name: i for i, p in enumerate(projections)}
     groups: list[Group] = [(p,) for p in projections if p.name not in sketches]
     candidates = sorted((p for p in projections if p.name in sketches), key=_shape)

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from cospadi.config import (
-    AUTO,
+from cospadi.errors import UserError
+from cospadi.factorization import budget
+from cospadi.factorization.dictionary_learning import batches, htp_settings, sizes_of_group, solve, whitened
+from cospadi.factorization.factors import (
+    STORAGE_DTYPES,
+    Dense,
+    Factors,
+    LowRank,
+    SparseDictionary,
+    SparsePlusLowRank,
+    rounded,
+    split,
+)
+from cospadi.factorization.problem import Problem, side_by_side, unit_scale
+from cospadi.factorization.settings import (
     IDENTITY,
     ASVDConfig,
     BasisSharingConfig,
@@ -28,50 +37,11 @@ from cospadi.config import (
     SVDLLMConfig,
     WandaConfig,
 )
-from cospadi.errors import UserError
-from cospadi.factorization import budget, pruning, search
-from cospadi.factorization.factors import (
-    STORAGE_DTYPES,
-    Dense,
-    Factors,
-    LowRank,
-    SparseDictionary,
-    SparsePlusLowRank,
-    rounded,
-    split,
-)
-from cospadi.factorization.htp import htp_batch
-from cospadi.factorization.ksvd import ksvd
-from cospadi.factorization.low_rank import truncated_svd
-from cospadi.factorization.oats import sparse_plus_low_rank
-from cospadi.factorization.one_shot import one_shot
-from cospadi.factorization.orthogonal import orthogonal
-from cospadi.factorization.shared import mean_whitener, shared_htp
-from cospadi.factorization.whitening import unwhiten
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One projection and what calibration tells about its inputs."""
-
-    weight: Float[Tensor, "d_in d_out"]
-    whitener: Float[Tensor, "d_in d_in"]
-    """float64, upper, ``RᵀR = XᵀX``"""
-    absolute_mean: Float[Tensor, " d_in"]
-    """mean ``|x|`` of every input channel"""
-    rank: int | None = None
-    """Set by a rank search; ``None``: from the compression ratio."""
-    keep_dense: bool = False
-    """Set by a rank search that leaves this projection alone."""
-
-    def __post_init__(self) -> None:
-        if not torch.isfinite(self.weight).all():
-            raise UserError("The weight holds NaN or infinite numbers. Check the checkpoint of model.source.")
-
-    @property
-    def input_norms(self) -> Float[Tensor, " d_in"]:
-        """``‖x_i‖₂`` of every input channel over the calibration tokens: the roots of the gram's diagonal."""
-        return self.whitener.norm(dim=0)
+from cospadi.factorization.solvers import pruning
+from cospadi.factorization.solvers.low_rank import truncated_svd
+from cospadi.factorization.solvers.oats import sparse_plus_low_rank
+from cospadi.factorization.solvers.shared import shared_htp
+from cospadi.factorization.solvers.whitening import unwhiten
 
 
 @singledispatch
@@ -164,7 +134,7 @@ def oats(config: OATSConfig, problem: Problem) -> Factors:
     storage = STORAGE_DTYPES[config.storage_dtype]
     sizes = budget.rank_and_nonzeros(*problem.weight.shape, config.compression_ratio, config.rank_ratio)
     loudness = problem.input_norms[:, None]
-    target, scale = _unit_scale(loudness * problem.weight.double())
+    target, scale = unit_scale(loudness * problem.weight.double())
     sparse, left, right = sparse_plus_low_rank(target, *sizes, config.n_rounds)
     undo = scale / loudness
     return SparsePlusLowRank(
@@ -192,7 +162,7 @@ def factorize_group(config: FactorizationConfig, problems: Sequence[Problem]) ->
 @factorize_group.register
 def basis_sharing_group(config: BasisSharingConfig, problems: Sequence[Problem]) -> list[Factors]:
     """Truncated SVD of ``R [W_1 … W_g]``, ``RᵀR`` the summed gram: one basis, private coefficients (arXiv:2410.03765)."""
-    joint, g = _side_by_side(problems), len(problems)
+    joint, g = side_by_side(problems), len(problems)
     rank = budget.rank(*problems[0].weight.shape, config.compression_ratio, g)
     left, right = truncated_svd(joint.whitener @ joint.weight.double(), rank)
     storage = STORAGE_DTYPES[config.storage_dtype]
@@ -205,27 +175,19 @@ def cospadi_group(config: CoSpaDiConfig, problems: Sequence[Problem]) -> list[Fa
     g, storage, value_bits = len(problems), STORAGE_DTYPES[config.storage_dtype], budget.value_bits(config.accounting)
     identity = config.fixed_atoms == IDENTITY
     if config.metric == "mean":
-        joint = _side_by_side(problems)
-        target, scale = _whitened(joint)
-        (fit,) = _solve(config, [joint], target[None], [scale], members=g)
+        joint = side_by_side(problems)
+        target, scale = whitened(joint)
+        (fit,) = solve(config, [joint], target[None], [scale], members=g)
         dictionary, coefficients = unwhiten(joint.whitener, fit.dictionary.double() * scale), fit.coefficients.double()
     else:
         weights = torch.stack([problem.weight.double() for problem in problems])
         whiteners = torch.stack([problem.whitener for problem in problems])
-        sizes, settings = _sizes_of_group(config, weights), _htp_settings(config)
+        sizes, settings = sizes_of_group(config, weights), htp_settings(config)
         if identity:
             settings |= {"identity": True, "fixed_codes": weights.mT.float()}
         fit = shared_htp((whiteners @ weights).float(), whiteners, *sizes, **settings)
         dictionary, coefficients = fit.dictionary.double(), torch.cat(fit.coefficients, dim=1).double()
     return split(SparseDictionary.normalized(dictionary, coefficients, storage, value_bits, identity), g)
-
-
-def _sizes_of_group(config: CoSpaDiConfig, weights: Float[Tensor, "g d_in d_out"]) -> tuple[int, int | float]:
-    """Atoms that a group shares, and non-zeros per column."""
-    g, d_in, d_out = weights.shape
-    if config.fixed_atoms != IDENTITY:
-        return budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, config.rho, config.accounting, g)
-    return search.size_beside_identity(d_in, d_out, config.compression_ratio, config.learned_atoms, g)
 
 
 def factorize_groups(config: FactorizationConfig, groups: Sequence[Sequence[Problem]]) -> Iterator[list[Factors]]:
@@ -237,23 +199,14 @@ def factorize_groups(config: FactorizationConfig, groups: Sequence[Sequence[Prob
             yield from (factorize_group(config, group) for group in run)
 
 
-def _side_by_side(problems: Sequence[Problem]) -> Problem:
-    """``[W_1 … W_g]`` under the mean gram."""
-    return Problem(
-        torch.cat([problem.weight for problem in problems], dim=1),
-        mean_whitener(torch.stack([problem.whitener for problem in problems])),
-        torch.stack([problem.absolute_mean for problem in problems]).mean(dim=0),
-    )
-
-
 def factorize_all(config: FactorizationConfig, problems: Sequence[Problem]) -> Iterator[Factors]:
     """`factorize` for several projections, in their order; `htp` solves those of equal shape on a GPU as one batch."""
     if not isinstance(config, CoSpaDiConfig):
         yield from (factorize(config, problem) for problem in problems)
         return
-    for batch in _batches(config, problems):
-        targets, scales = zip(*(_whitened(problem) for problem in batch), strict=True)
-        for problem, scale, fit in zip(batch, scales, _solve(config, batch, torch.stack(targets), scales), strict=True):
+    for batch in batches(config, problems):
+        targets, scales = zip(*(whitened(problem) for problem in batch), strict=True)
+        for problem, scale, fit in zip(batch, scales, solve(config, batch, torch.stack(targets), scales), strict=True):
             yield SparseDictionary.normalized(
                 unwhiten(problem.whitener, fit.dictionary.double() * scale),
                 fit.coefficients.double(),
@@ -261,76 +214,6 @@ def factorize_all(config: FactorizationConfig, problems: Sequence[Problem]) -> I
                 budget.value_bits(config.accounting),
                 identity=config.fixed_atoms == IDENTITY,
             )
-
-
-def _batches(config: CoSpaDiConfig, problems: Sequence[Problem]) -> Iterator[list[Problem]]:
-    """Runs of projections that are solved together."""
-
-    def together(problem: Problem) -> tuple[Any, ...]:
-        batched = config.solver == "htp" and problem.weight.is_cuda
-        return (tuple(problem.weight.shape), problem.weight.device) if batched else (id(problem),)
-
-    return (list(run) for _, run in itertools.groupby(problems, together))
-
-
-def _whitened(problem: Problem) -> tuple[Tensor, Tensor]:
-    """``R W`` in float32 with entries near 1, whatever the calibration size, and its scale."""
-    return _unit_scale(problem.whitener @ problem.weight.double())
-
-
-def _unit_scale(target: Tensor) -> tuple[Tensor, Tensor]:
-    """``target`` in float32 with a root mean square of 1, and that of before."""
-    scale = target.norm() / target.numel() ** 0.5
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (target / scale).float(), scale
-
-
-def _solve(
-    config: CoSpaDiConfig,
-    batch: Sequence[Problem],
-    targets: Float[Tensor, "batch d_in d_out"],
-    scales: Sequence[Tensor],
-    members: int = 1,
-) -> list[Any]:
-    """A solution of every target, at the bits of ``members`` projections side by side in each.
-
-    ``targets`` are the whitened weights of ``batch`` over ``scales``.
-    """
-    _, d_in, d_out = targets.shape
-    shape = d_in, d_out // members, config.compression_ratio
-    if config.fixed_atoms == IDENTITY:
-        return search.beside_identity(
-            targets,
-            torch.stack([(problem.whitener / scale).float() for problem, scale in zip(batch, scales, strict=True)]),
-            torch.stack([problem.weight.float() for problem in batch]),
-            config.compression_ratio,
-            search.LEARNED if config.learned_atoms == AUTO else [config.learned_atoms],
-            _htp_settings(config),
-            members,
-        )
-    if config.solver == "htp" and config.rho == AUTO:
-        return search.learned_only(targets, config.compression_ratio, _htp_settings(config), members)
-    atoms, sparsity = budget.atoms_and_sparsity(*shape, config.rho, config.accounting, members)
-    if config.solver == "htp":
-        return htp_batch(targets, atoms, sparsity, **_htp_settings(config))
-    (problem,), target = batch, targets[0]
-    if config.solver == "ksvd":
-        return [ksvd(target, atoms, sparsity, config.n_rounds or 60, config.power_iterations, config.seed)]
-    atoms, sparsity = budget.within_eigenbasis(*shape, atoms, sparsity, config.accounting, members)
-    if config.solver == "orthogonal":
-        return [orthogonal(target, atoms, sparsity, config.n_rounds or 20)]
-    return [one_shot(target, atoms, sparsity, problem.whitener)]
-
-
-def _htp_settings(config: CoSpaDiConfig) -> dict[str, Any]:
-    return {
-        "n_rounds": config.n_rounds or 24,
-        "balanced": config.support == "column",
-        "first_step": config.first_step,
-        "last_step": config.last_step,
-        "cg_steps": config.cg_steps,
-        "tolerance": config.tolerance,
-    }
 
 
 def _rank(config: FactorizationConfig, problem: Problem) -> int:

@@ -14,7 +14,6 @@ Numbers are handed over as addresses: looking at an array takes numba as long as
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -27,50 +26,25 @@ from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
 from cospadi.kernels.compiled import compiled
-
-LANES = 32
-"""Weights taken at a time: as many 16-bit values as a register of 512 bits holds."""
+from cospadi.packing.formats import LANES
+from cospadi.packing.matrix import Packed
 
 BLOCKS = (8, 4, 2, 1)
 """Rows multiplied at a time: as many as there are registers for their sums."""
-
 DEPTH = 8
 """Rows of a dictionary read side by side, for each load and store of the sums."""
-
 LINE = 64
 """Bytes of a cache line. A load across two of them takes twice as long."""
-
 AHEAD = 2048
 """Bytes by which values and bits are asked for before their turn: these streams are too slow for a CPU to foresee."""
-
 WORTH = 1 << 19
 """Multiplications that are worth another thread."""
-
 
 HALF_FORM, BRAIN_FORM, INT8_FORM, INT4_FORM, FLOAT8_FORM = range(5)
 FORMS = {"int8": INT8_FORM, "int4": INT4_FORM, "float8": FLOAT8_FORM}
 """Formats of codes that the loops read."""
 WIDTHS = {HALF_FORM: 16, BRAIN_FORM: 16, INT8_FORM: 8, INT4_FORM: 4, FLOAT8_FORM: 8}
 """Bits of a weight."""
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Codes as they are stored, and the scales they are multiplied with."""
-
-    codes: UInt8[Tensor, "*rows bytes"]
-    """Of a matrix, row by row, each row whole bytes; or of a list of values."""
-    scales: Float[Tensor, "_ _"]
-    """float16 or bfloat16, contiguous: (groups × columns) of a matrix, whose groups are rows; (d_out × groups) of values."""
-    format: str
-    """One of `FORMS`."""
-    group_size: int
-    """Rows of a matrix, or atoms, that have a scale together: a multiple of `LANES`."""
-
-    def __post_init__(self) -> None:
-        if self.group_size % LANES or not self.scales.is_contiguous():
-            raise ValueError(f"group_size={self.group_size}, scales contiguous: {self.scales.is_contiguous()}")
-
 
 Weights = Float[Tensor, "..."] | Packed
 

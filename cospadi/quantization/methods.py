@@ -28,19 +28,19 @@ from cospadi.factorization.factors import (
     rounded,
     truncated,
 )
-from cospadi.factorization.htp import least_squares
+from cospadi.factorization.solvers.htp import least_squares
 from cospadi.kernels.products import products
-from cospadi.quantization.formats import TRUNCATED, bits_of
-from cospadi.quantization.matrix import Quantized
+from cospadi.packing.formats import TRUNCATED, bits_of
+from cospadi.packing.matrix import Quantized
 from cospadi.quantization.rounding import Rounding, quantized
 
 if TYPE_CHECKING:
-    from cospadi.config import QuantizationConfig
-    from cospadi.factorization.methods import Problem
+    from cospadi.factorization.problem import Problem
+    from cospadi.quantization.settings import QuantizationConfig
+
 
 REFIT_STEPS = 16
 """Conjugate-gradient steps that fit the second matrix to the rounded first one."""
-
 WITHIN_SPAN = 0.05
 """What an error of a left factor within its own span counts. Of 0.5, 0.2, 0.05 and 0.01 the lower are better for low-rank
 factors, whose right one reaches all of the span, and worse for dictionaries, whose values are sparse (docs/solver-log.md)."""

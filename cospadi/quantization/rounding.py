@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cospadi.errors import UserError
-from cospadi.factorization.pruning import inverse_factor
-from cospadi.quantization.formats import FLOAT8, largest_codes
-from cospadi.quantization.matrix import Quantized, by_row, groups
+from cospadi.factorization.solvers.pruning import inverse_factor
+from cospadi.packing.formats import FLOAT8, largest_codes
+from cospadi.packing.matrix import Quantized, by_row, groups
 
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 """Scales tried, as fractions of the one that just holds the largest number: clipping a few may cost less than coarse steps."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cospadi import records
-from cospadi.config import ModelConfig
 from cospadi.errors import UserError
 from cospadi.sources import wheels
 from cospadi.sources.addresses import RANDOM, WHEEL, brief, check_hub_id, existing, local_path
+from cospadi.sources.settings import ModelConfig
 
 # Data only: no pickled weights (*.bin, *.pt) and no code (*.py) ever gets into a prepared checkpoint.
 _KEPT = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt", "LICENSE*")

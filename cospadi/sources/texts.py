@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
 
-from cospadi.config import TextConfig
 from cospadi.errors import UserError
 from cospadi.sources import wheels, wikitext
 from cospadi.sources.addresses import WHEEL, brief, check_hub_id, existing, local_path
+from cospadi.sources.settings import TextConfig
 
 
 def read_documents(config: TextConfig) -> list[str]:

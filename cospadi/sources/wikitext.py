@@ -16,7 +16,6 @@ MIN_WORDS = 100
 """Shorter articles are disambiguation pages and stubs."""
 MIN_PARAGRAPH_WORDS = 6
 """Shorter lines are entries of lists, not prose."""
-
 _NOT_PROSE = re.compile(r"\s*:?\s*(file|image|media|category|[a-z]{2,3}(-[a-z]+)*)\s*:", re.IGNORECASE)
 _HOLE = "\ufffc"
 """Stands where a formula was: without it the sentence is broken, so its paragraph is dropped."""

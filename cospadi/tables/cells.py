@@ -13,11 +13,8 @@ import pandas as pd
 
 from cospadi.errors import UserError
 
-DENSE = "dense"
-"""Method name of the row of the uncompressed model."""
 QUANTIZED = "+"
 """Between the factorization and the quantization in a method's name: ``cospadi_plus+int8``."""
-
 METRICS = (
     "token_perplexity",
     "second_perplexity",
@@ -28,7 +25,6 @@ METRICS = (
     "average_accuracy",
 )
 """What an evaluation record measures besides its tasks."""
-
 LEADING_COLUMNS = (
     "model",
     "method",

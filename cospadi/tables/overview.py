@@ -9,8 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from cospadi import records
-from cospadi.tables.cells import DENSE, Cell, quantization_of, summary
-from cospadi.tables.render import divergence, percent, perplexity
+from cospadi.records import DENSE
+from cospadi.tables.cells import Cell, quantization_of, summary
+from cospadi.tables.numbers import divergence, percent, perplexity
 
 _METRICS: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
     ("token_perplexity", "Token perplexity ↓", perplexity, False),

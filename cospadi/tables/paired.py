@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from cospadi.errors import UserError
-from cospadi.tables.cells import DENSE, QUANTIZED, Cell, number, ordered, quantization_of
+from cospadi.records import DENSE
+from cospadi.tables.cells import QUANTIZED, Cell, number, ordered, quantization_of
 
 COLUMNS = ("model", "compression_ratio", "method", "against", "measure", "difference", "stderr", "n_documents")
 NLL = "nll"

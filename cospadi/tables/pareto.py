@@ -6,8 +6,12 @@ import math
 from collections.abc import Sequence
 
 import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from cospadi.tables.cells import DENSE, QUANTIZED
+from cospadi.records import DENSE
+from cospadi.tables.cells import QUANTIZED
 
 _MARKERS = "osD^v<>ph"
 
@@ -18,9 +22,6 @@ def pareto_figure(frame: pd.DataFrame, palette: dict[str, str], ink: str, soft: 
     A colour is a factorization, a marker a quantization, a line joins the ratios of one of each. The grey steps are the
     front: what lies on them has the lowest perplexity of all that are as small.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
     models = dict(zip(frame["model"], frame["model_title"], strict=True))
     compressed = frame[frame["method"] != DENSE]
     titles = zip(compressed["method"], compressed["method_title"], compressed["quantization_title"], strict=True)
@@ -81,8 +82,6 @@ def _drawn(rows: pd.DataFrame) -> pd.Series:
 
 
 def _draw(panel, rows: pd.DataFrame, palette: dict[str, str], markers: dict[str, str], soft: str) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
     if rows.empty:
         panel.text(0.5, 0.5, "not measured", transform=panel.transAxes, ha="center", va="center", color=soft)
         return

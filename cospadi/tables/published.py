@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from cospadi.study import PUBLISHED_FILE
-from cospadi.tables.cells import DENSE
-from cospadi.tables.render import MISSING, Column, Entry, PaperTable, Row
+from cospadi.records import DENSE
+from cospadi.tables import PUBLISHED_FILE
+from cospadi.tables.paper import MISSING, Column, Entry, PaperTable, Row
 
 PREFIX = "published:"
 """Before the method's name in a table's CSV: ``published:rocket:svd_llm`` is SVD-LLM as ROCKET's paper prints it."""

@@ -1,20 +1,17 @@
-"""One model's rows as a table like a paper's: Markdown, LaTeX (booktabs), HTML, CSV."""
+"""From a study's summary to its printed tables and their notes."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from cospadi import records
 from cospadi.errors import UserError
+from cospadi.records import DENSE
 from cospadi.tables.cells import (
-    DENSE,
     Cell,
     measurements,
     ordered,
@@ -25,10 +22,10 @@ from cospadi.tables.cells import (
     task_names,
     tasks_of,
 )
+from cospadi.tables.numbers import divergence, nats, percent, perplexity, points, ratio, size
+from cospadi.tables.paper import DAGGER, MISSING, Column, Entry, PaperTable, Row, join
+from cospadi.tables.published import with_published
 
-MISSING = "–"
-DAGGER = "†"
-STDERR_NOTE = "±: one standard error."
 TASK_TITLES = {
     "arc_challenge": "ARC-c",
     "arc_easy": "ARC-e",
@@ -50,7 +47,6 @@ TASK_TITLES = {
     "winogrande": "WinoGrande",
 }
 """How papers abbreviate stock tasks; any other task keeps its own name."""
-
 METRIC_TITLES = {
     "average_accuracy": "Average",
     "token_perplexity": "Token ppl",
@@ -63,254 +59,6 @@ METRIC_TITLES = {
 _OPTIONAL = ("second_perplexity", "lambada_perplexity")
 """Columns of the studies that measure them."""
 _FRACTIONS = ("acc", "exact_match", "em", "f1", "mc1", "mc2", "pass", "contains", "rouge")
-
-
-def perplexity(value: float) -> str:
-    """Digits as papers print them.
-
-    >>> [perplexity(value) for value in (22.551, 99.996, 249.3, 999.7, 1649.0, float("inf"))]
-    ['22.55', '100', '249', '1.0e3', '1.6e3', 'inf']
-    """
-    if not math.isfinite(value):
-        return str(value)
-    if abs(value) < 99.995:
-        return f"{value:.2f}"
-    if abs(value) < 999.5:
-        return f"{value:.0f}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def percent(value: float) -> str:
-    """A fraction in percent, one decimal.
-
-    >>> percent(0.5764)
-    '57.6'
-    """
-    return f"{100 * value:.1f}"
-
-
-def divergence(value: float) -> str:
-    """Two decimals from 0.1 on, two significant digits below.
-
-    >>> [divergence(value) for value in (1.234, 0.0712, 0.00042, 0.0)]
-    ['1.23', '0.071', '4.2e-4', '0']
-    """
-    if not math.isfinite(value):
-        return str(value)
-    if value == 0:
-        return "0"
-    if abs(value) >= 0.0995:
-        return perplexity(value)
-    if abs(value) >= 0.00995:
-        return f"{value:.3f}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def ratio(value: float) -> str:
-    """A bits-removed fraction, three decimals.
-
-    >>> ratio(0.20004)
-    '0.200'
-    """
-    return f"{value:.3f}"
-
-
-def points(value: float) -> str:
-    """A difference of fractions in percentage points, with its sign.
-
-    >>> points(-0.0123), points(0.02)
-    ('−1.2', '+2.0')
-    """
-    return f"{100 * value:+.1f}".replace("-", "−")
-
-
-def nats(value: float) -> str:
-    """A difference of log-likelihoods, with its sign.
-
-    >>> nats(-0.0123), nats(0.5)
-    ('−0.012', '+0.500')
-    """
-    return f"{value:+.3f}".replace("-", "−")
-
-
-def size(value: float) -> str:
-    """Megabytes or seconds: three significant digits, at most one decimal.
-
-    >>> [size(value) for value in (0.26, 4.13, 212.4, 3141.5)]
-    ['0.3', '4.1', '212', '3142']
-    """
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"
-
-
-@dataclass
-class Column:
-    """A column of a printed table."""
-
-    name: str
-    """Its column in the summary."""
-    title: str
-    unit: str
-    better: str
-    """``higher``, ``lower``, or nothing: then no value is bold."""
-    print: Callable[[float], str]
-    is_difference: bool = False
-    """Printed with its standard error wherever it stands: a difference says nothing without it."""
-
-    @property
-    def arrow(self) -> str:
-        return {"higher": "↑", "lower": "↓"}.get(self.better, "")
-
-
-@dataclass
-class Entry:
-    """A printed value."""
-
-    value: float
-    text: str
-    stderr: float
-    stderr_text: str
-    best: bool = False
-
-
-@dataclass
-class Row:
-    """A method at a ratio."""
-
-    method: str
-    method_title: str
-    compression_ratio: float
-    dagger: bool
-    entries: list[Entry]
-
-    @property
-    def label(self) -> str:
-        return self.method_title + (DAGGER if self.dagger else "")
-
-
-def rendered(template: str, **values: object) -> str:
-    """A page made of a file in ``templates``; whatever is put in is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-        loader=PackageLoader("cospadi.tables"),
-    )
-    return environment.get_template(template).render(**values) + "\n"
-
-
-@dataclass
-class PaperTable:
-    """A table of one model: what it says, before it takes a format."""
-
-    name: str
-    title: str
-    columns: list[Column]
-    groups: list[list[Row]]
-    """Rows that share a ratio; the uncompressed model is a group of its own."""
-    notes: list[str]
-
-    def markdown(self, stderr: bool = False) -> str:
-        """A pipe table; with ``stderr``, every value is followed by its ± where there is one."""
-        lines = [["Ratio", "Method", *(_join(" ", column.title, column.unit, column.arrow) for column in self.columns)]]
-        for first, row in self._rows():
-            entries = [f"**{entry.text}**" if entry.best else entry.text for entry in row.entries]
-            if stderr:
-                entries = [_join(" ± ", text, e.stderr_text) for text, e in zip(entries, row.entries, strict=True)]
-            lines.append([ratio_label(row) if first else "", row.label, *entries])
-        lines = [[_escape_markdown(text) for text in line] for line in lines]
-        widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
-        rule = [":" + "-" * (w - 1) if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-        body = [
-            [text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))]
-            for line in lines
-        ]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in (body[0], rule, *body[1:]))
-        notes = [*self.notes, STDERR_NOTE] if stderr and self.has_stderr else self.notes
-        notes = "\n".join(f"- {_escape_markdown(note)}" for note in notes)
-        return f"### {_escape_markdown(self.title)}\n\n{table}\n\n{notes}\n"
-
-    def latex(self) -> str:
-        """A ``table`` environment for ``booktabs``; ``graphicx`` shrinks it to the text width."""
-        rows = []
-        for group in self.groups:
-            rows.append(r"\midrule")
-            for first, row in zip([True] + [False] * (len(group) - 1), group, strict=True):
-                texts = [_escape_latex(ratio_label(row)) if first else "", _escape_latex(row.label)]
-                texts += [
-                    rf"\textbf{{{_escape_latex(entry.text)}}}" if entry.best else _escape_latex(entry.text)
-                    for entry in row.entries
-                ]
-                rows.append(" & ".join(texts) + r" \\")
-        heads = ["Ratio", "Method", *(_escape_latex(_join(" ", column.title, column.arrow)) for column in self.columns)]
-        units = ["", "", *(f"({_escape_latex(column.unit)})" if column.unit else "" for column in self.columns)]
-        return "\n".join(
-            [
-                r"% Needs \usepackage{booktabs,graphicx} and \usepackage[utf8]{inputenc}.",
-                r"\begin{table}[t]",
-                r"\centering",
-                rf"\caption{{{_escape_latex(self.title)}}}",
-                rf"\label{{tab:{_label(self.name)}}}",
-                r"\resizebox{\textwidth}{!}{%",
-                rf"\begin{{tabular}}{{ll{'r' * len(self.columns)}}}",
-                r"\toprule",
-                " & ".join(heads) + r" \\",
-                " & ".join(units) + r" \\",
-                *rows,
-                r"\bottomrule",
-                r"\end{tabular}}",
-                r"\par\smallskip",
-                r"\begin{minipage}{\textwidth}\footnotesize",
-                "\\\\\n".join(_escape_latex(note) for note in self.notes),
-                r"\end{minipage}",
-                r"\end{table}",
-                "",
-            ]
-        )
-
-    def html(self) -> str:
-        """A page of its own: no scripts, no fonts and no styles from elsewhere."""
-        return rendered("page.html", table=self, ratio_label=ratio_label, stderr_note=STDERR_NOTE)
-
-    def csv(self) -> str:
-        """One line per value: exact value and standard error beside the printed text."""
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(
-            (
-                "model",
-                "compression_ratio",
-                "method",
-                "method_title",
-                "column",
-                "unit",
-                "value",
-                "stderr",
-                "text",
-                "best",
-            )
-        )
-        for _, row in self._rows():
-            for column, entry in zip(self.columns, row.entries, strict=True):
-                value = "" if entry.text == MISSING else repr(entry.value)
-                stderr = "" if math.isnan(entry.stderr) else repr(entry.stderr)
-                head = (self.name, repr(row.compression_ratio), row.method, row.method_title, column.name, column.unit)
-                writer.writerow((*head, value, stderr, entry.text, entry.best))
-        return stream.getvalue()
-
-    @property
-    def has_stderr(self) -> bool:
-        """Whether some value has a standard error."""
-        return any(entry.stderr_text for _, row in self._rows() for entry in row.entries)
-
-    def _rows(self) -> list[tuple[bool, Row]]:
-        return [(row is group[0], row) for group in self.groups for row in group]
 
 
 def paper_table(
@@ -423,15 +171,13 @@ def tables(
     published: Sequence[str] = (),
 ) -> list[PaperTable]:
     """A printed table per model, with the notes of its records and what the ``published`` sources print of it."""
-    from cospadi.tables.published import with_published
-
     frame = summary(cells)
     titles = dict(zip(frame["model"], frame["model_title"], strict=True))
     found = [
         paper_table(
             frame,
             model,
-            study_title if title in study_title else _join(": ", study_title, title),
+            study_title if title in study_title else join(": ", study_title, title),
             notes(cells, model),
             differences,
         )
@@ -573,66 +319,3 @@ def _calibration(settings: dict) -> str:
 
 def _task_title(task: str) -> str:
     return TASK_TITLES.get(task, task.replace("_", " "))
-
-
-def ratio_label(row: Row) -> str:
-    return (
-        MISSING
-        if row.compression_ratio == 0 and row.method.rpartition(":")[2] == DENSE
-        else f"{row.compression_ratio:g}"
-    )
-
-
-def _join(separator: str, *parts: str) -> str:
-    return separator.join(part for part in parts if part)
-
-
-def _label(name: str) -> str:
-    return "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in name)
-
-
-def _escape_markdown(text: str) -> str:
-    return " ".join(text.replace("|", r"\|").replace("<", "&lt;").split())
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "%": r"\%",
-    "&": r"\&",
-    "_": r"\_",
-    "#": r"\#",
-    "$": r"\$",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "†": r"\textsuperscript{\dag}",
-    "–": "--",
-    "—": "---",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "·": r"$\cdot$",
-    "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$",
-    "→": r"$\rightarrow$",
-    "≤": r"$\leq$",
-    "≥": r"$\geq$",
-    "≈": r"$\approx$",
-    "−": r"$-$",
-    "‖": r"$\|$",
-    "∞": r"$\infty$",
-    "…": r"\ldots{}",
-    "\n": " ",
-}
-
-
-def _escape_latex(text: str) -> str:
-    """Every character that LaTeX would act on, made printable.
-
-    >>> print(_escape_latex("50 % of A_b & c"))
-    50 \\% of A\\_b \\& c
-    """
-    return "".join(_LATEX.get(letter, letter) for letter in text)

@@ -9,7 +9,7 @@ from typing import Any
 
 from cospadi import records
 from cospadi.tables.cells import Cell, ordered
-from cospadi.tables.render import STDERR_NOTE, PaperTable, ratio_label, rendered
+from cospadi.tables.paper import STDERR_NOTE, PaperTable, ratio_label, rendered
 from cospadi.tables.rulegraph import drawn
 
 FIGURES = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import networkx as nx
+
 _BOX = (132, 30)
 _STEP = (172, 46)
 
@@ -38,8 +40,6 @@ def drawn(dot: str) -> Graph:
     >>> graph.arrows, [x for x, _ in graph.boxes.values()]
     ([('a', 'all'), ('b', 'a')], [344.0, 172.0, 0.0])
     """
-    import networkx as nx
-
     names = dict(re.findall(r'(\d+)\s*\[label = "([^"\\]+)', dot))
     rules = nx.DiGraph()
     rules.add_nodes_from(names.values())

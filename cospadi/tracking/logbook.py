@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cospadi.config import OFFLINE, ONLINE, TrackingConfig
 from cospadi.records import read_json, text_hash, write_json
 from cospadi.tracking import mode, offline
 from cospadi.tracking.runs import Run
+from cospadi.tracking.settings import OFFLINE, ONLINE, TrackingConfig
 
 NOT_WRITTEN = "none"
 """Instead of a mode, of a run that W&B did not take even as a file."""

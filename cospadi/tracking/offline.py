@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cospadi.config import TrackingConfig
 from cospadi.tracking.mode import base_url
 from cospadi.tracking.runs import Run
+from cospadi.tracking.settings import TrackingConfig
 
 STAGING = "staging"
 """Beside ``wandb``: copies of tables and artifacts, a folder per run. ``wandb sync`` reads them."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from cospadi.quantization.settings import NONE
 from cospadi.records import file_hash, text_hash
-from cospadi.study import NONE
 from cospadi.tables.cells import (
     PROJECTION_COLUMNS,
     QUANTIZED,

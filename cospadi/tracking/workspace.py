@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cospadi.config import TrackingConfig
-from cospadi.tables.figures import colours
+from cospadi.tables.style import colours
 from cospadi.tracking.mode import Reach
 from cospadi.tracking.runs import Run
+from cospadi.tracking.settings import TrackingConfig
 
 
 def build(study: str, title: str, runs: Sequence[Run], tracking: TrackingConfig):

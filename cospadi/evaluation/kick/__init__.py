@@ -25,7 +25,6 @@ reference by ROUGE F1, not by GPT-4. MT-bench, whose answers GPT-4 judges, is le
 """
 
 FREEBASE_QA = "https://raw.githubusercontent.com/kelvin-jiang/FreebaseQA/master/FreebaseQA-eval.json"
-
 HUB_SOURCES = {
     # this repository holds a script, which `datasets` runs no more; the script fetched the authors' own file
     ("KelvinJiang/freebase_qa", None): {"path": "json", "data_files": {"test": FREEBASE_QA}, "field": "Questions"},

@@ -1,0 +1,260 @@
+"""``cospadi compress`` and ``cospadi.compress``: one model, smaller, in one call."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cospadi.calibration.collect import draw_samples, gather
+from cospadi.checkpoint.ledger import ledger
+from cospadi.checkpoint.specs import layer_of
+from cospadi.checkpoint.transformers_plugin import attach
+from cospadi.checkpoint.write import write
+from cospadi.errors import UserError
+from cospadi.factorization.factors import Dense
+from cospadi.factorization.files import read_factors
+from cospadi.factorization.groups import by_shared_input, factorize_projections, problems_from
+from cospadi.factorization.settings import IDENTITY
+from cospadi.models import Projection, find_projections
+from cospadi.pipeline.stages import calibration as calibration_stage
+from cospadi.pipeline.stages import factorization as factorization_stage
+from cospadi.pipeline.stages import quantization as quantization_stage
+from cospadi.pipeline.stages import sources as sources_stage
+from cospadi.quantization.methods import quantize
+from cospadi.records import check_output_folder, own_folder, read_json, text_hash, versions, write_json
+from cospadi.settings import CONF, Config, load
+from cospadi.sources.addresses import state_on_disk
+from cospadi.sources.texts import read_documents
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def compress_to(
+    source: str,
+    out: Path,
+    overrides: Sequence[str] = (),
+    text: str | None = None,
+    keep_work: bool = False,
+    stub: bool = False,
+) -> dict[str, Any]:
+    """Load, calibrate, factorize, save. What is finished waits in ``<out>.work`` until the checkpoint is written.
+
+    Args:
+        source: name of a file in ``conf/model``, a folder, a hub id or another address of `ModelConfig.source`.
+        out: folder to write.
+        overrides: settings, as Hydra takes them: ``factorization=cospadi factorization.compression_ratio=0.3``.
+        text: for calibration: name of a file in ``conf/text``, or a text file with a document a line.
+        keep_work: leave ``<out>.work`` behind.
+        stub: see `cospadi.checkpoint.write`.
+
+    Returns:
+        the ledger (`cospadi.checkpoint.ledger`) of what was written.
+
+    Raises:
+        UserError: a setting, the model, the text or the disk does not do.
+    """
+    config = configured(source, overrides, text)
+    out = Path(out).absolute()
+    check_output_folder(out)
+    if Path(source).exists() and Path(source).resolve() == out.resolve():
+        raise UserError(f"{out} is the model itself. Name another folder to write.")
+    work = own_folder(out.with_name(f"{out.name}.work"))
+    model, documents, grams = work / "model", work / "documents.json", work / "grams"
+    factors, record = work / "factors.safetensors", work / "factorization.json"
+    settings = asdict(config)
+    settings["model"]["files"] = state_on_disk(config.model.source)
+    settings["calibration"]["text"]["files"] = state_on_disk(config.calibration.text.source)
+    done = _Resumed(work)
+    done("model", settings["model"], model, lambda: sources_stage.prepare_model(config, model, work / "model.json"))
+    calibration = config.calibration
+    done(
+        "text",
+        settings["calibration"]["text"],
+        documents,
+        lambda: sources_stage.prepare_text(calibration.text, documents, work / "text.json"),
+    )
+    done(
+        "grams",
+        [settings["model"], settings["calibration"]],
+        grams,
+        lambda: calibration_stage.calibrate(config, model, documents, grams, work / "calibration.json"),
+    )
+    last = max(p.layer for p in find_projections(model, config.model))
+    done(
+        "factors",
+        [settings["model"], settings["calibration"], settings["factorization"]],
+        factors,
+        lambda: factorization_stage.factorize(config, model, grams, f"0-{last}", factors, record, None),
+    )
+    if config.quantization.changes:
+        quantized, begun = work / "quantized.safetensors", record
+        record = work / "quantization.json"
+        done(
+            "quantized",
+            [settings[room] for room in ("model", "calibration", "factorization", "quantization")],
+            quantized,
+            lambda: quantization_stage.quantize(config, model, grams, factors, begun, quantized, record),
+        )
+        factors = quantized
+    summary = _summary(config, read_json(record))
+    write(out, model, read_factors([factors]), summary, stub=stub)
+    if not keep_work:
+        shutil.rmtree(work)
+    return ledger(out)
+
+
+def configured(source: str, overrides: Sequence[str], text: str | None) -> Config:
+    """The settings of one compression.
+
+    Raises:
+        UserError: naming the setting that does not do.
+    """
+    chosen = (
+        [f"model={source}"]
+        if (CONF / "model" / f"{source}.yaml").is_file()
+        else ["model=any", _set("model.source", source)]
+    )
+    if text is not None and (CONF / "text" / f"{text}.yaml").is_file():
+        chosen.append(f"text@calibration.text={text}")
+    elif text is not None:
+        chosen += ["text@calibration.text=file", _set("calibration.text.source", str(Path(text).resolve()))]
+    config = load([*chosen, *overrides])
+    if getattr(config.factorization, "fixed_atoms", None) == IDENTITY and any(
+        "factorization.rho=" in o for o in overrides
+    ):
+        raise UserError(
+            f"factorization.rho has no effect on {config.factorization.name}, which has fixed atoms. "
+            "Set factorization.learned_atoms, or take --method cospadi."
+        )
+    if getattr(config.factorization, "rank_search", None) is not None:
+        raise UserError("compress has no rank search. Take factorization=asvd, or run the study that has asvd_search.")
+    return config
+
+
+def _set(setting: str, value: str) -> str:
+    """A Hydra override whose value is taken as it stands."""
+    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{setting}='{quoted}'"
+
+
+class _Resumed:
+    """Runs a step unless its output is there and was made with the same settings, those of earlier steps included."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.again = False
+
+    def __call__(self, step: str, settings: Any, output: Path, run: Callable[[], None]) -> None:
+        mark = self.work / f"{step}.settings.json"
+        key = {"settings": text_hash(json.dumps([settings, versions()], sort_keys=True, default=str))}
+        if not self.again and output.exists() and mark.is_file() and read_json(mark) == key:
+            return
+        self.again = True
+        mark.unlink(missing_ok=True)
+        run()
+        write_json(mark, key)
+
+
+def _summary(config: Config, record: dict[str, Any]) -> dict[str, Any]:
+    """How the checkpoint was made: what goes into its config."""
+    factorization = {k: v for k, v in asdict(config.factorization).items() if k != "device"}
+    calibration = {k: v for k, v in asdict(config.calibration).items() if k not in ("device", "text")}
+    quantization = {k: v for k, v in asdict(config.quantization).items() if k != "device"}
+    return {
+        "factorization": factorization,
+        **({"quantization": quantization} if config.quantization.changes else {}),
+        "calibration": calibration | {"text": config.calibration.text.source},
+        "inputs": record["inputs"],
+        "versions": record["versions"],
+        "output_error_mean": sum(p["output_error"] for p in record["projections"]) / len(record["projections"]),
+    }
+
+
+def compress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    compression_ratio: float | None = None,
+    method: str = "cospadi_plus",
+    texts: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+    quantization: str = "none",
+) -> PreTrainedModel:
+    """Compress a loaded model in place, and return it: ``save_pretrained`` then writes a compressed checkpoint.
+
+    The calibration tokens run through the whole model at once, with the grams of all its layers in memory; for a model
+    that hardly fits, ``cospadi compress`` goes block by block.
+
+    Args:
+        model: a causal language model in float32, bfloat16 or float16.
+        tokenizer: its tokenizer.
+        compression_ratio: fraction of the projections' bits removed, before quantization; by default that of the method's
+            file, 0.2.
+        method: name of a file in ``conf/factorization``.
+        texts: documents for calibration; by default those of ``conf/text/lee_news``.
+        overrides: further settings, as Hydra takes them: ``calibration.n_samples=16``.
+        quantization: name of a file in ``conf/quantization``: ``int8``, ``int4``.
+
+    Raises:
+        UserError: a setting or the text does not do, a projection is missing, or activations are not finite.
+    """
+    settings = [f"factorization={method}", f"quantization={quantization}", *overrides]
+    settings += [] if compression_ratio is None else [f"factorization.compression_ratio={compression_ratio}"]
+    config = configured("any", ["model.source=./in-memory", *settings], None)
+    calibration = config.calibration
+    texts = read_documents(calibration.text) if texts is None else list(texts)
+    tokens = draw_samples(tokenizer, texts, calibration.n_samples, calibration.sample_length, calibration.seed)
+    inputs, projections = {}, []
+    for names, statistics in gather(model, config.model, calibration, tokens):
+        layer, shared_input = names[0].removeprefix(f"{config.model.blocks}.").split(".", maxsplit=1)
+        inputs[int(layer), shared_input] = statistics
+        for name in names:
+            d_out, d_in = model.get_submodule(name).weight.shape
+            projection = name.removeprefix(f"{config.model.blocks}.{layer}.")
+            attended = projection in config.model.attended
+            projections.append(Projection(name, int(layer), projection, shared_input, d_in, d_out, attended))
+
+    def statistics_of(projection: Projection) -> tuple[Tensor, Tensor]:
+        found = inputs[projection.layer, projection.shared_input]
+        return found.gram_of(projection.attended), found.absolute_mean
+
+    problem_of = problems_from(
+        lambda p: model.get_submodule(p.name).weight.detach().T.float(), statistics_of, calibration.damping
+    )
+    smaller, batches, begun = {}, partial(by_shared_input, config.factorization), []
+    for found in factorize_projections(config.factorization, projections, problem_of, batches):
+        begun.append(found)  # the members of a group come one after another
+        if len(begun) == len(found[1]):
+            smaller |= _layers(config, model, begun)
+            begun = []
+    if not smaller:
+        raise UserError(
+            "No projection was compressed: every one was left dense. Choose another ratio, method or quantization."
+        )
+    for name, layer in smaller.items():  # all at once: cut off before, the model is as it was
+        model.set_submodule(name, layer)
+    attach(model, {"factorization": asdict(config.factorization), "quantization": asdict(config.quantization)})
+    return model
+
+
+def _layers(config: Config, model: PreTrainedModel, group: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+    """The layers of a group of projections by their names; none for what stays dense."""
+    projections, _, problems, factors = zip(*group, strict=True)
+    if config.quantization.changes:
+        factors = quantize(config.quantization, factors, problems)
+    layers: dict[str, Any] = {}
+    for projection, compact in zip(projections, factors, strict=True):
+        if isinstance(compact, Dense) and not compact.formats:
+            continue
+        dense = model.get_submodule(projection.name)
+        layer = layer_of(compact, dense.bias).to(dense.weight.device)
+        if layers:
+            layer.share_with(next(iter(layers.values())))
+        layers[projection.name] = layer
+    return layers

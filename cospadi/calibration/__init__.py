@@ -1,0 +1,1 @@
+"""Room 2: calibration text through the dense model -> one gram per shared input."""

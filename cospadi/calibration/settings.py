@@ -1,0 +1,43 @@
+"""Settings of the calibration: which text, how many tokens, which grams."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from cospadi.errors import require_at_least, require_device, require_one_of
+from cospadi.sources.settings import TextConfig
+
+
+@dataclass
+class CalibrationConfig:
+    """Which text runs through the dense model to collect the grams."""
+
+    name: str = MISSING
+    text: TextConfig = MISSING
+    n_samples: int = 256
+    """Token sequences drawn from the text."""
+    sample_length: int = 1024
+    """Tokens in a sequence."""
+    seed: int = 42
+    batch_size: int = 4
+    """Sequences that run through a block at once."""
+    gram_dtype: str = "float32"
+    """Of the product of one batch; sums are always float64. ``float64`` halves the speed."""
+    attention: bool = True
+    """Of the inputs of ``model.attended``, weigh every token by the attention it receives: the first token of a text counts
+    as much as hundreds of others, as nearly all look at it. ``false``: every token alike, as in the papers."""
+    damping: float = 1e-6
+    """Ridge on the gram, as a fraction of its mean diagonal."""
+    device: str = "auto"
+    """``auto`` (a GPU when there is one), ``cpu`` or ``cuda``."""
+    revision: int = 2
+
+    def __post_init__(self) -> None:
+        require_at_least("calibration.n_samples", self.n_samples, 1)
+        require_at_least("calibration.sample_length", self.sample_length, 2)
+        require_at_least("calibration.batch_size", self.batch_size, 1)
+        require_at_least("calibration.damping", self.damping, 0)
+        require_device("calibration.device", self.device)
+        require_one_of("calibration.gram_dtype", self.gram_dtype, ("float32", "float64"))

@@ -1,0 +1,189 @@
+"""How transformers learns about compressed checkpoints: registered by ``import cospadi`` when transformers is there.
+
+``AutoModelForCausalLM.from_pretrained(folder)`` then builds the model with compressed layers in place of linear ones and
+fills them from the safetensors, after every tensor has been checked against the checksum that was stored with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cospadi.checkpoint.checksums import CHECKSUMS, checksum, verify_files
+from cospadi.checkpoint.layers import SHARES, CompressedLinear
+from cospadi.checkpoint.specs import empty_layer, specs, ties
+from cospadi.errors import UserError
+
+METHOD = "cospadi"
+FORMAT_VERSION = 3
+"""Of what a checkpoint's config and tensors mean: the newest that is read. Layers that share need 2, quantized ones 3."""
+
+
+def format_version(modules: Mapping[str, Mapping[str, Any]]) -> int:
+    """The oldest format that can say this.
+
+    >>> format_version({"a": {}}), format_version({"a": {}, "b": {"shares": "a"}}), format_version({"a": {"formats": {}}})
+    (1, 2, 3)
+    """
+    if any("formats" in spec for spec in modules.values()):
+        return 3
+    return 2 if any(SHARES in spec for spec in modules.values()) else 1
+
+
+@register_quantization_config(METHOD)
+class CoSpaDiQuantizationConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a compressed checkpoint's config.json.
+
+    Args:
+        modules: path of a linear layer -> `CompressedLinear.spec`.
+        format_version: of the checkpoint.
+        record: how it was made: method, settings, calibration.
+
+    Raises:
+        UserError: the checkpoint is of a newer format, or names no layers.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]] | None = None,
+        format_version: int = 1,
+        record: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        self.format_version, self.modules, self.record = format_version, modules or {}, record or {}
+        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+            raise UserError(
+                f"This checkpoint has format_version {format_version}, this cospadi reads up to {FORMAT_VERSION}. "
+                "Install a newer cospadi."
+            )
+        if not isinstance(self.modules, dict) or not self.modules:
+            raise UserError("The checkpoint's quantization_config names no compressed modules. Write it again.")
+
+
+@register_quantizer(METHOD)
+class CoSpaDiQuantizer(HfQuantizer):
+    """Swaps linear layers for compressed ones before their tensors are read."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        put_empty_layers(model, self.quantization_config.modules)
+        if checkpoint_files:
+            refuse_gaps(model, verify_files(checkpoint_files))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for layer in model.modules():
+            if isinstance(layer, CompressedLinear):
+                layer.check()
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        """For ``save_pretrained``: the checksums of what it is about to write."""
+        return None, {CHECKSUMS: json.dumps({name: checksum(tensor) for name, tensor in model.state_dict().items()})}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Ordinary linear layers again, each with the weight multiplied out."""
+        shared = ties(specs(model))
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, CompressedLinear):
+                weight = layer.dense_weight()
+                dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+                dense.weight = nn.Parameter(weight.T.to(dtype or torch.float32).contiguous(), requires_grad=False)
+                if layer.bias is not None:
+                    dense.bias = nn.Parameter(layer.bias.to(dense.weight.dtype), requires_grad=False)
+                model.set_submodule(name, dense)
+        for keys in ("all_tied_weights_keys", "_tied_weights_keys") if shared else ():
+            setattr(model, keys, {k: v for k, v in (getattr(model, keys, None) or {}).items() if k not in shared})
+        return model
+
+
+def put_empty_layers(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
+    """Compressed layers without numbers, on the meta device, where the config names them.
+
+    Raises:
+        UserError: a name that is no linear layer of this model, a size that does not match, or a broken description.
+    """
+    for name, spec in modules.items():
+        try:
+            dense = model.get_submodule(name)
+        except AttributeError as error:
+            raise UserError(
+                f"The checkpoint's config.json names {name}, which this {type(model).__name__} does not have. "
+                "Its config and its weights do not belong together: get the checkpoint again."
+            ) from error
+        if not isinstance(dense, nn.Linear):
+            raise UserError(
+                f"The checkpoint's config.json names {name}, which is a {type(dense).__name__}, not a Linear."
+            )
+        try:
+            with torch.device("meta"):
+                layer = empty_layer(spec, dense.weight.dtype)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"The checkpoint's config.json describes {name} in a way this cospadi does not know ({error}). "
+                "Install a newer cospadi, or write the checkpoint again."
+            ) from error
+        sizes, expected = (layer.in_features, layer.out_features), (dense.in_features, dense.out_features)
+        if sizes != expected or (layer.bias is None) != (dense.bias is None):
+            raise UserError(
+                f"The checkpoint's config.json makes {name} {sizes[0]}×{sizes[1]}, the model {expected[0]}×{expected[1]}. "
+                "Its config and its weights do not belong together: get the checkpoint again."
+            )
+        model.set_submodule(name, layer)
+    declare_ties(model, modules)
+
+
+def declare_ties(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
+    """Tell transformers which parameters are one, so that it ties them on loading and saves each once.
+
+    On the instance, and under both names: it saves by the one and loads by the other.
+
+    Raises:
+        UserError: a layer shares what no layer stores.
+    """
+    shared = ties(modules)
+    for keys in ("all_tied_weights_keys", "_tied_weights_keys") if shared else ():
+        setattr(model, keys, {**(getattr(model, keys, None) or {}), **shared})
+
+
+def refuse_gaps(model: nn.Module, stored: set[str]) -> None:
+    """Compare what a model needs with what its files hold: transformers would fill gaps with random numbers.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = sorted(set(model.state_dict()) - stored - tied)
+    if missing:
+        raise UserError(
+            f"The checkpoint's files lack {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}, which its "
+            "config.json asks for. Copy or download it again."
+        )
+
+
+def attach(model: nn.Module, record: dict[str, Any]) -> None:
+    """Let ``save_pretrained`` of a model that holds compressed layers write a compressed checkpoint."""
+    modules = specs(model)
+    declare_ties(model, modules)
+    config = CoSpaDiQuantizationConfig(modules, format_version(modules), record)
+    model.config.quantization_config = config
+    model.hf_quantizer = CoSpaDiQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = METHOD

@@ -1,0 +1,207 @@
+"""Compressed checkpoints: a Hugging Face folder whose projections are stored as factors, and so is really smaller.
+
+``write`` streams one from a dense checkpoint and factors, ``load`` opens it or says why not, ``ledger`` counts its bytes,
+``densify`` turns it back into an ordinary one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cospadi.checkpoint.checksums import CHECKSUMS, checksum, verify_files
+from cospadi.checkpoint.layers import SHARES, CompressedLinear
+from cospadi.checkpoint.read import INDEX, compression_of, opened, parts_of, shard_files
+from cospadi.checkpoint.specs import empty_layer, layer_of
+from cospadi.checkpoint.transformers_plugin import METHOD, format_version
+from cospadi.errors import UserError
+from cospadi.factorization.factors import Dense, Factors, shared_matrix
+from cospadi.models import Checkpoint
+from cospadi.records import check_output_folder, new_path, write_json, write_tensors
+
+SHARD_BYTES = 2 * 2**30
+STUB = "modeling_cospadi"
+_STUB = '''"""Makes transformers understand this compressed checkpoint, when it is loaded with trust_remote_code=True."""
+
+try:
+    import cospadi  # noqa: F401
+except ImportError as error:
+    raise ImportError("This checkpoint is compressed with cospadi. Install the cospadi package to load it.") from error
+
+from transformers import {config}, {model}  # noqa: F401
+'''
+
+
+def write(
+    folder: Path,
+    source: Path,
+    factors: Iterable[tuple[str, Factors]],
+    record: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+    stub: bool = False,
+) -> None:
+    """The checkpoint ``source`` with the projections named in ``factors`` compressed, a shard in memory at a time.
+
+    Factors that hold the same dictionary, or left factor, share it: the first stores it. Tensors that are not compressed
+    keep their dtype, as do tokenizer and generation settings. With ``stub`` a few lines of Python are put beside them that
+    import cospadi, for programs that load with ``trust_remote_code=True`` and cannot import it themselves; nothing runs
+    them unasked.
+
+    Raises:
+        UserError: ``folder`` is not ours to replace, the disk is full, or a name is not in ``source``.
+    """
+    checkpoint, modules = Checkpoint(source), {}
+    with new_path(folder) as partial:
+        partial.mkdir()
+        _write_shards(partial, _compressed(checkpoint, factors, modules), shard_bytes)
+        if not modules:
+            raise UserError("No projection was compressed: every one was left dense. Choose another ratio or method.")
+        config = _plain_config(checkpoint)
+        config["quantization_config"] = {
+            "quant_method": METHOD,
+            "format_version": format_version(modules),
+            "modules": modules,
+            "record": dict(record),
+        }
+        if stub:
+            config["auto_map"] = _write_stub(partial, config)
+        write_json(partial / "config.json", config)
+        _copy_companions(source, partial)
+
+
+def _plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config without what belongs to a compression or to code that is not copied."""
+    return {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
+
+
+def _write_stub(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The ``auto_map`` that leads to it."""
+    kind = type(AutoConfig.for_model(config["model_type"]))
+    model = AutoModelForCausalLM._model_mapping[kind].__name__
+    (folder / f"{STUB}.py").write_text(_STUB.format(config=kind.__name__, model=model), encoding="utf-8")
+    return {"AutoConfig": f"{STUB}.{kind.__name__}", "AutoModelForCausalLM": f"{STUB}.{model}"}
+
+
+def _compressed(
+    checkpoint: Checkpoint, factors: Iterable[tuple[str, Factors]], modules: dict[str, dict[str, Any]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the compressed checkpoint; fills ``modules`` with what the config has to say."""
+    replaced = set()
+    names = set(checkpoint.names)
+    first = WeakTensorKeyDictionary()  # whatever several hold is alive until the last of them has come
+    for name, found in factors:
+        if f"{name}.weight" not in names:
+            raise UserError(
+                f"The factors are of {name}, which {checkpoint.folder} does not hold. Factorize this model."
+            )
+        if isinstance(found, Dense) and not found.formats:
+            continue
+        bias = checkpoint.read(f"{name}.bias") if f"{name}.bias" in names else None
+        layer = layer_of(found, bias)
+        shared = shared_matrix(found)
+        owner = name if shared is None else first.setdefault(shared, name)
+        modules[name] = layer.spec | ({SHARES: owner} if owner != name else {})
+        replaced |= {f"{name}.weight", f"{name}.bias"}
+        tensors, parts = layer.state_dict(), parts_of(name, modules[name])
+        yield from ((full, tensors[part]) for part, full in parts.items() if full == f"{name}.{part}")
+    yield from ((name, checkpoint.read(name)) for name in checkpoint.names if name not in replaced)
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """One safetensors file, or several and their index; each with the checksums of its tensors."""
+    files: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        sums = {CHECKSUMS: json.dumps({name: checksum(t) for name, t in shard.items()}), "format": "pt"}
+        write_tensors(folder / f"{len(files)}.partial", shard, sums)
+        files.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if shard and sum(t.numel() * t.element_size() for t in shard.values()) + size > shard_bytes:
+            flush()
+        shard[name] = tensor
+        total += size
+    flush()
+    if len(files) == 1:
+        (folder / "0.partial").rename(folder / "model.safetensors")
+        return
+    where = {}
+    for i, names in enumerate(files):
+        title = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"{i}.partial").rename(folder / title)
+        where |= dict.fromkeys(names, title)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, generation settings, licence: everything beside the weights that is no code."""
+    for file in sorted(Path(source).iterdir()):
+        known = file.suffix in {".json", ".txt", ".model", ".jinja", ".md"} or file.name.startswith("LICENSE")
+        if file.is_file() and known and file.name != "config.json" and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)
+
+
+def densify(folder: Path, out: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    """An ordinary dense checkpoint with the same outputs, for runtimes that know nothing of cospadi.
+
+    Args:
+        folder: a compressed checkpoint.
+        out: folder to write.
+        dtype: of all its tensors; by default that of the compressed checkpoint's config.
+        shard_bytes: at most, of a file.
+
+    Raises:
+        UserError: see `compression_of`; a shard is damaged or missing; ``out`` cannot be written; a number does not fit.
+    """
+    folder, out = Path(folder), Path(out)
+    found = compression_of(folder)
+    check_output_folder(out)
+    if out.resolve() == folder.resolve():
+        raise UserError(f"{out} is the compressed checkpoint itself. Name another folder to write.")
+    checkpoint = opened(folder, found["modules"])
+    verify_files(shard_files(folder))
+    dtype = dtype or str(checkpoint.config.get("dtype") or "float32")
+    with new_path(out) as partial:
+        partial.mkdir()
+        _write_shards(partial, _dense(checkpoint, found["modules"], getattr(torch, dtype)), shard_bytes)
+        write_json(partial / "config.json", _plain_config(checkpoint) | {"dtype": dtype})
+        _copy_companions(folder, partial)
+
+
+def _dense(
+    checkpoint: Checkpoint, modules: Mapping[str, dict[str, Any]], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    compressed = set()
+    for name, spec in modules.items():
+        layer: CompressedLinear = empty_layer(spec)
+        parts = parts_of(name, spec)
+        layer.load_state_dict({part: checkpoint.read(full) for part, full in parts.items()})
+        layer.check()
+        compressed |= set(parts.values())
+        yield f"{name}.weight", _cast(f"{name}.weight", layer.dense_weight().T, dtype)
+        if layer.bias is not None:
+            yield f"{name}.bias", _cast(f"{name}.bias", layer.bias.detach(), dtype)
+    for name in checkpoint.names:
+        if name not in compressed:
+            tensor = checkpoint.read(name)
+            yield name, _cast(name, tensor, dtype) if tensor.is_floating_point() else tensor
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast).all():
+        largest = tensor.abs().max()
+        raise UserError(f"{name} holds {largest:.1e}, which does not fit {dtype}. Take --dtype bfloat16 or float32.")
+    return cast

@@ -1,0 +1,53 @@
+"""What a factorization is given: a weight and what calibration tells about its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cospadi.errors import UserError
+from cospadi.factorization.solvers.shared import mean_whitener
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One projection and what calibration tells about its inputs."""
+
+    weight: Float[Tensor, "d_in d_out"]
+    whitener: Float[Tensor, "d_in d_in"]
+    """float64, upper, ``RᵀR = XᵀX``"""
+    absolute_mean: Float[Tensor, " d_in"]
+    """mean ``|x|`` of every input channel"""
+    rank: int | None = None
+    """Set by a rank search; ``None``: from the compression ratio."""
+    keep_dense: bool = False
+    """Set by a rank search that leaves this projection alone."""
+
+    def __post_init__(self) -> None:
+        if not torch.isfinite(self.weight).all():
+            raise UserError("The weight holds NaN or infinite numbers. Check the checkpoint of model.source.")
+
+    @property
+    def input_norms(self) -> Float[Tensor, " d_in"]:
+        """``‖x_i‖₂`` of every input channel over the calibration tokens: the roots of the gram's diagonal."""
+        return self.whitener.norm(dim=0)
+
+
+def side_by_side(problems: Sequence[Problem]) -> Problem:
+    """``[W_1 … W_g]`` under the mean gram."""
+    return Problem(
+        torch.cat([problem.weight for problem in problems], dim=1),
+        mean_whitener(torch.stack([problem.whitener for problem in problems])),
+        torch.stack([problem.absolute_mean for problem in problems]).mean(dim=0),
+    )
+
+
+def unit_scale(target: Tensor) -> tuple[Tensor, Tensor]:
+    """``target`` in float32 with a root mean square of 1, and that of before."""
+    scale = target.norm() / target.numel() ** 0.5
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (target / scale).float(), scale

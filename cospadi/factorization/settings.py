@@ -1,0 +1,355 @@
+"""Settings of every factorization method: a dataclass each. No torch here: every start composes them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from cospadi.errors import AUTO, UserError, require, require_at_least, require_device, require_one_of
+from cospadi.factorization.budget import pattern_ratio, pattern_too_large
+
+SOLVERS = ("htp", "ksvd", "orthogonal", "one_shot")
+IDENTITY = "identity"
+FIXED_ATOMS = ("none", IDENTITY)
+SUPPORTS = ("column", "matrix")
+ACCOUNTINGS = ("mask", "paper")
+METRICS = ("own", "mean")
+CONSECUTIVE, SAME_INPUT, MATCHED = "consecutive", "same_input", "matched"
+
+
+@dataclass
+class FactorizationConfig:
+    """What every factorization method shares."""
+
+    name: str = MISSING
+    """The file name in ``conf/factorization``: the row's method in the tables."""
+    title: str = MISSING
+    """How tables and figures name it."""
+    compression_ratio: float = 0.2
+    """Fraction of a projection's bits removed: 0.2 keeps 80 %."""
+    accounting: str = "mask"
+    """``mask``: every stored bit counts. ``paper``: the mask is paid for by 14-bit values (arXiv:2509.22075, eq. 11)."""
+    storage_dtype: str = "float16"
+    """Of stored dictionaries, values and factors; ``bfloat16`` keeps the exponent range instead."""
+    device: str = "auto"
+    """``auto`` (a GPU when there is one), ``cpu`` or ``cuda``."""
+    seed: int = 42
+    revision: int = 1
+    """Raise it when a code change alters the numbers: finished cells become stale."""
+
+    def __post_init__(self) -> None:
+        self._check_ratio()
+        require_device("factorization.device", self.device)
+        require_one_of("factorization.accounting", self.accounting, ACCOUNTINGS)
+        require_one_of("factorization.storage_dtype", self.storage_dtype, ("float16", "bfloat16"))
+
+    def _check_ratio(self) -> None:
+        ratio = self.compression_ratio
+        if not 0 < ratio < 1:
+            raise UserError(
+                f"factorization.compression_ratio={ratio:g} is not between 0 and 1. "
+                "It is the fraction of bits removed: to keep 80 % of them, set 0.2."
+            )
+
+
+@dataclass
+class PlainConfig(FactorizationConfig):
+    """Every weight as it is, in 16 bits: for a quantization without factorization."""
+
+    compression_ratio: float = 0.0
+
+    def _check_ratio(self) -> None:
+        require(
+            self.compression_ratio == 0,
+            f"factorization.compression_ratio={self.compression_ratio:g} has no effect on factorization={self.name}, which "
+            "removes nothing. Set it to 0, in a study study.ratios_of.plain=[0], and choose a quantization.",
+        )
+
+
+@dataclass
+class GroupedConfig(FactorizationConfig):
+    """A method whose projections may share a dictionary, or a basis, that is stored and counted once."""
+
+    group_size: int = 1
+    """Consecutive layers whose projections share one."""
+    grouped: list[str] | None = None
+    """Projections that share (``self_attn.q_proj`` …). ``null``: those whose input feeds several and none that is wider, so
+    all of q, k, v where heads have their own keys, q alone where they share them, gate and up; under ``matched`` all."""
+    pairing: str = CONSECUTIVE
+    """``consecutive``: one projection of ``group_size`` layers in a row, counted from layer 0; the rest at the end shares in
+    a smaller group. ``same_input``: also those of equal shape that read the same input, as gate and up do. ``matched``:
+    pairs of any two projections of equal shape, the closest ones (GeoPair)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least("factorization.group_size", self.group_size, 1)
+        require(
+            self.grouped is None or len(self.grouped) > 0,
+            "factorization.grouped is empty, so nothing would share. Set null for the default, or group_size=1.",
+        )
+        require_one_of("factorization.pairing", self.pairing, (CONSECUTIVE, SAME_INPUT, MATCHED))
+        require(
+            self.pairing != MATCHED or self.group_size == 2,
+            f"factorization.pairing=matched makes pairs, and factorization.group_size={self.group_size}. Set it to 2.",
+        )
+
+    @property
+    def shares(self) -> bool:
+        """Whether any projection may share with another."""
+        return self.group_size > 1 or self.pairing == SAME_INPUT
+
+
+@dataclass
+class SVDConfig(FactorizationConfig):
+    """Truncated SVD of the weight itself: needs no data."""
+
+
+@dataclass
+class SVDLLMConfig(FactorizationConfig):
+    """Truncated SVD of the whitened weight (SVD-LLM, arXiv:2403.07378)."""
+
+
+@dataclass
+class BasisSharingConfig(GroupedConfig):
+    """Truncated SVD of the whitened weights of a group, one basis for all (Basis Sharing, arXiv:2410.03765)."""
+
+
+@dataclass
+class RankSearchConfig:
+    """ASVD's sensitivity-based rank search (arXiv:2312.05821, section 3.3)."""
+
+    truncation_ratios: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    """Fractions of a projection's parameters to keep, each tried on one projection alone. The default is the paper's;
+    the authors' code leaves out those below 0.4, which takes a third less time."""
+    perplexity_budget: float | None = None
+    """Largest calibration perplexity allowed; ``null``: meet ``compression_ratio`` instead."""
+    n_samples: int = 32
+    """Calibration sequences on which perplexity is measured."""
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.truncation_ratios) > 0 and all(0 < r < 1 for r in self.truncation_ratios),
+            "factorization.rank_search.truncation_ratios must be fractions between 0 and 1 of the parameters kept.",
+        )
+        require_at_least("factorization.rank_search.n_samples", self.n_samples, 1)
+        require_at_least("factorization.rank_search.perplexity_budget", self.perplexity_budget, 1)
+
+
+@dataclass
+class ASVDConfig(FactorizationConfig):
+    """Truncated SVD of the activation-scaled weight (ASVD, arXiv:2312.05821)."""
+
+    alpha: float = 0.5
+    """Exponent of the mean absolute activation."""
+    rank_search: RankSearchConfig | None = None
+    """``null``: every projection at the same ratio."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least("factorization.alpha", self.alpha, 0)
+
+
+@dataclass
+class CoSpaDiConfig(GroupedConfig):
+    """Sparse dictionary learning on the whitened weight (CoSpaDi, arXiv:2509.22075)."""
+
+    solver: str = "htp"
+    """``htp`` (default), ``ksvd`` (the paper's), ``orthogonal`` (COMPOT's) or ``one_shot`` (ROCKET's)."""
+    fixed_atoms: str = "none"
+    """``identity``: the inputs themselves are atoms, too, and cost nothing but their mask; htp only."""
+    learned_atoms: int | float | str = "auto"
+    """With ``fixed_atoms=identity``: stored atoms as a fraction of the matrix' shorter side; ``auto`` tries several and keeps
+    the best."""
+    rho: int | float | str = 2.0
+    """Without fixed atoms: atoms per non-zero of a column; ``auto`` (htp only) tries several and keeps the best."""
+    support: str = "column"
+    """``column``: as many non-zeros in every column. ``matrix`` (htp only): wherever they help most, at the same bytes."""
+    n_rounds: int | None = None
+    """Alternations at most; ``null``: 24 for htp, 20 for orthogonal, 60 for ksvd (the paper's)."""
+    power_iterations: int = 8
+    """ksvd: per atom update."""
+    first_step: float = 2.8
+    """htp: length of the first round's gradient step, which ranks candidates for the support."""
+    last_step: float = 1.3
+    """htp: length of the last round's."""
+    cg_steps: int = 2
+    """htp: conjugate-gradient steps of a round's least squares."""
+    tolerance: float = 2e-4
+    """htp: stop early when two rounds lower the error by less than twice this fraction."""
+    metric: str = "mean"
+    """Of a group: ``mean``, one gram for all its layers (arXiv:2509.22075, eq. 30); ``own`` (htp only), every layer its own,
+    which is the error that is reported."""
+    revision: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_of("factorization.solver", self.solver, SOLVERS)
+        require_one_of("factorization.fixed_atoms", self.fixed_atoms, FIXED_ATOMS)
+        require_one_of("factorization.support", self.support, SUPPORTS)
+        self._check_rho()
+        self._check_fixed_atoms()
+        require_at_least("factorization.n_rounds", self.n_rounds, 1)
+        require_at_least("factorization.power_iterations", self.power_iterations, 1)
+        require_at_least("factorization.cg_steps", self.cg_steps, 1)
+        require_at_least("factorization.first_step", self.first_step, 1e-3)
+        require_at_least("factorization.last_step", self.last_step, 1e-3)
+        require_at_least("factorization.tolerance", self.tolerance, 0)
+        require(self.tolerance < 1, f"factorization.tolerance={self.tolerance:g} is no fraction. Set less than 1.")
+        require_one_of("factorization.metric", self.metric, METRICS)
+        require(
+            self.metric == "mean" or not self.shares or (self.solver == "htp" and self._size_is_given),
+            "factorization.metric=own of a group needs factorization.solver=htp and a number for factorization.rho, with "
+            "fixed_atoms=identity for factorization.learned_atoms. Set them, or metric=mean.",
+        )
+
+    @property
+    def _size_is_given(self) -> bool:
+        return (self.learned_atoms if self.fixed_atoms == IDENTITY else self.rho) != AUTO
+
+    def _check_fixed_atoms(self) -> None:
+        for setting, plain in (("fixed_atoms", "none"), ("support", "column")):
+            value = getattr(self, setting)
+            require(
+                value == plain or (self.solver == "htp" and self.accounting == "mask"),
+                f"factorization.{setting}={value} needs factorization.solver=htp and factorization.accounting=mask. "
+                f"Set {setting}={plain}, or these two.",
+            )
+        if self.fixed_atoms == IDENTITY:
+            self.rho = CoSpaDiConfig.rho  # not read: a value given to other methods of a study makes nothing stale here
+        else:
+            self.learned_atoms = AUTO  # likewise
+        if self.learned_atoms == AUTO:
+            return
+        require(
+            not isinstance(self.learned_atoms, str) and 0 <= self.learned_atoms < 1,
+            f"factorization.learned_atoms={self.learned_atoms} is no fraction of the shorter side. "
+            "Set 0 or more and less than 1, or auto.",
+        )
+        self.learned_atoms = float(self.learned_atoms)
+
+    def _check_rho(self) -> None:
+        if self.rho == AUTO:
+            require(
+                self.solver == "htp" and self.accounting == "mask",
+                "factorization.rho=auto needs factorization.solver=htp and factorization.accounting=mask. Set a number.",
+            )
+            return
+        require(
+            not isinstance(self.rho, str),
+            f"factorization.rho={self.rho!r} is no number. Correct the setting: 1 or more, or auto.",
+        )
+        self.rho = float(self.rho)
+        require_at_least("factorization.rho", self.rho, 1)
+        require(
+            self.accounting != "paper" or self.rho <= 2,
+            f"factorization.accounting=paper is only exact up to factorization.rho=2, and rho={self.rho:g}: 14-bit values "
+            "would not pay for the mask. Set factorization.rho=2 too, or accounting=mask.",
+        )
+
+
+@dataclass
+class MagnitudeConfig(FactorizationConfig):
+    """The largest weights and a 1-bit mask: needs no data."""
+
+
+@dataclass
+class PruningConfig(FactorizationConfig):
+    """What the pruning methods share that know about calibration."""
+
+    pattern: str | None = None
+    """``N:M``, such as ``"2:4"``: N of every M consecutive inputs of an output stay. ``null``: any of them may."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pattern is None:
+            return
+        require(
+            re.fullmatch(r"\d+:\d+", self.pattern) is not None,
+            f"factorization.pattern={self.pattern} is not N:M. Write it in quotes in a file, as YAML takes 2:4 for a time.",
+        )
+        kept, group = self.kept_of_group
+        require(
+            1 <= kept < group and pattern_ratio(kept, group) > 0,
+            f"factorization.pattern={self.pattern} keeps nothing, or with its mask no fewer bits than there were. "
+            "N of every M weights stay: set 2:4.",
+        )
+        if pattern_ratio(kept, group) < self.compression_ratio:
+            raise pattern_too_large(kept, group, self.compression_ratio, pattern_ratio(kept, group))
+
+    @property
+    def kept_of_group(self) -> tuple[int, int] | None:
+        """N and M of ``pattern``."""
+        return None if self.pattern is None else tuple(map(int, self.pattern.split(":")))
+
+
+@dataclass
+class WandaConfig(PruningConfig):
+    """Weights times input norms decide which stay (Wanda, arXiv:2306.11695)."""
+
+
+@dataclass
+class SparseGPTConfig(PruningConfig):
+    """Optimal brain surgeon, input by input: what stays makes up for what goes (SparseGPT, arXiv:2301.00774)."""
+
+    block_size: int = 128
+    """Inputs whose mask is chosen at once, and after which the weights beyond are brought up to date."""
+    damping: float = 0.01
+    """Ridge on the Hessian, as a fraction of its mean diagonal; on top of ``calibration.damping``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least("factorization.block_size", self.block_size, 1)
+        require_at_least("factorization.damping", self.damping, 0)
+        if self.pattern is not None:
+            _, group = self.kept_of_group
+            require(
+                self.block_size % group == 0,
+                f"factorization.block_size={self.block_size} is no multiple of the {group} in factorization.pattern="
+                f"{self.pattern}. Set it to {max(self.block_size // group, 1) * group}.",
+            )
+
+
+@dataclass
+class OATSConfig(FactorizationConfig):
+    """A sparse plus a low-rank weight by alternating thresholding (OATS, arXiv:2409.13652)."""
+
+    rank_ratio: float = 0.25
+    """Fraction of the values kept that goes to the low-rank part."""
+    n_rounds: int = 80
+    """Alternations of the two thresholds."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            0 < self.rank_ratio < 1,
+            f"factorization.rank_ratio={self.rank_ratio:g} is not between 0 and 1. Without a low-rank part OATS is Wanda, "
+            "without a sparse one a truncated SVD: take factorization=wanda or asvd for those.",
+        )
+        require_at_least("factorization.n_rounds", self.n_rounds, 1)
+
+
+METHODS: dict[str, type[FactorizationConfig]] = {
+    "plain": PlainConfig,
+    "svd": SVDConfig,
+    "svd_llm": SVDLLMConfig,
+    "asvd": ASVDConfig,
+    "basis_sharing": BasisSharingConfig,
+    "cospadi": CoSpaDiConfig,
+    "magnitude": MagnitudeConfig,
+    "wanda": WandaConfig,
+    "sparsegpt": SparseGPTConfig,
+    "oats": OATSConfig,
+}
+
+
+def layers_together(config: FactorizationConfig, n_layers: int) -> int:
+    """How many consecutive layers a job must take together, so that it cuts no group.
+
+    >>> layers_together(SVDConfig(), 30), layers_together(BasisSharingConfig(group_size=4), 30)
+    (1, 4)
+    """
+    if not isinstance(config, GroupedConfig) or config.group_size == 1:
+        return 1
+    return n_layers if config.pairing == MATCHED else config.group_size

@@ -1,0 +1,1 @@
+"""Solvers: tensors in, tensors out. They know no settings, no files and no bits."""

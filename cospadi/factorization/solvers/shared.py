@@ -1,0 +1,238 @@
+"""One dictionary for several weights, each under its own gram: hard-thresholding pursuit from the mean gram's solution.
+
+All works in the coordinates of the mean gram ``R̄ᵀR̄ = Σ_l R_lᵀR_l / g``: the dictionary is ``D = R̄⁻¹E``, member ``l`` sees
+``A_l E`` with the map ``A_l = R_l R̄⁻¹``. Since ``Σ_l A_lᵀA_l = g·I``, the problem is well-conditioned however far the grams
+are from being so, which float32 needs and conjugate gradients like.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cospadi.factorization.solvers.htp import _lengths, _Problem, _stalled, htp_batch, product, times_inverse
+from cospadi.factorization.solvers.sparse_coding import require_finite
+from cospadi.factorization.solvers.whitening import unwhiten
+from cospadi.kernels.products import products
+
+
+class Shared(NamedTuple):
+    """A dictionary in input space, what every member makes of it, and how the fit went."""
+
+    dictionary: Float[Tensor, "d_in atoms"]
+    coefficients: list[Float[Tensor, "all_atoms d_out"]]
+    """Of every member: those of the identity where it has one, then of the learned atoms."""
+    errors: list[float]
+    """``(Σ_l ‖R_l(W_l − Ŵ_l)‖² / ‖R_l W_l‖² / g)^½`` after the coding of every own round, and last of what is returned."""
+
+
+@torch.no_grad()
+def shared_htp(
+    targets: Float[Tensor, "g d_in d_out"],
+    whiteners: Float[Tensor, "g d_in d_in"],
+    atoms: int,
+    sparsity: int | float,
+    *,
+    balanced: bool = True,
+    identity: bool = False,
+    fixed_codes: Float[Tensor, "g d_out d_in"] | None = None,
+    own_rounds: int = 16,
+    step: float = 1.3,
+    relaxation: float = 0.3,
+    cg_steps: int = 2,
+    tolerance: float = 2e-4,
+    final_cg_steps: int = 4,
+    dictionary_steps: int = 3,
+    final_dictionary_steps: int = 12,
+    **settings: Any,
+) -> Shared:
+    """Minimise ``Σ_l ‖R_l(W_l − D S_l)‖_F² / ‖R_l W_l‖_F²`` over one ``D`` and every ``S_l``, ``sparsity`` non-zeros per column.
+
+    Starts from what `htp_batch` makes of all weights side by side under the mean gram, the paper's stand-in for this
+    problem (arXiv:2509.22075, eq. 30, here of weights that count alike). Every round then codes each member over its own
+    atoms ``R_l D``, made unit, where a column keeps its old code if the new one is no better, and solves
+    ``Σ_l G_l D M_l = Σ_l G_l W_l S_lᵀ`` with ``M_l = S_l S_lᵀ``, ``G_l = R_lᵀR_l`` (`shared_dictionary`), gone past by
+    ``relaxation`` of the way. Both lower the error or leave it, so the result is never worse than the start (if ``balanced``). From the
+    eigenbasis rather than from there, the same rounds end at a far higher error: atoms that are orthonormal under the mean
+    gram are not under any member's, and a few conjugate-gradient steps do not make up for it.
+
+    GeoPair (2026) solves the same system for pairs, as a generalised Sylvester equation.
+
+    Args:
+        targets: the whitened weights ``R_l W_l``, not scaled otherwise than the whiteners; the precision in which rounds are
+            computed.
+        whiteners: ``R_l``, upper-triangular.
+        atoms: learned atoms; 0 with ``identity`` codes over the identity alone.
+        sparsity: non-zeros allowed in a column of the coefficients.
+        identity: ``W_l ≈ [I D] S_l``: the inputs themselves are atoms that cost nothing.
+        fixed_codes: with ``identity``, coefficients to start from, not sparse: ``W_lᵀ``.
+        own_rounds: after the first coding under the members' own grams.
+        step: of the ranking in these.
+        relaxation, cg_steps, tolerance, final_cg_steps: as of `htp_batch`, here and there.
+        dictionary_steps: conjugate-gradient steps on the dictionary in a round, from the previous one.
+        final_dictionary_steps: of the last dictionary.
+        settings: others of `htp_batch`, for the start.
+
+    Raises:
+        UserError: an input is not finite, or a count is below 1 (``atoms`` with ``identity``: below 0).
+    """
+    require_finite("target", targets)
+    require_finite("whitener", whiteners)
+    dtype, members = targets.dtype, len(targets)
+    scales = targets.double().square().mean(dim=(1, 2), keepdim=True).sqrt()
+    scales = torch.where(scales > 0, scales, 1.0)  # all members count alike, entries are near 1
+    targets, whiteners = targets.double() / scales, whiteners.double() / scales
+    mean = mean_whitener(whiteners)
+    maps = torch.linalg.solve_triangular(mean.expand_as(whiteners), whiteners, upper=True, left=False)
+    under_mean = torch.linalg.solve_triangular(maps, targets, upper=True)  # R̄ W_l
+    (start,) = htp_batch(
+        torch.cat(list(under_mean), dim=1)[None].to(dtype),
+        atoms,
+        sparsity,
+        fixed=mean[None].to(dtype) if identity else None,
+        fixed_codes=None if fixed_codes is None else fixed_codes.flatten(end_dim=1)[None],
+        balanced=balanced,
+        relaxation=relaxation,
+        cg_steps=cg_steps,
+        tolerance=tolerance,
+        final_cg_steps=final_cg_steps,
+        **settings,
+    )
+    maps, targets = maps.to(dtype), targets.to(dtype)
+    problem = _Problem(targets, whiteners.to(dtype) if identity else None, balanced)
+    learned, codes = start.dictionary, torch.stack(start.coefficients.chunk(members, dim=1)).mT.contiguous()
+    codes[..., : problem.n_fixed] *= problem.fixed_norms
+    codes[..., problem.n_fixed :] *= _seen(maps, learned)[1]
+    best = _Best(learned, codes)
+    errors: list[float] = []
+    with products(exact=False):
+        for done in range(own_rounds + 1):
+            seen, lengths = _seen(maps, learned)
+            errors.append(_together(problem.code(seen, codes, step, sparsity, cg_steps, keep_better=balanced)))
+            best.take(errors[-1], learned, codes)
+            if done == own_rounds or _stalled(errors, tolerance):
+                break
+            learned = _update(problem, maps, learned, codes, lengths, 1 + relaxation, dictionary_steps)
+    with products(exact=True):
+        if targets.is_cuda and dtype == torch.float32:  # what TF32 found, judged and finished in float32
+            learned, codes = best.learned, best.codes
+            error = problem.code(_seen(maps, learned)[0], codes, step, sparsity, cg_steps, keep_better=balanced)
+            best = _Best(learned, codes)
+            best.take(_together(error), learned, codes)
+        learned, codes, error = _refine(problem, maps, best, final_dictionary_steps, final_cg_steps)
+    coefficients = codes.double()
+    coefficients[..., : problem.n_fixed] /= problem.fixed_norms
+    coefficients[..., problem.n_fixed :] /= _seen(maps, learned)[1]
+    return Shared(unwhiten(mean, learned).to(dtype), list(coefficients.mT.to(dtype)), [*errors, error])
+
+
+def mean_whitener(whiteners: Float[Tensor, "g d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
+    """Upper-triangular ``R̄`` with ``R̄ᵀR̄ = Σ_l R_lᵀR_l / g``, by a QR decomposition: no gram is formed, no precision lost."""
+    stacked = whiteners.double().flatten(end_dim=1) / len(whiteners) ** 0.5
+    factor = torch.linalg.qr(stacked, mode="r").R
+    return factor * torch.where(factor.diagonal() < 0, -1.0, 1.0)[:, None]
+
+
+def shared_dictionary(
+    maps: Float[Tensor, "g d_in d_in"],
+    products: Float[Tensor, "g d_in atoms"],
+    moments: Float[Tensor, "g atoms atoms"],
+    dictionary: Float[Tensor, "d_in atoms"],
+    steps: int,
+) -> Float[Tensor, "d_in atoms"]:
+    """``argmin_E Σ_l ‖Y_l − A_l E S_l‖_F²``: the solution of ``Σ_l A_lᵀA_l E M_l = Σ_l A_lᵀP_l``, approached from ``dictionary``.
+
+    ``P_l = Y_l S_lᵀ`` and ``M_l = S_l S_lᵀ``. Conjugate gradients on matrices, preconditioned by ``X ↦ X (Σ_l M_l)⁻¹``: the
+    exact inverse for one member or equal maps, as ``Σ_l A_lᵀA_l = g·I``. The system would have ``d_in · atoms`` unknowns
+    written out (``Σ_l M_l ⊗ A_lᵀA_l``). A ridge relative to the mean diagonal of the moments, only there for solvability,
+    pulls towards ``dictionary``; where they are singular all the same, ``dictionary`` stays.
+    """
+    together = moments.sum(dim=0)
+    ridge = 10 * torch.finfo(moments.dtype).eps * len(together) * together.diagonal().mean()
+    together.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(together)
+
+    def image(change: Tensor) -> Tensor:
+        """``Σ_l A_lᵀA_l X M_l``, the ridge included."""
+        parts = [a.mT @ (a @ change @ m) for a, m in zip(maps, moments, strict=True)]
+        return torch.stack(parts).sum(dim=0) + ridge * change
+
+    pulls = [a.mT @ (p - a @ dictionary @ m) for a, p, m in zip(maps, products, moments, strict=True)]
+    residual = torch.stack(pulls).sum(dim=0)
+    change = torch.zeros_like(dictionary)
+    guess = times_inverse(residual, factor)
+    direction, length = guess, (residual * guess).sum()
+    smallest = torch.finfo(moments.dtype).eps ** 2 * length
+    for _ in range(0 if failed else steps):
+        forward = image(direction)
+        curvature = (direction * forward).sum()
+        going = (length > smallest) & (curvature > 0)  # on the device: no step waits for the host
+        step = torch.where(going, length / curvature, 0.0)
+        change = change + step * direction
+        residual = residual - step * forward
+        guess = times_inverse(residual, factor)
+        shorter = (residual * guess).sum()
+        direction = guess + torch.where(going, shorter / length, 0.0) * direction
+        length = shorter
+    return dictionary + change
+
+
+def _seen(maps: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
+    """The atoms as each member sees them, ``A_l E``, made unit; and their lengths before."""
+    seen = maps @ learned
+    lengths = _lengths(seen)
+    return seen / lengths, lengths
+
+
+def _together(errors: Tensor) -> float:
+    return float(errors.square().mean().sqrt())
+
+
+def _update(
+    problem: _Problem, maps: Tensor, learned: Tensor, codes: Tensor, lengths: Tensor, way: float, steps: int
+) -> Tensor:
+    """Atoms moved ``way`` of the way to the best ones for these codes; the codes are scaled to their new lengths."""
+    if not learned.shape[1]:
+        return learned
+    free = codes[..., problem.n_fixed :]
+    free /= lengths
+    moments, targets = product(free.mT, free), problem.targets
+    pulled = product(targets, free)
+    if problem.n_fixed:
+        pulled.baddbmm_(problem.fixed, product(codes[..., : problem.n_fixed].mT, free), alpha=-1)
+    used = (moments.diagonal(dim1=1, dim2=2) > 0).any(dim=0)
+    improved = torch.lerp(learned, shared_dictionary(maps, pulled, moments, learned, steps), way)
+    norms = _lengths(improved[None])[0]
+    learned = torch.where(used, improved / norms, learned)
+    free *= torch.where(used, norms, 1.0) * _seen(maps, learned)[1]
+    return learned
+
+
+def _refine(
+    problem: _Problem, maps: Tensor, best: _Best, dictionary_steps: int, cg_steps: int
+) -> tuple[Tensor, Tensor, float]:
+    """The best round, its dictionary fitted to its codes and its least squares continued; supports stay."""
+    codes = best.codes.clone()
+    before, lengths = _seen(maps, best.learned)
+    learned = _update(problem, maps, best.learned, codes, lengths, 1.0, dictionary_steps)
+    after, _ = _seen(maps, learned)
+    squared = problem.polish(after, codes, before, best.codes, cg_steps)
+    errors, errors_before = (_together(problem.relative(s)) for s in squared)
+    if errors > errors_before:  # rounding: keep the round as it was
+        return best.learned, best.codes, errors_before
+    return learned, codes, errors
+
+
+class _Best:
+    """The best round so far."""
+
+    def __init__(self, learned: Tensor, codes: Tensor) -> None:
+        self.error, self.learned, self.codes = torch.inf, learned, codes.clone()
+
+    def take(self, error: float, learned: Tensor, codes: Tensor) -> None:
+        if error <= self.error:  # of rounds that rounding makes equal, the last
+            self.error, self.learned = error, learned
+            self.codes.copy_(codes)

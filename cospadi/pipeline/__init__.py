@@ -1,0 +1,1 @@
+"""A study: its cells, its jobs, what they cost, and the stages that the rules run."""

@@ -1,0 +1,208 @@
+"""``cospadi plan study=…``: cells, jobs, hours, disk and downloads of a study before its first job.
+
+Hours are operations, counted from the shapes of the projections and the settings of every solver, over what the machine
+manages per second (`Speed`). What is counted are matrix products, decompositions and the passes over memory that the K-SVD
+sweep is made of; rounds that a solver saves by stopping early are counted, data that only moves is not. Nothing here
+imports torch but the measurement of a machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from cospadi.errors import AUTO
+from cospadi.pipeline.cost import (
+    EIGEN,
+    Speed,
+    calibrate,
+    evaluate,
+    evaluated_tokens,
+    factorize_model,
+    gram_sizes,
+    quantize,
+)
+from cospadi.pipeline.study import CellId, Study
+from cospadi.quantization.settings import NONE
+from cospadi.sources.addresses import local_path
+from cospadi.sources.shapes import shape_of
+
+START = 10.0
+"""Seconds that a job takes to start: Python, torch, snakemake."""
+GB = 1e9
+
+
+@dataclass
+class ModelPlan:
+    """What a model of a study takes."""
+
+    model: str
+    cells: int = 0
+    jobs: int = 0
+    calibration: int | float = 0.0
+    """Seconds, as the three below."""
+    factorization: int | float = 0.0
+    quantization: int | float = 0.0
+    evaluation: int | float = 0.0
+    grams: int | float = 0.0
+    """Bytes, as the three below."""
+    factors: int | float = 0.0
+    reference: int | float = 0.0
+    """Hidden states of the dense model, which all others are compared with."""
+    download: int | float = 0.0
+    """0 of what is on this disk or comes from a seed."""
+
+    @property
+    def seconds(self) -> int | float:
+        return self.calibration + self.factorization + self.quantization + self.evaluation
+
+    @property
+    def disk(self) -> int | float:
+        """Of results and downloads."""
+        return self.grams + self.factors + self.reference + self.download
+
+
+def plan(study: Study, speed: Speed) -> list[ModelPlan]:
+    """A line per model of the study, finished cells counted, too.
+
+    Raises:
+        UserError: a model's shape is not known.
+    """
+    return [_plan_model(study, model, speed) for model in study.study.models]
+
+
+def _plan_model(study: Study, model: str, speed: Speed) -> ModelPlan:
+    config = study.config(model)
+    shape = shape_of(config.model)
+    value_bytes = 4 if config.model.dtype == "float32" else 2
+    found = ModelPlan(model, jobs=3)  # prepare, calibrate, evaluate the dense model
+    found.calibration = START + calibrate(config, shape).seconds(speed)
+    found.evaluation = START + evaluate(config, shape, dense=True).seconds(speed)
+    found.grams = 8 * shape.layers * sum(size**2 for size in gram_sizes(config, shape))
+    found.reference = evaluated_tokens(config)[0] * shape.hidden * value_bytes
+    remote = local_path(config.model.source) is None and not config.model.source.startswith("random:")
+    found.download = 2.0 * shape.parameters if remote else 0.0
+    factored: set[CellId] = set()
+    for cell in (cell for cell in study.cells if cell.model == model):
+        composed = study.config(model, cell.method, cell.ratio, cell.quantization)
+        blocks = len(study.layers(cell))
+        found.cells += 1
+        found.jobs += 1
+        found.evaluation += START + evaluate(composed, shape, dense=False).seconds(speed)
+        plain = CellId(model, cell.method, cell.ratio)
+        if plain not in factored:
+            factored.add(plain)
+            found.jobs += blocks
+            found.factorization += blocks * START + factorize_model(composed.factorization, shape).seconds(speed)
+            found.factors += (1 - composed.factorization.compression_ratio) * 2 * shape.compressed
+        if cell.quantization != NONE:
+            found.jobs += blocks
+            each = (quantize(composed, *size) for size in shape.projections.values())
+            found.quantization += blocks * START + shape.layers * sum(work.seconds(speed) for work in each)
+            found.factors += (1 - composed.factorization.compression_ratio) * shape.compressed  # about a byte a value
+    return found
+
+
+def measure(device: str = AUTO, dtype: str = "float32") -> Speed:
+    """The rates of this machine, in a few seconds: the best of some short runs each, at sizes like those of a projection.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    import torch
+
+    from cospadi import devices
+    from cospadi.devices import synchronize
+    from cospadi.kernels.products import products
+
+    where = devices.pick(device, "--device")
+    size = 4096 if where.type == "cuda" else 1024
+
+    def rate(amount: int | float, run: Any) -> float:
+        best = float("inf")
+        for _ in range(10):  # short ones: some of them are alone on a busy machine
+            synchronize(where)
+            started, busy = time.perf_counter(), time.process_time()
+            run()
+            synchronize(where)
+            best = min(best, time.perf_counter() - started)
+            if where.type == "cpu":  # as if nothing else ran
+                best = min(best, (time.process_time() - busy) / torch.get_num_threads())
+        return amount / best
+
+    def squares(kind: torch.dtype) -> float:
+        left = torch.randn(size, size, device=where).to(kind)
+        return rate(2 * size**3, lambda: left @ left)
+
+    with torch.no_grad():
+        with products(exact=False):
+            product = squares(torch.float32)
+        model, double = squares(getattr(torch, dtype)), squares(torch.float64)
+        half = torch.randn(size // 2, size // 2, device=where, dtype=torch.float64)
+        eigen = rate(EIGEN * (size // 2) ** 3, lambda: torch.linalg.eigh(half @ half.T))
+        long = torch.randn(2**25, device=where)
+        memory = rate(3 * 4 * 2**25, lambda: long + long)
+    return Speed(product, model, double, eigen, memory)
+
+
+def hours_of_methods(study: Study, speed: Speed) -> dict[str, list[float]]:
+    """Method -> hours of its factorizations, at all ratios together, of every model."""
+    found = {method: [0.0] * len(study.study.models) for method in study.study.methods}
+    for model, method, ratio in dict.fromkeys((cell.model, cell.method, cell.ratio) for cell in study.cells):
+        config = study.config(model, method, ratio)
+        seconds = factorize_model(config.factorization, shape_of(config.model)).seconds(speed)
+        found[method][study.study.models.index(model)] += seconds / 3600
+    return found
+
+
+def report(study: Study, plans: Sequence[ModelPlan], speed: Speed, how: str) -> str:
+    """The plan as a Markdown table, with its totals and what it is worth."""
+    heads = ("Model", "Cells", "Jobs", "Calibration h", "Factorization h", "Quantization h", "Evaluation h", "Hours")
+    disk = ("Grams GB", "Factors GB", "Reference GB", "Download GB", "Disk GB")
+    total = ModelPlan("all")
+    for one in plans:
+        for field in fields(ModelPlan)[1:]:
+            setattr(total, field.name, getattr(total, field.name) + getattr(one, field.name))
+    lines = [f"| {' | '.join((*heads, *disk))} |", f"| :-- |{' --: |' * (len(heads) + len(disk) - 1)}"]
+    for one in (*plans, total):
+        hours = (one.calibration, one.factorization, one.quantization, one.evaluation, one.seconds)
+        sizes = (one.grams, one.factors, one.reference, one.download, one.disk)
+        counts = (one.model, str(one.cells), str(one.jobs))
+        lines.append(
+            f"| {' | '.join((*counts, *(_short(s / 3600) for s in hours), *(_short(b / GB) for b in sizes)))} |"
+        )
+    rates = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in asdict(speed).items())
+    methods = [
+        f"| Factorization h of | {' | '.join(study.study.models)} |",
+        f"| :-- |{' --: |' * len(study.study.models)}",
+    ]
+    for method, hours in hours_of_methods(study, speed).items():
+        methods.append(f"| {method} | {' | '.join(map(_short, hours))} |")
+    note = (
+        f"Hours of one {how}, jobs one after another. Rates in G/s: {rates}. An estimate from counted operations: take it to a "
+        "factor of three. Downloads and their time depend on the hub; finished cells are counted like all others."
+    )
+    return "\n".join(
+        [
+            f"# {study.study.title} (study {study.name})",
+            "",
+            *lines,
+            "",
+            *methods,
+            "",
+            note,
+            "",
+        ]
+    )
+
+
+def _short(value: int | float) -> str:
+    """
+    >>> _short(0.0), _short(0.0314), _short(3.14159), _short(1234.5)
+    ('0', '0.031', '3.1', '1234')
+    """
+    if value == 0:
+        return "0"
+    return f"{value:.2g}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:.0f}"

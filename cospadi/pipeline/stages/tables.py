@@ -1,0 +1,55 @@
+"""Stage of room 7: records -> tables, figures, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cospadi.records import read_json
+from cospadi.tables.cells import Cell
+from cospadi.tables.figures import write_figures
+from cospadi.tables.overview import write_overviews
+from cospadi.tables.paired import differences
+from cospadi.tables.render import tables, write_tables
+from cospadi.tables.report import write_report
+
+
+def tabulate(study: Any, folder: Path) -> None:
+    """Room 7: records -> tables and figures."""
+    cells = list(study_cells(study).values())
+    paired = differences(cells, study.study.against or study.study.methods[-1])
+    printed = tables(cells, study.study.title, paired, study.study.published)
+    write_tables(cells, folder, printed, paired)
+    write_overviews(cells, folder)
+    write_figures(cells, folder, printed)
+    write_report(cells, folder, study.study.title, printed)
+
+
+def study_cells(study: Any, unfinished: bool = False) -> dict[str, Any]:
+    """The cells of a study by their places; ``unfinished``: without those that lack a record."""
+    cells = {}
+    for model in study.study.models:
+        title = study.config(model).model.title
+        record = Path(study.dense_record(model))
+        if record.is_file() or not unfinished:
+            cells[study.place(model)] = Cell(
+                model, title, "dense", "Dense", None, [], read_json(record), samples=record.parent / "samples"
+            )
+        for cell in (c for c in study.cells if c.model == model):
+            if unfinished and not all(Path(record).is_file() for record in study.records(cell)):
+                continue
+            config = study.config(cell.model, cell.method, cell.ratio, cell.quantization)
+            record = Path(study.evaluation_record(cell))
+            cells[study.place(model, cell)] = Cell(
+                model,
+                title,
+                cell.method,
+                config.factorization.title,
+                config.factorization.compression_ratio,
+                [read_json(Path(record)) for record in study.factors(cell, "json")],
+                read_json(record),
+                [read_json(Path(record)) for record in study.earlier_records(cell)],
+                *((cell.quantization, config.quantization.title) if config.quantization.changes else ("", "")),
+                samples=record.parent / "samples",
+            )
+    return cells

@@ -1,0 +1,58 @@
+"""Stages of room 8: records -> W&B runs and a workspace."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cospadi.errors import UserError
+from cospadi.pipeline.stages.tables import study_cells
+from cospadi.progress import Progress
+from cospadi.records import Record, read_json, write_json
+from cospadi.tracking import mode
+from cospadi.tracking import workspace as view
+from cospadi.tracking.logbook import Logbook
+from cospadi.tracking.runs import cell_runs, tables_run
+from cospadi.tracking.settings import DISABLED
+
+
+def track(study: Any, folder: Path) -> None:
+    """Room 8: records, tables and figures -> a W&B run for every finished cell, and one for the tables.
+
+    Whatever W&B does, this writes its records and ends well. A run is written again only when there is something new to
+    log; what is not uploaded yet is uploaded when the server answers.
+
+    Raises:
+        UserError: with ``tracking.mode=online`` and no API key, or with ``disabled``.
+    """
+    tracking = study.root.tracking
+    if tracking.mode == DISABLED:
+        raise UserError("tracking.mode=disabled: there is nothing to do. Set tracking=offline, or auto.")
+    mode.require_key(tracking)
+    log = Record("tracking", asdict(tracking))
+    book = Logbook(_runs(study), folder, tracking)
+    progress = Progress(len(book.new), f"W&B: {len(book.runs)} runs of study {study.name}; those to write")
+    for name, where in book.write_new():
+        progress.step(name, where)
+    told = book.upload()
+    print(told, flush=True)
+    log.finish(folder / "record.json", told=told, runs=book.notes)
+
+
+def _runs(study: Any) -> list[Any]:
+    """What is to be logged: all finished cells, and the tables where there are some."""
+    runs, tables = cell_runs(study.name, study_cells(study, unfinished=True)), Path(study.summary).parent
+    return [*runs, *([tables_run(study.name, study.study.title, tables)] if Path(study.summary).is_file() else [])]
+
+
+def workspace(study: Any, definition: Path) -> None:
+    """The view that compares a study's runs in W&B: written to ``definition``, and saved there when the server answers."""
+    mode.require_key(study.root.tracking)
+    before = read_json(definition) if definition.is_file() else {}
+    runs = [run for run in _runs(study) if run.job_type != "tables"]
+    built = view.build(study.name, study.study.title, runs, study.root.tracking)
+    reach = mode.reach(study.root.tracking)
+    found = view.save(built, before.get("url"), reach) if reach.online else {"url": before.get("url"), "why": reach.why}
+    write_json(definition, found | view.definition(built))
+    print(found["url"] or f"{definition}: kept as a file, as {reach.why}.", flush=True)

@@ -1,0 +1,227 @@
+"""Settings of every room: typed, bounded, checked before the first job.
+
+``conf/`` holds the values, the dataclasses below hold names, types, bounds and meaning. Hydra refuses a key that is
+not a field here. Nothing in this module imports torch, so that composing a whole study takes a second.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from cospadi.calibration.settings import CalibrationConfig
+from cospadi.errors import UserError, did_you_mean, require, require_at_least, require_one_of
+from cospadi.evaluation.settings import EvaluationConfig
+from cospadi.factorization.settings import (
+    METHODS,
+    CoSpaDiConfig,
+    FactorizationConfig,
+    MagnitudeConfig,
+    PlainConfig,
+    PruningConfig,
+)
+from cospadi.packing.formats import TRUNCATED
+from cospadi.quantization.settings import QuantizationConfig
+from cospadi.sources.settings import ModelConfig, TextConfig
+from cospadi.tracking.settings import TrackingConfig
+
+PROJECT = Path(__file__).resolve().parents[1]
+CONF = PROJECT / "conf" if (PROJECT / "conf").is_dir() else Path(__file__).parent / "conf"
+PUBLISHED = ("cospadi", "rocket", "geopair", "compot")
+
+
+@dataclass
+class StudyConfig:
+    """The grid: which cells a run computes and how jobs are cut."""
+
+    name: str = MISSING
+    title: str = MISSING
+    models: list[str] = MISSING
+    """Names of ``conf/model`` files."""
+    methods: list[str] = MISSING
+    """Names of ``conf/factorization`` files."""
+    compression_ratios: list[float] = MISSING
+    ratios_of: dict[str, list[float]] = field(default_factory=dict)
+    """Ratios of single methods, where they are other ones: ``wanda_2_4: [0.4375]``."""
+    quantizations: list[str] = field(default_factory=lambda: ["none"])
+    """Names of ``conf/quantization`` files, every one for every method and ratio; ``none`` is the factors in 16 bits."""
+    quantizations_of: dict[str, list[str]] = field(default_factory=dict)
+    """Quantizations of single methods, where they are other ones: ``plain: [int8, int4]``."""
+    layers_per_job: int | None = None
+    """Blocks that one factorization job covers; ``null``: all of the model."""
+    against: str | None = None
+    """The method that all others of a ratio are compared with, document by document; ``null``: the last of ``methods``."""
+    published: list[str] = field(default_factory=list)
+    """Papers whose numbers stand beside ours, as reference rows: sources in ``cospadi/tables/published.yaml``."""
+
+    def __post_init__(self) -> None:
+        require_at_least("study.layers_per_job", self.layers_per_job, 1)
+        if self.against is not None:
+            require_one_of("study.against", self.against, self.methods)
+        for name in self.published:
+            require_one_of("study.published", name, PUBLISHED)
+        for setting in ("models", "methods", "compression_ratios", "quantizations"):
+            values = getattr(self, setting)
+            require(len(values) > 0, f"study.{setting} is empty: there is nothing to compare.")
+            require(len(set(values)) == len(values), f"study.{setting} names an entry twice: {list(values)}.")
+        known = [*self.methods, *(file.stem for file in (CONF / "factorization").glob("*.yaml"))]
+        for setting in ("ratios_of", "quantizations_of"):
+            for method, chosen in getattr(
+                self, setting
+            ).items():  # of methods that a study is narrowed down not to have, too
+                require(
+                    method in known,
+                    f"study.{setting}.{method} is of no method{did_you_mean(method, known)} "
+                    f"study.methods are: {', '.join(self.methods)}.",
+                )
+                require(
+                    len(chosen) > 0, f"study.{setting}.{method} is empty. Take {method} out of study.methods instead."
+                )
+                require(
+                    len(set(chosen)) == len(chosen), f"study.{setting}.{method} names an entry twice: {list(chosen)}."
+                )
+
+
+@dataclass
+class Config:
+    """One cell: a model, a calibration, a method and an evaluation."""
+
+    study: StudyConfig = MISSING
+    model: ModelConfig = MISSING
+    calibration: CalibrationConfig = MISSING
+    factorization: FactorizationConfig = MISSING
+    quantization: QuantizationConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+    tracking: TrackingConfig = MISSING
+
+    def __post_init__(self) -> None:
+        known = [projection for shared in self.model.shared_inputs for projection in shared]
+        for name in getattr(self.factorization, "grouped", None) or []:
+            require(
+                name in known,
+                f"factorization.grouped={name} is no projection of model {self.model.name}{did_you_mean(name, known)} "
+                f"There are: {', '.join(known)}.",
+            )
+        self._check_quantization()
+
+    def _check_quantization(self) -> None:
+        factorization, values = self.factorization, self.quantization.values
+        require(
+            not isinstance(factorization, PlainConfig) or values is not None or not self.quantization.changes,
+            f"quantization={self.quantization.name} has quantization.values=null, which leaves {factorization.name} as it is: "
+            "its weights are values. Set their format.",
+        )
+        require(
+            values != TRUNCATED or isinstance(factorization, CoSpaDiConfig | MagnitudeConfig | PruningConfig),
+            f"quantization.values={TRUNCATED} is for the values of sparse methods, and {factorization.name} has none. "
+            "Choose another quantization.",
+        )
+        require(
+            factorization.accounting == "mask" or not self.quantization.changes,
+            f"quantization={self.quantization.name} and factorization.accounting=paper both cut bits of the same values. "
+            "Set accounting=mask, or quantization=none.",
+        )
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    store.store("config_schema", Config)
+    store.store("study_schema", StudyConfig, group="study", package="study")
+    store.store("model_schema", ModelConfig, group="model")
+    store.store("text_schema", TextConfig, group="text")
+    store.store("calibration_schema", CalibrationConfig, group="calibration")
+    store.store("quantization_schema", QuantizationConfig, group="quantization")
+    store.store("evaluation_schema", EvaluationConfig, group="evaluation")
+    store.store("tracking_schema", TrackingConfig, group="tracking")
+    for method, schema in METHODS.items():
+        store.store(f"{method}_schema", schema, group="factorization")
+    OmegaConf.register_new_resolver("project", lambda: str(PROJECT), replace=True)
+
+
+_register()
+
+
+def load(overrides: Sequence[str]) -> Config:
+    """Compose ``conf/`` with Hydra ``overrides`` and return checked dataclasses.
+
+    Raises:
+        UserError: for an unknown key, option or value, naming it.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("config", overrides=list(overrides))
+            _refuse_added_keys(composed)
+            return OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(_one_sentence(error)) from error
+
+
+def _refuse_added_keys(node: DictConfig, path: str = "") -> None:
+    """Hydra's ``+key=value`` adds keys that no dataclass has, and nobody would read them."""
+    schema = OmegaConf.get_type(node)
+    for key in node:
+        full_key = f"{path}{key}"
+        if is_dataclass(schema) and key not in {f.name for f in fields(schema)}:
+            raise UserError(_no_such_setting(full_key, schema))
+        child = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            _refuse_added_keys(child, f"{full_key}.")
+
+
+_NOISE = ("object_type=", "reference_type=", "full_key:", "To append", "Config search path", "provider=", "See https")
+
+
+def _one_sentence(error: BaseException) -> str:
+    """What is wrong and how to mend it, on one line, in the words of a person who has never met Hydra."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    for cause in reversed(causes):
+        if isinstance(cause, UserError):
+            return str(cause)
+        if isinstance(cause, MissingConfigException) and cause.options:
+            return _no_such_option(cause)
+    told = [line.strip() for line in str(error).splitlines() if line.strip() and not line.strip().startswith(_NOISE)]
+    place = next((f"{CONF / m[1]}.yaml: " for line in told if (m := re.match(r"In '([^']+)'", line))), "")
+    at_fault = [c for c in causes if isinstance(c, OmegaConfBaseException) and not re.search(r"\$[A-Z]", str(c))]
+    if at_fault and isinstance(at_fault[-1], ConfigKeyError | ConfigAttributeError):
+        key, schema = str(at_fault[-1].full_key), at_fault[-1].object_type
+        if is_dataclass(schema):
+            return place + _no_such_setting(key, schema)
+    if at_fault:
+        told += str(at_fault[-1]).splitlines()[:1]
+    given = getattr(error, "override", None)  # of an override that cannot be parsed
+    key = str(at_fault[-1].full_key or "") if at_fault else ""
+    whole = " ".join(dict.fromkeys(line.strip() for line in told))
+    whole = re.sub(r"^In '\S+': \w+ raised while composing config: ", "", whole)
+    whole = re.sub(r"^Error merging override (\S+)", r"\1:", whole)
+    named = f"{given}: " if given else place + (f"{key}: " if key not in whole else "")
+    if given:
+        return f"{named}{whole}. Write key=value, and quotes around a value that holds = , [ or {{: key='a=b'."
+    return f"{named}{whole.rstrip('.?')}. Correct the setting, or compare with the files in {CONF}."
+
+
+def _no_such_option(error: MissingConfigException) -> str:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    options = [name for name in error.options or () if not name.endswith("_schema")]
+    return (
+        f"{group}={option} does not exist{did_you_mean(option, options)} "
+        f"There are: {', '.join(options)} (the files in {CONF / group})."
+    )
+
+
+def _no_such_setting(full_key: str, schema: type) -> str:
+    names = sorted(f.name for f in fields(schema))
+    above, _, key = full_key.rpartition(".")
+    return f"{full_key} is not a setting{did_you_mean(key, names)} The settings{f' of {above}' if above else ''} are: {', '.join(names)}."
