@@ -2,10 +2,10 @@
 
 Rooms, in the order data walks through them::
 
-    sources -> calibration -> factorization -> checkpoint -> evaluation -> tables
+    sources -> calibration -> factorization -> quantization -> checkpoint -> evaluation -> tables -> tracking
 
-``config`` holds their settings, ``study`` the grid of cells, ``stages`` reads and writes their files; rooms themselves are
-functions on tensors and records. `compress` and `load` are for those who just want their model smaller; importing this
+Each has a ``settings.py`` of its own where it has settings. ``pipeline`` holds the grid of cells and the stages, which alone
+read and write results. `compress` and `load` are for those who just want their model smaller; importing this
 package also makes ``AutoModelForCausalLM.from_pretrained`` understand compressed checkpoints.
 """
 

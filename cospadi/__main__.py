@@ -1,5 +1,3 @@
-"""TODO cospadi.__main__."""
-
 import sys
 
 from cospadi.cli import main

@@ -1,4 +1,4 @@
-"""The one exception that means "the person running this can mend it"."""
+"""The one exception that means "the person running this can mend it", and the checks of settings that raise it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,47 @@ from collections.abc import Sequence
 from numbers import Real
 
 AUTO = "auto"
+"""The value of a setting that leaves the choice to the program."""
+
+
+class UserError(ValueError):
+    """A mistake in settings or input: one sentence saying what, why and how to mend.
+
+    The command line prints the sentence and exits with 1; everything else keeps its traceback.
+    """
 
 
 def require(condition: bool, sentence: str) -> None:
+    """
+    Raises:
+        UserError: with ``sentence``, unless ``condition`` holds.
+    """
     if not condition:
         raise UserError(sentence)
 
 
 def require_one_of(setting: str, value: str, allowed: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: when ``value`` is not one of those allowed, naming all of them.
+    """
     require(value in allowed, f"{setting}={value} is not known. Choose one of: {', '.join(allowed)}.")
 
 
 def require_at_least(setting: str, value: Real | None, least: Real) -> None:
+    """
+    Raises:
+        UserError: when ``value`` is below ``least`` or not finite; ``None`` passes.
+    """
     require(value is None or value >= least, f"{setting}={value} is too small. Set {least} or more.")
     require(value is None or math.isfinite(value), f"{setting}={value} is not finite. Set a number.")
 
 
 def require_device(setting: str, value: str) -> None:
+    """
+    Raises:
+        UserError: when ``value`` is neither ``auto`` nor a name of torch's that this project runs on.
+    """
     known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None
     require(known, f"{setting}={value} is not known. Choose one of: auto, cpu, cuda, cuda:<number>.")
 
@@ -38,10 +62,3 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     """
     close = difflib.get_close_matches(name, known, n=1)
     return f". Did you mean {close[0]}?" if close else "."
-
-
-class UserError(ValueError):
-    """A mistake in settings or input: one sentence saying what, why and how to mend.
-
-    The command line prints the sentence and exits with 1; everything else keeps its traceback.
-    """

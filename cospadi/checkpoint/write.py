@@ -1,8 +1,4 @@
-"""Compressed checkpoints: a Hugging Face folder whose projections are stored as factors, and so is really smaller.
-
-``write`` streams one from a dense checkpoint and factors, ``load`` opens it or says why not, ``ledger`` counts its bytes,
-``densify`` turns it back into an ordinary one.
-"""
+"""Writing checkpoints: ``write`` streams a compressed one from a dense one and factors, ``densify`` an ordinary one again."""
 
 from __future__ import annotations
 

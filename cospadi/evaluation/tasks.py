@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness: stock ones, unmodified, those of ``kick``, and two of our own over the held-out text.
 
-The only module that imports ``lm_eval``, and only inside functions.
+This module and ``harness`` import ``lm_eval``; names are checked without it, in ``task_names``.
 """
 
 from __future__ import annotations

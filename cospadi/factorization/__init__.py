@@ -1,7 +1,7 @@
 """Room 3: a weight and a gram -> factors that fit a budget of bits.
 
-``methods`` holds every method, ``budget`` turns ratios into sizes, ``whitening`` moves between weights and outputs,
-``groups`` says which projections share, ``shared`` fits what they share, ``search`` how many atoms they get,
-``low_rank``, ``htp``, ``sparse_coding``, ``ksvd``, ``orthogonal``, ``one_shot``, ``pruning`` and ``oats`` are the solvers,
-``factors`` is what comes out and how it is stored.
+``settings`` has a class per method and ``methods`` a function per method, ``problem`` says what a method is given. ``budget``
+turns ratios into sizes, ``search`` chooses how many atoms a matrix gets, ``groups`` says which projections share,
+``dictionary_learning`` holds the steps of CoSpaDi around its solvers, ``rank_search`` those of ASVD. ``solvers`` see tensors
+alone. ``factors`` is what comes out, ``files`` how it is stored.
 """

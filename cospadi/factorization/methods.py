@@ -1,4 +1,4 @@
-"""Every method: a settings class in ``config`` and a function here that reads like its paper's algorithm box."""
+"""Every method: a settings class in ``settings`` and a function here that reads like its paper's algorithm box."""
 
 from __future__ import annotations
 

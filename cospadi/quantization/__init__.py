@@ -1,5 +1,5 @@
-"""Fewer bits for what a factorization stores: number formats, rounding that makes up for its errors, packing.
+"""Room 4: fewer bits for what a factorization stores, by rounding that makes up for its own errors.
 
-``formats`` says which numbers there are, ``matrix`` how a matrix of them lies in a file, ``rounding`` chooses them, and
-``methods`` applies that to dictionaries, values, low-rank factors and dense weights.
+``rounding`` chooses the codes of a matrix, ``methods`` applies that to dictionaries, values, low-rank factors and dense
+weights. Number formats and their bytes are in ``packing``.
 """
