@@ -1,8 +1,9 @@
 # make reproduce   install into .venv, run the default study, write tables, figures and results/report.html
 # make notebooks   run notebooks/results.py on the tables of STUDY, into results/notebooks
 # make test        install into .venv and run every test
+# make test-fast   install into .venv and run the quick tests, under two minutes
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce report notebooks test lint clean
+.PHONY: help install reproduce report notebooks test test-fast lint clean
 
 PYTHON ?= python3
 CORES ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
@@ -43,6 +44,10 @@ notebooks: $(INSTALLED)
 test: $(INSTALLED)
 	@echo "== Running every test on $(CORES) cores =="
 	$(BIN)/python -m pytest -n $(CORES) --dist loadgroup
+
+test-fast: $(INSTALLED)
+	@echo "== Running the quick tests on $(CORES) cores =="
+	$(BIN)/python -m pytest -n $(CORES) --dist loadgroup -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/snakefmt --check Snakefile workflow
