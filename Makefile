@@ -50,7 +50,7 @@ test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(CORES) --dist loadgroup -m "not slow"
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/snakefmt --check Snakefile workflow && $(BIN)/lint-imports
 
 clean:
 	rm -rf .venv results/*/ results/report.html .snakemake

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from cospadi import __version__
 from cospadi.bench import arguments
 from cospadi.errors import UserError
 
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cospadi", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"cospadi {__version__}")
     stages = parser.add_subparsers(title="stages", required=True, metavar="STAGE")
 
     def stage(name: str, run, summary: str, **files: str) -> None:

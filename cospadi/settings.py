@@ -212,8 +212,17 @@ def _one_sentence(error: BaseException) -> str:
     return f"{named}{whole.rstrip('.?')}. Correct the setting, or compare with the files in {CONF}."
 
 
+RENAMED = {
+    ("factorization", "cospadi_orthogonal"): "compot",
+    ("factorization", "cospadi_one_shot"): "rocket",
+}
+"""Files of ``conf`` that have another name now: a rival carries its own."""
+
+
 def _no_such_option(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    if (group, option) in RENAMED:
+        return f"{group}={option} is called {RENAMED[group, option]} now. Set {group}={RENAMED[group, option]}."
     options = [name for name in error.options or () if not name.endswith("_schema")]
     return (
         f"{group}={option} does not exist{did_you_mean(option, options)} "

@@ -243,3 +243,10 @@ def test_a_value_of_the_wrong_kind_is_named(override):
 
 def test_a_wrong_value_is_shown():
     assert "'abc'" in message("factorization.rho=abc")
+
+
+@pytest.mark.parametrize(("old", "new"), [("cospadi_orthogonal", "compot"), ("cospadi_one_shot", "rocket")])
+def test_a_renamed_method_is_refused_with_its_new_name(old, new):
+    with pytest.raises(UserError, match=f"factorization={old} is called {new} now. Set factorization={new}"):
+        load([f"factorization={old}"])
+    assert load([f"factorization={new}"]).factorization.name == new

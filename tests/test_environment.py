@@ -67,7 +67,12 @@ def test_what_is_installed_is_what_is_required(requirement):
 
 @pytest.mark.parametrize(
     "command",
-    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["snakefmt", "--check", "Snakefile", "workflow"]],
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["snakefmt", "--check", "Snakefile", "workflow"],
+        ["lint-imports"],
+    ],
     ids=" ".join,
 )
 def test_the_code_is_formatted_and_clean(command):

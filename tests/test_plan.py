@@ -7,6 +7,7 @@ import pytest
 from cospadi import cli
 from cospadi.bench.problems import SHAPES
 from cospadi.errors import UserError
+from cospadi.factorization.settings import FactorizationConfig
 from cospadi.pipeline import plan
 from cospadi.pipeline.cost import Speed, Work, factorize, factorize_model
 from cospadi.pipeline.plan import plan as planned
@@ -102,7 +103,7 @@ def test_work_follows_the_settings():
         "oats",
         "wanda",
         "plain",
-        "cospadi_orthogonal",
+        "compot",
     ):
         ratio = [] if name == "plain" else ["factorization.compression_ratio=0.3"]
         small, large = (seconds(method(name, *ratio), size, size) for size in (256, 512))
@@ -153,3 +154,8 @@ def test_a_mistake_is_one_sentence(capsys):
 def test_a_machine_is_measured_in_seconds():
     speed = plan.measure("cpu")
     assert all(1e7 < value < 1e16 for value in vars(speed).values())
+
+
+def test_a_method_whose_work_is_not_counted_is_not_free():
+    with pytest.raises(TypeError, match="Nothing is known about the work of FactorizationConfig"):
+        factorize(FactorizationConfig(name="new", title="New"), 64, 64)

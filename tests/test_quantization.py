@@ -16,13 +16,15 @@ from cospadi.factorization.methods import factorize, factorize_group
 from cospadi.factorization.problem import Problem
 from cospadi.factorization.settings import CoSpaDiConfig, OATSConfig, PlainConfig, SVDLLMConfig, WandaConfig
 from cospadi.factorization.solvers.whitening import output_error
-from cospadi.packing.formats import FLOAT8, FORMATS, INTEGERS, TRUNCATED, bits_of, largest_codes, packed_bytes
+from cospadi.packing.formats import FLOAT8, FORMATS, TRUNCATED, bits_of, largest_codes, packed_bytes
 from cospadi.packing.matrix import Quantized, by_row, pack, unpack
 from cospadi.quantization import methods
 from cospadi.quantization.methods import quantize
 from cospadi.quantization.rounding import Rounding, _codes, quantized
 from cospadi.quantization.settings import QuantizationConfig
 from cospadi.settings import load
+
+WHOLE = [name for name, form in FORMATS.items() if form.is_whole]
 
 
 def normal(seed, *shape):
@@ -83,7 +85,7 @@ def test_unpacking_gives_back_what_was_packed(name, shape, seed):
     assert torch.equal(raw(unpack(pack(row, name), name, len(row))), raw(row))
 
 
-@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("name", WHOLE)
 def test_every_code_survives(name):
     low, high = map(int, largest_codes(name))
     codes = torch.arange(low, high + 1, dtype=torch.int8)
@@ -424,3 +426,8 @@ def test_a_layer_described_wrongly_is_refused():
     ):
         with pytest.raises((ValueError, TypeError), match="formats"):
             empty_layer(spec | {"formats": wrong})
+
+
+def test_an_unknown_format_is_refused_and_not_taken_for_eight_bits():
+    with pytest.raises(ValueError, match="The number format nf4 is not known"):
+        bits_of("nf4")

@@ -43,8 +43,8 @@ def test_every_top_level_name_and_every_module_is_in_the_tree():
         pytest.skip("not a git checkout, so there is no list of files to compare the tree with")
     shown = set(tree())
     top = {f.split("/")[0] + ("/" if "/" in f else "") for f in files if not f.startswith(".")}
-    modules = {f for f in files if re.fullmatch(r"cospadi/[a-z_]+\.py|cospadi/factorization/[a-z_]+\.py", f)}
-    modules -= {"cospadi/__main__.py", "cospadi/factorization/__init__.py"}
+    modules = {f for f in files if re.fullmatch(r"cospadi/(pipeline/|factorization/)?[a-z_]+\.py", f)}
+    modules -= {"cospadi/__main__.py", "cospadi/factorization/__init__.py", "cospadi/pipeline/__init__.py"}
     rooms = {
         re.match(r"(cospadi|conf|workflow)/[a-z_]+/", f)[0]
         for f in files

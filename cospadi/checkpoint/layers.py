@@ -19,7 +19,7 @@ from cospadi.factorization.budget import mask_bits
 from cospadi.factorization.factors import STORAGE_DTYPES, Dense, LowRank, SparseDictionary, SparsePlusLowRank
 from cospadi.kernels.products import products
 from cospadi.packing.bits import unpack_bits
-from cospadi.packing.formats import bits_of, parsed
+from cospadi.packing.formats import bits_of, format_of, parsed
 from cospadi.packing.matrix import Quantized, empty_packed, groups, pack, unpack
 
 FEW = 16
@@ -93,6 +93,8 @@ class CompressedLinear(nn.Module):
         name, group_size = self.formats[part]
         if name in FORMS:
             return Packed(codes, scales, name, group_size)
+        if not format_of(name).is_whole:
+            raise ValueError(f"No kernel multiplies {name}, and only whole numbers can be held as int8.")
         wide = self._once(part, (codes,), lambda: pack(unpack(codes, name, columns).contiguous(), "int8"))
         return Packed(wide, scales, "int8", group_size)
 

@@ -8,25 +8,66 @@ checked with it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cospadi.errors import UserError
 
 FLOAT8 = "float8"
-INTEGERS = {f"int{bits}": bits for bits in range(2, 9)}
-FORMATS = (*INTEGERS, FLOAT8)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A number format: which codes there are. A number is ``code · scale``."""
+
+    name: str
+    bits: int
+    """Bits of a stored code."""
+    lowest: float
+    """The lowest code."""
+    highest: float
+    """The highest code."""
+    is_whole: bool
+    """Codes are whole numbers, so that any wider format of whole numbers holds them, too."""
+
+    @classmethod
+    def whole(cls, bits: int) -> Format:
+        """Whole numbers of ``bits`` bits in two's complement."""
+        half = 2.0 ** (bits - 1)
+        return cls(f"int{bits}", bits, -half, half - 1, is_whole=True)
+
+
+FORMATS = {
+    **{f"int{bits}": Format.whole(bits) for bits in range(2, 9)},
+    FLOAT8: Format(FLOAT8, 8, -448.0, 448.0, is_whole=False),
+}
+"""Every number format by its name."""
 LANES = 32
 """Weights that the kernels take at a time, and so what a group with one scale is a multiple of."""
 TRUNCATED = "truncated14"
 """The paper's: 16-bit values without their two lowest mantissa bits, no scale (arXiv:2509.22075, section 3.3)."""
 
 
-def bits_of(name: str) -> int:
+def format_of(name: str) -> Format:
     """
+    >>> format_of("int4").bits
+    4
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"The number format {name} is not known. There are: {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def bits_of(name: str) -> int:
+    """Bits of a code.
+
     >>> bits_of("int4"), bits_of("float8")
     (4, 8)
     """
-    return INTEGERS.get(name, 8)
+    return format_of(name).bits
 
 
 def largest_codes(name: str) -> tuple[float, float]:
@@ -35,10 +76,8 @@ def largest_codes(name: str) -> tuple[float, float]:
     >>> largest_codes("int4"), largest_codes("float8")
     ((-8.0, 7.0), (-448.0, 448.0))
     """
-    if name == FLOAT8:
-        return -448.0, 448.0
-    half = 2.0 ** (bits_of(name) - 1)
-    return -half, half - 1
+    found = format_of(name)
+    return found.lowest, found.highest
 
 
 def packed_bytes(name: str, count: int) -> int:

@@ -15,10 +15,13 @@ from cospadi.factorization.settings import (
     CoSpaDiConfig,
     FactorizationConfig,
     GroupedConfig,
+    MagnitudeConfig,
     OATSConfig,
+    PlainConfig,
     SparseGPTConfig,
     SVDConfig,
     SVDLLMConfig,
+    WandaConfig,
 )
 from cospadi.settings import Config
 from cospadi.sources.shapes import Shape
@@ -107,6 +110,9 @@ def factorize(config: FactorizationConfig, d_in: int, d_out: int, members: int =
     """A group of ``members`` projections of one shape that share a dictionary, from gram to record; one alone.
 
     The whitener (a Cholesky factor), the whitened weight and its error afterwards are of every method.
+
+    Raises:
+        TypeError: a method whose work nobody has counted.
     """
     common = Work(double=d_in**3 / 3 + 4 * d_in**2 * d_out) * members
     m, n = d_in, members * d_out
@@ -123,7 +129,11 @@ def factorize(config: FactorizationConfig, d_in: int, d_out: int, members: int =
         )  # narrow products and QR: a third of the speed
     if isinstance(config, CoSpaDiConfig):
         return common + _cospadi(config, d_in, d_out, members)
-    return common
+    if isinstance(config, PlainConfig | MagnitudeConfig | WandaConfig):
+        return common  # one pass over the weight, next to nothing beside its error
+    raise TypeError(
+        f"Nothing is known about the work of {type(config).__name__}. Add it to cospadi.pipeline.cost.factorize."
+    )
 
 
 def _cospadi(config: CoSpaDiConfig, d_in: int, d_out: int, members: int) -> Work:
