@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from numbers import Real
 
 AUTO = "auto"
@@ -28,7 +28,7 @@ def require(condition: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
-def require_one_of(setting: str, value: str, allowed: Sequence[str]) -> None:
+def require_one_of(setting: str, value: str, allowed: Collection[str]) -> None:
     """
     Raises:
         UserError: when ``value`` is not one of those allowed, naming all of them.

@@ -71,7 +71,7 @@ def factors_of(folder, model, method):
     dense = Checkpoint(folder)
     for projection in find_projections(folder, model):
         problem = Problem(dense.weight(projection), torch.eye(projection.d_in).double(), torch.ones(projection.d_in))
-        factors = next(factorize_all(METHODS[method], [problem]))
+        (factors,) = next(factorize_all(METHODS[method], [[problem]]))
         if bits := re.search("int.|float8", method):
             config = QuantizationConfig(name="", title="", dictionary=bits[0], values=bits[0], group_size=32)
             (factors,) = quantize(config, [factors], [problem])

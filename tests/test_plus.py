@@ -14,8 +14,9 @@ from cospadi.factorization import budget, search
 from cospadi.factorization.factors import SparseDictionary, stored_bits
 from cospadi.factorization.methods import factorize, factorize_all
 from cospadi.factorization.problem import Problem
-from cospadi.factorization.settings import CoSpaDiConfig
-from cospadi.factorization.solvers.htp import Solution, htp, htp_batch
+from cospadi.factorization.settings import LEARNED_FRACTIONS, PROBE_ROUNDS, CoSpaDiConfig
+from cospadi.factorization.solvers.htp import htp, htp_batch
+from cospadi.factorization.solvers.solution import Solution
 from cospadi.factorization.solvers.whitening import output_error, whitener
 from cospadi.settings import load
 
@@ -108,10 +109,10 @@ def test_a_batch_gives_what_its_members_give_alone():
     fixed = torch.stack([p.whitener.float() for p in problems])
     weights = torch.stack([p.weight for p in problems])
     settings = {"n_rounds": 6, "balanced": False, "tolerance": 0.0}
-    together = search.beside_identity(targets, fixed, weights, 0.4, search.LEARNED, settings)
+    together = search.beside_identity(targets, fixed, weights, 0.4, LEARNED_FRACTIONS, settings)
     for i in range(3):
         one = slice(i, i + 1)
-        alone = search.beside_identity(targets[one], fixed[one], weights[one], 0.4, search.LEARNED, settings)[0]
+        alone = search.beside_identity(targets[one], fixed[one], weights[one], 0.4, LEARNED_FRACTIONS, settings)[0]
         assert alone.errors[-1] == pytest.approx(together[i].errors[-1], rel=0.03)
 
 
@@ -119,7 +120,7 @@ def test_the_size_of_a_matrix_is_not_that_of_its_batch():
     errors = {0: (5.0, 6.0, 4.0, 1.0), 1: (5.0, 4.0, 3.0, 3.5), 2: (5.0, 4.0, 4.0, 1.0)}
 
     def solve(which, size, n_rounds):
-        assert n_rounds == search.PROBE_ROUNDS
+        assert n_rounds == PROBE_ROUNDS
         return [Solution(torch.zeros(1, 1), torch.zeros(1, 1), [errors[i][size[0]]]) for i in which]
 
     sizes = [(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0)]
@@ -178,7 +179,7 @@ def test_settings_that_are_not_read_change_nothing():
 
 def test_nothing_is_lost_between_factors_and_file():
     given = problem(5, rank=3)
-    for factors in factorize_all(plus(), [given, given]):
+    for (factors,) in factorize_all(plus(), [[given], [given]]):
         tensors = factors.tensors() | {"d_out": torch.tensor(48)}
         again = SparseDictionary.from_tensors(tensors)
         assert again.identity

@@ -13,7 +13,7 @@ from torch import Tensor
 from cospadi.errors import AUTO
 from cospadi.factorization import budget, search
 from cospadi.factorization.problem import Problem, unit_scale
-from cospadi.factorization.settings import IDENTITY, CoSpaDiConfig
+from cospadi.factorization.settings import IDENTITY, LEARNED_FRACTIONS, CoSpaDiConfig
 from cospadi.factorization.solvers.htp import htp_batch
 from cospadi.factorization.solvers.ksvd import ksvd
 from cospadi.factorization.solvers.one_shot import one_shot
@@ -28,14 +28,15 @@ def sizes_of_group(config: CoSpaDiConfig, weights: Float[Tensor, "g d_in d_out"]
     return search.size_beside_identity(d_in, d_out, config.compression_ratio, config.learned_atoms, g)
 
 
-def batches(config: CoSpaDiConfig, problems: Sequence[Problem]) -> Iterator[list[Problem]]:
-    """Runs of projections that are solved together."""
+def batches(config: CoSpaDiConfig, groups: Sequence[Sequence[Problem]]) -> Iterator[list[Sequence[Problem]]]:
+    """Runs of groups that are solved together: on a GPU, by htp, single projections of one shape."""
 
-    def together(problem: Problem) -> tuple[Any, ...]:
-        batched = config.solver == "htp" and problem.weight.is_cuda
-        return (tuple(problem.weight.shape), problem.weight.device) if batched else (id(problem),)
+    def together(group: Sequence[Problem]) -> tuple[Any, ...]:
+        weight = group[0].weight
+        batched = config.solver == "htp" and weight.is_cuda and len(group) == 1
+        return (tuple(weight.shape), weight.device) if batched else (id(group),)
 
-    return (list(run) for _, run in itertools.groupby(problems, together))
+    return (list(run) for _, run in itertools.groupby(groups, together))
 
 
 def whitened(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,7 @@ def solve(
             torch.stack([(problem.whitener / scale).float() for problem, scale in zip(batch, scales, strict=True)]),
             torch.stack([problem.weight.float() for problem in batch]),
             config.compression_ratio,
-            search.LEARNED if config.learned_atoms == AUTO else [config.learned_atoms],
+            LEARNED_FRACTIONS if config.learned_atoms == AUTO else [config.learned_atoms],
             htp_settings(config),
             members,
         )
@@ -73,16 +74,16 @@ def solve(
         return htp_batch(targets, atoms, sparsity, **htp_settings(config))
     (problem,), target = batch, targets[0]
     if config.solver == "ksvd":
-        return [ksvd(target, atoms, sparsity, config.n_rounds or 60, config.power_iterations, config.seed)]
+        return [ksvd(target, atoms, sparsity, config.rounds, config.power_iterations, config.seed)]
     atoms, sparsity = budget.within_eigenbasis(*shape, atoms, sparsity, config.accounting, members)
     if config.solver == "orthogonal":
-        return [orthogonal(target, atoms, sparsity, config.n_rounds or 20)]
+        return [orthogonal(target, atoms, sparsity, config.rounds)]
     return [one_shot(target, atoms, sparsity, problem.whitener)]
 
 
 def htp_settings(config: CoSpaDiConfig) -> dict[str, Any]:
     return {
-        "n_rounds": config.n_rounds or 24,
+        "n_rounds": config.rounds,
         "balanced": config.support == "column",
         "first_step": config.first_step,
         "last_step": config.last_step,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cospadi.errors import UserError
 from cospadi.factorization.factors import Factors
-from cospadi.factorization.methods import factorize_groups
+from cospadi.factorization.methods import factorize_all
 from cospadi.factorization.problem import Problem
 from cospadi.factorization.settings import MATCHED, SAME_INPUT, FactorizationConfig, GroupedConfig, layers_together
 from cospadi.factorization.solvers.whitening import whitener
@@ -86,8 +86,9 @@ def factorize_projections(
 def _factorize_batch(
     config: FactorizationConfig, batch: Sequence[Group], problem_of: Callable[[Projection], Problem]
 ) -> Iterator[tuple[Projection, Group, Problem, Factors]]:
+    """A function of its own, so that a batch's problems are gone from memory before the next one's are made."""
     problems = [[problem_of(p) for p in group] for group in batch]
-    solved = factorize_groups(config, problems)
+    solved = factorize_all(config, problems)
     for group, members in zip(batch, problems, strict=True):
         try:
             found = next(solved)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from functools import singledispatch
 
@@ -24,6 +23,7 @@ from cospadi.factorization.factors import (
 from cospadi.factorization.problem import Problem, side_by_side, unit_scale
 from cospadi.factorization.settings import (
     IDENTITY,
+    OWN_ROUNDS,
     ASVDConfig,
     BasisSharingConfig,
     CoSpaDiConfig,
@@ -146,7 +146,7 @@ def oats(config: OATSConfig, problem: Problem) -> Factors:
 @factorize.register
 def cospadi(config: CoSpaDiConfig, problem: Problem) -> Factors:
     """Sparse dictionary learning on the whitened weight (CoSpaDi, arXiv:2509.22075, algorithm 1)."""
-    return next(factorize_all(config, [problem]))
+    return next(_dictionaries(config, [problem]))
 
 
 @singledispatch
@@ -185,35 +185,40 @@ def cospadi_group(config: CoSpaDiConfig, problems: Sequence[Problem]) -> list[Fa
         sizes, settings = sizes_of_group(config, weights), htp_settings(config)
         if identity:
             settings |= {"identity": True, "fixed_codes": weights.mT.float()}
-        fit = shared_htp((whiteners @ weights).float(), whiteners, *sizes, **settings)
+        fit = shared_htp((whiteners @ weights).float(), whiteners, *sizes, own_rounds=OWN_ROUNDS, **settings)
         dictionary, coefficients = fit.dictionary.double(), torch.cat(fit.coefficients, dim=1).double()
     return split(SparseDictionary.normalized(dictionary, coefficients, storage, value_bits, identity), g)
 
 
-def factorize_groups(config: FactorizationConfig, groups: Sequence[Sequence[Problem]]) -> Iterator[list[Factors]]:
-    """The factors of every group, in their order; those of one alone are its own (`factorize_all`)."""
-    for alone, run in itertools.groupby(groups, lambda group: len(group) == 1):
-        if alone:
-            yield from ([factors] for factors in factorize_all(config, [problem for (problem,) in run]))
+@singledispatch
+def factorize_all(config: FactorizationConfig, groups: Sequence[Sequence[Problem]]) -> Iterator[list[Factors]]:
+    """The factors of every group, in their order; most groups are one projection alone."""
+    for group in groups:
+        yield [factorize(config, group[0])] if len(group) == 1 else factorize_group(config, group)
+
+
+@factorize_all.register
+def cospadi_all(config: CoSpaDiConfig, groups: Sequence[Sequence[Problem]]) -> Iterator[list[Factors]]:
+    """On a GPU `htp` solves projections of equal shape, those that share with none, as one batch."""
+    for batch in batches(config, groups):
+        if len(batch[0]) > 1:
+            yield from (factorize_group(config, group) for group in batch)
         else:
-            yield from (factorize_group(config, group) for group in run)
+            yield from ([factors] for factors in _dictionaries(config, [problem for (problem,) in batch]))
 
 
-def factorize_all(config: FactorizationConfig, problems: Sequence[Problem]) -> Iterator[Factors]:
-    """`factorize` for several projections, in their order; `htp` solves those of equal shape on a GPU as one batch."""
-    if not isinstance(config, CoSpaDiConfig):
-        yield from (factorize(config, problem) for problem in problems)
-        return
-    for batch in batches(config, problems):
-        targets, scales = zip(*(whitened(problem) for problem in batch), strict=True)
-        for problem, scale, fit in zip(batch, scales, solve(config, batch, torch.stack(targets), scales), strict=True):
-            yield SparseDictionary.normalized(
-                unwhiten(problem.whitener, fit.dictionary.double() * scale),
-                fit.coefficients.double(),
-                STORAGE_DTYPES[config.storage_dtype],
-                budget.value_bits(config.accounting),
-                identity=config.fixed_atoms == IDENTITY,
-            )
+def _dictionaries(config: CoSpaDiConfig, problems: Sequence[Problem]) -> Iterator[Factors]:
+    """Whiten, solve all at once, and undo the whitening: ``R W ≈ D S`` becomes ``W ≈ (R⁻¹ D) S``."""
+    targets, scales = zip(*(whitened(problem) for problem in problems), strict=True)
+    solutions = solve(config, problems, torch.stack(targets), scales)
+    for problem, scale, fit in zip(problems, scales, solutions, strict=True):
+        yield SparseDictionary.normalized(
+            unwhiten(problem.whitener, fit.dictionary.double() * scale),
+            fit.coefficients.double(),
+            STORAGE_DTYPES[config.storage_dtype],
+            budget.value_bits(config.accounting),
+            identity=config.fixed_atoms == IDENTITY,
+        )
 
 
 def _rank(config: FactorizationConfig, problem: Problem) -> int:

@@ -11,16 +11,13 @@ from torch import Tensor
 
 from cospadi.errors import UserError
 from cospadi.factorization import budget
-from cospadi.factorization.solvers.htp import Solution, first_atoms, htp_batch
+from cospadi.factorization.settings import PROBE_ROUNDS, RHOS
+from cospadi.factorization.solvers.htp import first_atoms, htp_batch
 from cospadi.factorization.solvers.low_rank import left_singular_vectors
+from cospadi.factorization.solvers.solution import Solution
 
-RHOS = (2.0, 2.5, 3.0, 3.5)
-LEARNED = (0.0, 1 / 16, 1 / 8, 1 / 4)
-"""Learned atoms beside identity atoms, in fractions of the shorter side."""
 WITHIN_REACH = 1.15
 """How far above the error without learned atoms a short run with them may end and still be worth a full one."""
-PROBE_ROUNDS = 6
-"""Enough to tell which of the candidates ends lowest, to about a percent of the error."""
 Size = tuple[int, int | float]
 """Atoms that are stored, and non-zeros per column."""
 Solve = Callable[[list[int], Size, int], list[Solution]]

@@ -10,7 +10,16 @@ from omegaconf import MISSING
 from cospadi.errors import AUTO, UserError, require, require_at_least, require_device, require_one_of
 from cospadi.factorization.budget import pattern_ratio, pattern_too_large
 
-SOLVERS = ("htp", "ksvd", "orthogonal", "one_shot")
+SOLVERS = {"htp": 24, "ksvd": 60, "orthogonal": 20, "one_shot": 1}
+"""Solvers of CoSpaDi, and the alternations of each where ``n_rounds`` is not set; 60 are the paper's."""
+RHOS = (2.0, 2.5, 3.0, 3.5)
+"""Atoms per non-zero that ``rho=auto`` tries."""
+LEARNED_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4)
+"""Learned atoms beside identity atoms that ``learned_atoms=auto`` tries, in fractions of the shorter side."""
+PROBE_ROUNDS = 6
+"""Rounds of each of these trials: enough to tell which of them ends lowest, to about a percent of the error."""
+OWN_ROUNDS = 16
+"""Rounds under every projection's own gram with ``metric=own``."""
 IDENTITY = "identity"
 FIXED_ATOMS = ("none", IDENTITY)
 SUPPORTS = ("column", "matrix")
@@ -203,6 +212,11 @@ class CoSpaDiConfig(GroupedConfig):
             "factorization.metric=own of a group needs factorization.solver=htp and a number for factorization.rho, with "
             "fixed_atoms=identity for factorization.learned_atoms. Set them, or metric=mean.",
         )
+
+    @property
+    def rounds(self) -> int:
+        """Alternations at most."""
+        return self.n_rounds or SOLVERS[self.solver]
 
     @property
     def _size_is_given(self) -> bool:

@@ -9,6 +9,10 @@ from cospadi.errors import AUTO, UserError
 from cospadi.factorization import budget
 from cospadi.factorization.settings import (
     IDENTITY,
+    LEARNED_FRACTIONS,
+    OWN_ROUNDS,
+    PROBE_ROUNDS,
+    RHOS,
     SAME_INPUT,
     ASVDConfig,
     BasisSharingConfig,
@@ -26,12 +30,8 @@ from cospadi.factorization.settings import (
 from cospadi.settings import Config
 from cospadi.sources.shapes import Shape
 
-ROUNDS = {"htp": 24, "ksvd": 60, "orthogonal": 20}
-"""Of a solver whose ``n_rounds`` is not set."""
 REACHED = 0.6
 """Part of a machine's best rates that whole jobs reach, fitted to finished records of the default model on a CPU."""
-PROBES, PROBE_ROUNDS, OWN_ROUNDS = 3, 6, 16
-"""Sizes that a search tries, and for how long (`search`); rounds under a group's own grams (`shared_htp`)."""
 TRIED = 1 / 8
 """Learned atoms beside identity atoms, in fractions of the shorter side, where they are searched: the middle of what is tried."""
 EIGEN = 9
@@ -138,13 +138,13 @@ def factorize(config: FactorizationConfig, d_in: int, d_out: int, members: int =
 
 def _cospadi(config: CoSpaDiConfig, d_in: int, d_out: int, members: int) -> Work:
     m, n = d_in, members * d_out
-    rounds = config.n_rounds or ROUNDS.get(config.solver, 1)
+    rounds = config.rounds
     if config.fixed_atoms == IDENTITY:
         work = _htp(config, m, n, 0, m, max(1, rounds // 3))
         if config.learned_atoms == 0:
             return work
         atoms = (TRIED if config.learned_atoms == AUTO else float(config.learned_atoms)) * min(m, n)
-        probes = PROBES if config.learned_atoms == AUTO else 0
+        probes = len(LEARNED_FRACTIONS) - 1 if config.learned_atoms == AUTO else 0
         return work + _htp(config, m, n, atoms, m, PROBE_ROUNDS) * probes + _htp(config, m, n, atoms, m, rounds)
     rho = 3.0 if config.rho == AUTO else float(config.rho)
     atoms, sparsity = budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, rho, config.accounting, members)
@@ -155,7 +155,7 @@ def _cospadi(config: CoSpaDiConfig, d_in: int, d_out: int, members: int) -> Work
         return unwhitened + Work(product=4 * m * n * atoms, eigen=EIGEN * atoms**3) * rounds
     work = unwhitened + _htp(config, m, n, atoms, 0, rounds)
     if config.rho == AUTO:
-        work += _htp(config, m, n, atoms, 0, PROBE_ROUNDS) * (PROBES + 1)
+        work += _htp(config, m, n, atoms, 0, PROBE_ROUNDS) * len(RHOS)
     if members > 1 and config.metric == "own":
         work += _htp(config, m, n, atoms, 0, OWN_ROUNDS) + Work(double=12 * OWN_ROUNDS * members * m**2 * atoms)
     return work

@@ -7,7 +7,6 @@ Everything takes a batch of problems of equal shape, which a GPU solves as one. 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from cospadi.errors import UserError
 from cospadi.factorization.solvers.low_rank import left_singular_vectors
+from cospadi.factorization.solvers.solution import Solution
 from cospadi.factorization.solvers.sparse_coding import require_finite
 from cospadi.kernels import selection
 from cospadi.kernels.products import products
@@ -24,18 +24,6 @@ CPU_ROWS = 192
 """Rows of codes worked on at once on a CPU: what a round computes between two products stays in its cache."""
 GPU_BYTES = 4 * 2**30
 """Memory on a GPU for the same: a constant, so that results do not depend on what else is in it."""
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A dictionary, its coefficients and how the fit went."""
-
-    dictionary: Float[Tensor, "d_in atoms"]
-    """The learned atoms, unit columns."""
-    coefficients: Float[Tensor, "all_atoms d_out"]
-    """Of the fixed atoms where there are any, then of the learned ones."""
-    errors: Sequence[float]
-    """``‖Y − DS‖_F / ‖Y‖_F`` after the coding of every round, estimated, and last that of what is returned, exactly."""
 
 
 def htp(target: Float[Tensor, "d_in d_out"], atoms: int, sparsity: int | float, **settings: Any) -> Solution:

@@ -1,26 +1,15 @@
 """K-SVD dictionary learning as in the paper: rounds of sparse coding and one sweep over the atoms."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cospadi.errors import UserError
+from cospadi.factorization.solvers.solution import Solution
 from cospadi.factorization.solvers.sparse_coding import require_finite, sparse_code
 from cospadi.kernels import sweep
-
-
-class Learned(NamedTuple):
-    """What `ksvd` found: the round with the smallest error, and every round's error."""
-
-    dictionary: Float[Tensor, "d_in atoms"]
-    """Unit columns."""
-    coefficients: Float[Tensor, "atoms d_out"]
-    """At most ``sparsity`` non-zeros in a column."""
-    errors: list[float]
-    """``‖Y − D S‖_F / ‖Y‖_F`` after each round; the factors are those of the smallest."""
 
 
 @torch.no_grad()
@@ -33,7 +22,7 @@ def ksvd(
     seed: int = 42,
     progress: Callable[[int, float], None] | None = None,
     compiled: bool = True,
-) -> Learned:
+) -> Solution:
     """Minimise ``‖Y − D S‖_F`` over unit-column ``D (d_in × atoms)`` and ``S`` with ``sparsity`` non-zeros a column.
 
     The solver of arXiv:2509.22075 with its settings: start from random columns of ``target``, then alternate
@@ -51,6 +40,9 @@ def ksvd(
         seed: of the choice of columns; drawn on the CPU, so it is the same on every device.
         progress: called as ``progress(rounds_done, error)`` after each round.
         compiled: on a CPU; otherwise what a GPU does, in plain torch: the yardstick of ``cospadi bench solver``.
+
+    Returns:
+        The round with the smallest error, and the error of every round.
 
     Raises:
         UserError: a count is below 1, or ``target`` is not finite.
@@ -72,7 +64,7 @@ def ksvd(
             progress(done, errors[-1])
         if done < n_rounds:
             dictionary = _replace_unused(dictionary, coefficients, target, residual)
-    return Learned(best[1], best[2], errors)
+    return Solution(best[1], best[2], errors)
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cospadi.factorization.solvers.htp import Solution, largest, relative_error
+from cospadi.factorization.solvers.htp import largest, relative_error
 from cospadi.factorization.solvers.low_rank import left_singular_vectors
+from cospadi.factorization.solvers.solution import Solution
 from cospadi.factorization.solvers.sparse_coding import require_finite
 from cospadi.factorization.solvers.whitening import unwhiten
 
