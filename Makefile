@@ -1,9 +1,10 @@
 # make reproduce   install into .venv, run the default study, write tables, figures and results/report.html
 # make notebooks   run notebooks/results.py on the tables of STUDY, into results/notebooks
 # make test        install into .venv and run every test
+# make docs        install into .venv and build the documentation into results/docs
 # make test-fast   install into .venv and run the quick tests, under two minutes
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce report notebooks test test-fast lint clean
+.PHONY: help install reproduce report notebooks test test-fast docs lint clean
 
 PYTHON ?= python3
 CORES ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
@@ -12,6 +13,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
+export NO_MKDOCS_2_WARNING = 1
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -48,6 +50,10 @@ test: $(INSTALLED)
 test-fast: $(INSTALLED)
 	@echo "== Running the quick tests on $(CORES) cores =="
 	$(BIN)/python -m pytest -n $(CORES) --dist loadgroup -m "not slow"
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
+	@echo "results/docs/index.html: the pages of docs/ and every setting."
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/snakefmt --check Snakefile workflow && $(BIN)/lint-imports

@@ -1,0 +1,81 @@
+"""The site builds without a warning, and what its pages say can be typed."""
+
+import ast
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cospadi.cli import _parser
+from cospadi.factorization.settings import METHODS
+from cospadi.settings import CONF, Config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(language: str) -> list[str]:
+    return [
+        text for page in PAGES for kind, text in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language
+    ]
+
+
+def settings_page() -> str:
+    spec = importlib.util.spec_from_file_location("settings_page", ROOT / "docs" / "settings_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.page()
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "compression_ratio" in (tmp_path / "settings" / "index.html").read_text(encoding="utf-8")
+
+
+def test_every_setting_has_a_row():
+    page = settings_page()
+    sections = {part.split("\n")[0]: part for part in page.split("\n## ")[1:]}
+    rooms = [field.type for field in fields(Config)]
+    named = {*(str(room) for room in rooms), *(schema.__name__ for schema in METHODS.values())}
+    assert named <= set(sections)
+    for schema in METHODS.values():
+        for field in inspect.get_annotations(schema):
+            assert f"| `{field}` |" in sections[schema.__name__]
+
+
+def test_the_readme_is_a_page_and_not_a_paper():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_code_of_the_pages_is_code():
+    assert blocks("python")
+    for text in blocks("python"):
+        ast.parse(text)
+    for text in blocks("yaml"):
+        assert yaml.safe_load(text)
+
+
+def test_studies_and_commands_that_are_named_exist():
+    (stages,) = [action for action in _parser()._actions if action.dest == "==SUPPRESS==" and action.choices]
+    text = "\n".join([*blocks(""), *blocks("bash"), *blocks("sh")])
+    commands = re.findall(r"^cospadi ([a-z-]+)", text, re.MULTILINE)
+    assert len(commands) > 5
+    assert set(commands) <= set(stages.choices)
+    studies = set(re.findall(r"\bstudy=([a-z_]+)", text)) - {"mine"}  # the one that a page shows how to write
+    assert studies
+    assert studies <= {file.stem for file in (CONF / "study").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
+        assert link.startswith("http") or link == "settings.md" or (page.parent / link).exists(), link
