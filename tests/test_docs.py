@@ -13,8 +13,10 @@ import pytest
 import yaml
 
 from cospadi.cli import _parser
+from cospadi.factorization.methods import factorize
 from cospadi.factorization.settings import METHODS
-from cospadi.settings import CONF, Config
+from cospadi.pipeline import cost
+from cospadi.settings import CONF, Config, load
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,6 +64,25 @@ def test_code_of_the_pages_is_code():
         ast.parse(text)
     for text in blocks("yaml"):
         assert yaml.safe_load(text)
+
+
+def test_every_method_has_all_that_a_method_needs():
+    methods = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    files = {file.stem: file.read_text(encoding="utf-8") for file in (CONF / "factorization").glob("*.yaml")}
+    for name, schema in METHODS.items():
+        assert factorize.dispatch(schema) is not factorize.dispatch(object), f"{name} has no function in methods.py"
+        assert f"{name}_schema" in "".join(files.values()), f"{name} has no file in conf/factorization"
+    for name in files:
+        config = load([f"factorization={name}"]).factorization
+        assert cost.factorize(config, 64, 64) is not None
+        assert f"`{name}`" in methods, f"{name} has no row in docs/methods.md"
+
+
+def test_the_files_that_recipes_name_exist():
+    recipes = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:cospadi|conf|docs)/[\w/.]+)`", recipes)
+    assert len(named) > 12
+    assert [file for file in named if not (ROOT / file).exists()] == []
 
 
 def test_studies_and_commands_that_are_named_exist():
