@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
-from cospadi import __version__
+from cospadi import __version__, records
 from cospadi.bench import arguments
 from cospadi.errors import UserError
 
@@ -289,17 +291,16 @@ def _tabulate(o: argparse.Namespace) -> None:
 
 
 def _plan(o: argparse.Namespace) -> None:
-    from dataclasses import asdict
-
-    from cospadi import records
     from cospadi.pipeline import plan
+    from cospadi.pipeline.cost import Speed
+    from cospadi.pipeline.speed import measure
 
     study = _study([*([f"study={o.study}"] if o.study else []), *o.overrides])
     dtypes = {config.model.dtype for config in map(study.config, study.study.models)}
     if o.tflops is not None:
-        speed, how = plan.Speed.of(o.tflops), f"GPU of {o.tflops:g} TFLOPS"
+        speed, how = Speed.of(o.tflops), f"GPU of {o.tflops:g} TFLOPS"
     else:
-        speed, how = plan.measure(o.device, min(dtypes)), "device like this one, as it is now"
+        speed, how = measure(o.device, min(dtypes)), "device like this one, as it is now"
     plans = plan.plan(study, speed)
     print(plan.report(study, plans, speed, how))
     if o.json:
@@ -326,8 +327,6 @@ def _compress(o: argparse.Namespace) -> None:
 
 
 def _info(o: argparse.Namespace) -> None:
-    import json
-
     from cospadi.checkpoint.ledger import ledger, ledger_text
 
     found = ledger(o.checkpoint)

@@ -8,9 +8,9 @@ from cospadi import cli
 from cospadi.bench.problems import SHAPES
 from cospadi.errors import UserError
 from cospadi.factorization.settings import FactorizationConfig
-from cospadi.pipeline import plan
 from cospadi.pipeline.cost import Speed, Work, factorize, factorize_model
 from cospadi.pipeline.plan import plan as planned
+from cospadi.pipeline.speed import measure
 from cospadi.pipeline.study import Study
 from cospadi.settings import load
 from cospadi.sources.shapes import KNOWN, shape_of
@@ -152,7 +152,7 @@ def test_a_mistake_is_one_sentence(capsys):
 
 
 def test_a_machine_is_measured_in_seconds():
-    speed = plan.measure("cpu")
+    speed = measure("cpu")
     assert all(1e7 < value < 1e16 for value in vars(speed).values())
 
 

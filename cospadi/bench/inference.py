@@ -122,8 +122,6 @@ def _apart(work: Callable[..., Row], *arguments: Any) -> Row:
 
 def _resident(folder: Path, dtype: str, device: str, threads: int) -> Row:
     """Bytes of the model's tensors, and those that the process gives back when the model is dropped after decoding."""
-    import cospadi.checkpoint  # noqa: F401 - what loading imports is not the model's
-
     torch.set_num_threads(threads)
     network = _opened(Path(folder), getattr(torch, dtype)).to(device)
     tensors = {t.data_ptr(): t.numel() * t.element_size() for t in [*network.parameters(), *network.buffers()]}

@@ -7,6 +7,7 @@ packed form; many (prefill) through dense products of what is unpacked for the m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from cospadi.factorization.factors import STORAGE_DTYPES, Dense, LowRank, Sparse
 from cospadi.kernels.products import products
 from cospadi.packing.bits import unpack_bits
 from cospadi.packing.formats import bits_of, format_of, parsed
-from cospadi.packing.matrix import Quantized, empty_packed, groups, pack, unpack
+from cospadi.packing.matrix import Packed, Quantized, empty_packed, groups, pack, unpack
 
 FEW = 16
 """Rows up to which the packed form is read directly: beyond, unpacking it once is cheaper than reading it per row."""
@@ -87,11 +88,8 @@ class CompressedLinear(nn.Module):
 
     def _codes_of(self, part: str, codes: Tensor, scales: Tensor, columns: int) -> Any:
         """Packed codes as the kernels take them; those of other widths than theirs are held a byte each from now on."""
-        from cospadi.kernels.sparse_product import FORMS
-        from cospadi.packing.matrix import Packed
-
         name, group_size = self.formats[part]
-        if name in FORMS:
+        if name in _cpu_kernels().FORMS:
             return Packed(codes, scales, name, group_size)
         if not format_of(name).is_whole:
             raise ValueError(f"No kernel multiplies {name}, and only whole numbers can be held as int8.")
@@ -224,10 +222,8 @@ class LowRankLinear(CompressedLinear):
 def _few_through_rank(layer: CompressedLinear, rows: Tensor) -> Tensor:
     if rows.is_cuda:
         return _many_through_rank(layer, rows)
-    from cospadi.kernels.sparse_product import dense_product
-
-    projected = dense_product(rows.float(), layer._packed("left"))
-    return dense_product(projected, layer._packed("right")).to(rows.dtype)
+    projected = _cpu_kernels().dense_product(rows.float(), layer._packed("left"))
+    return _cpu_kernels().dense_product(projected, layer._packed("right")).to(rows.dtype)
 
 
 def _many_through_rank(layer: CompressedLinear, rows: Tensor) -> Tensor:
@@ -261,9 +257,7 @@ class QuantizedLinear(CompressedLinear):
     def _few(self, rows: Tensor) -> Tensor:
         if rows.is_cuda:
             return self._many(rows)
-        from cospadi.kernels.sparse_product import dense_product
-
-        return dense_product(rows.float(), self._packed("dense")).to(rows.dtype)
+        return _cpu_kernels().dense_product(rows.float(), self._packed("dense")).to(rows.dtype)
 
     def _many(self, rows: Tensor) -> Tensor:
         return rows @ self._matrix("dense", rows.dtype)
@@ -327,18 +321,14 @@ class SparseDictionaryLinear(CompressedLinear):
         return self._few_on_gpu(rows) if rows.is_cuda else self._few_on_cpu(rows)
 
     def _few_on_gpu(self, rows: Tensor) -> Tensor:
-        from cospadi.kernels.triton_product import sparse_product
-
         projected = self._beside_fixed(rows, rows @ self._matrix("dictionary", rows.dtype))
         values, how = _for_triton(self._values())
-        return sparse_product(projected, self.mask, values, self._offsets(), self.out_features, *how)
+        return _gpu_kernels().sparse_product(projected, self.mask, values, self._offsets(), self.out_features, *how)
 
     def _few_on_cpu(self, rows: Tensor) -> Tensor:
-        from cospadi.kernels.sparse_product import dense_product, sparse_product
-
         rows, dtype = rows.float(), rows.dtype
-        projected = self._beside_fixed(rows, dense_product(rows, self._packed("dictionary")))
-        return sparse_product(projected, self.mask, self._values(), self._offsets()).to(dtype)
+        projected = self._beside_fixed(rows, _cpu_kernels().dense_product(rows, self._packed("dictionary")))
+        return _cpu_kernels().sparse_product(projected, self.mask, self._values(), self._offsets()).to(dtype)
 
     def _many(self, rows: Tensor) -> Tensor:
         """Through the atoms, or through the weight multiplied out: whichever takes fewer operations."""
@@ -359,15 +349,11 @@ class SparseDictionaryLinear(CompressedLinear):
     def _codes(self) -> Float[Tensor, "d_out all_atoms"]:
         """The coefficients as a dense matrix, a row per output."""
         if self.mask.device.type == "cpu":
-            from cospadi.kernels.sparse_product import unpack
-
-            return unpack(self.mask, self._values(), self._offsets(), self.all_atoms)
+            return _cpu_kernels().unpack(self.mask, self._values(), self._offsets(), self.all_atoms)
         if self.mask.is_cuda:
-            from cospadi.kernels import triton_product
-
             values, how = _for_triton(self._values())
             sizes = self.out_features, self.all_atoms
-            return triton_product.unpack(self.mask, values, self._offsets(), *sizes, *how)
+            return _gpu_kernels().unpack(self.mask, values, self._offsets(), *sizes, *how)
         shifts = torch.arange(8, device=self.mask.device, dtype=torch.uint8)
         bits = (self.mask[:, None] >> shifts & 1).flatten()[: self.out_features * self.all_atoms]
         values = self._values()
@@ -395,10 +381,9 @@ class SparseDictionaryLinear(CompressedLinear):
 
     def _offsets(self) -> Tensor:
         """Where the values of each output begin: counted once, from the mask."""
-        from cospadi.kernels.sparse_product import offsets
 
         def count() -> Tensor:
-            found = offsets(self.mask.cpu(), self.out_features, self.all_atoms)
+            found = _cpu_kernels().offsets(self.mask.cpu(), self.out_features, self.all_atoms)
             if int(found[-1]) != self.n_values:  # the kernels read where the mask tells them to
                 raise UserError(
                     f"A mask has {int(found[-1])} bits set for {self.n_values} values. Get the checkpoint again."
@@ -444,6 +429,20 @@ class SparsePlusLowRankLinear(SparseDictionaryLinear):
 
     def _many(self, rows: Tensor) -> Tensor:
         return super()._many(rows) + _many_through_rank(self, rows)
+
+
+def _cpu_kernels() -> ModuleType:
+    """Loaded by the first product: numba takes a second, and whoever only reads a checkpoint's config needs none."""
+    from cospadi.kernels import sparse_product
+
+    return sparse_product
+
+
+def _gpu_kernels() -> ModuleType:
+    """Loaded by the first product on a GPU: Triton is not installed everywhere."""
+    from cospadi.kernels import triton_product
+
+    return triton_product
 
 
 def _for_triton(values: Any) -> tuple[Tensor, tuple[Any, ...]]:

@@ -55,8 +55,6 @@ def load(folder: Path | str, dtype: str | torch.dtype = "auto", **options: Any) 
     Raises:
         UserError: saying what is wrong with the checkpoint.
     """
-    import cospadi.checkpoint.transformers_plugin  # noqa: F401 - registers the format
-
     folder = Path(folder)
     compression_of(folder)
     if isinstance(dtype, str) and dtype not in ("auto", *DTYPES):

@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 
 from cospadi.errors import UserError, did_you_mean
+from cospadi.evaluation.task_names import check_tasks
 from cospadi.factorization.settings import FactorizationConfig, layers_together
 from cospadi.quantization.settings import NONE, QuantizationConfig
 from cospadi.records import DENSE, RESULTS, file_hash
@@ -162,8 +163,6 @@ class Study:
         if len({text.name for text in self.root.evaluation.texts}) < len(self.root.evaluation.texts):
             yield f"evaluation.text and evaluation.second_text are both named {self.root.evaluation.text.name}. Name two texts, or one."
         if self.root.evaluation.tasks:
-            from cospadi.evaluation.task_names import check_tasks
-
             try:
                 check_tasks(self.root.evaluation)
             except UserError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,20 @@ from cospadi import devices
 from cospadi.calibration.statistics import read_statistics, statistics_file
 from cospadi.errors import UserError
 from cospadi.factorization import budget
-from cospadi.factorization.factors import stored_bits
+from cospadi.factorization.factors import Factors, stored_bits
 from cospadi.factorization.files import FactorsFile, shares
 from cospadi.factorization.groups import by_shared_input, factorize_projections, problems_from, require_whole_groups
-from cospadi.factorization.settings import MATCHED
+from cospadi.factorization.problem import Problem
+from cospadi.factorization.settings import MATCHED, FactorizationConfig
 from cospadi.factorization.solvers.whitening import output_error, weight_error
-from cospadi.models import Checkpoint, find_projections
+from cospadi.models import Checkpoint, Projection, find_projections
 from cospadi.pipeline.stages.sources import weights_hash
 from cospadi.progress import Progress
 from cospadi.records import Record, file_hashes, read_json
 from cospadi.settings import Config
+
+Group = tuple[Projection, ...]
+"""Projections that share; most often one alone."""
 
 
 def factorize(
@@ -59,7 +63,9 @@ def factorize(
     log.finish(record, inputs=inputs, projections=file.rows)
 
 
-def _factorized(config: Config, checkpoint: Any, projections: Sequence[Any], grams: Path, ranks: dict[str, Any] | None):
+def _factorized(
+    config: Config, checkpoint: Checkpoint, projections: Sequence[Projection], grams: Path, ranks: dict[str, Any] | None
+) -> Iterator[tuple[Factors, dict[str, Any]]]:
     """Yield ``(factors, row of the record)``; projections that share an input share its whitener.
 
     ``seconds`` of a row are those since the one before: the first matrix of a batch carries the time of all.
@@ -73,7 +79,7 @@ def _factorized(config: Config, checkpoint: Any, projections: Sequence[Any], gra
         ranks,
     )
 
-    def batches(groups: Sequence[Any]):
+    def batches(groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
         return _batches(groups, factorization, device)
 
     last = time.perf_counter()
@@ -85,7 +91,9 @@ def _factorized(config: Config, checkpoint: Any, projections: Sequence[Any], gra
         yield factors, row
 
 
-def _batches(groups: Sequence[Any], factorization: Any, device: Any):
+def _batches(
+    groups: Sequence[Group], factorization: FactorizationConfig, device: torch.device
+) -> Iterator[Sequence[Group]]:
     """Groups to hold in memory together: those of one shared input, or of as many layers as a GPU has room for.
 
     On a GPU those of one shape stand side by side, so that they are solved as one batch.
@@ -104,7 +112,9 @@ def _batches(groups: Sequence[Any], factorization: Any, device: Any):
         yield sorted(window, key=lambda group: (len(group), group[0].d_in, group[0].d_out))
 
 
-def _row(projection: Any, group: Sequence[Any], factors: Any, problem: Any, compression_ratio: float) -> dict[str, Any]:
+def _row(
+    projection: Projection, group: Group, factors: Factors, problem: Problem, compression_ratio: float
+) -> dict[str, Any]:
     """What the record keeps of one projection; what a group shares is counted at its first member."""
     row = asdict(projection) | {"group": [p.name for p in group] if len(group) > 1 else None}
     row |= {
@@ -114,7 +124,7 @@ def _row(projection: Any, group: Sequence[Any], factors: Any, problem: Any, comp
     return row | measured(factors, problem, shares(row)) | {"fallback": None}
 
 
-def measured(factors: Any, problem: Any, shares: bool) -> dict[str, Any]:
+def measured(factors: Factors, problem: Problem, shares: bool) -> dict[str, Any]:
     """Sizes and errors of factors."""
     approximation = factors.weight()
     return {
@@ -128,6 +138,7 @@ def measured(factors: Any, problem: Any, shares: bool) -> dict[str, Any]:
 
 
 def described(row: dict[str, Any]) -> str:
+    """Sizes, error and seconds of a projection, for the progress line."""
     sizes = "  ".join(f"{name} {row[name]}" for name in ("rank", "atoms", "sparsity") if row[name])
     kept = "kept dense" if row["value_bits"] == 16 else f"dense, {row['value_bits']} bits"
     return f"{sizes or kept:<26} error {row['output_error']:.4f}  {row['seconds']:5.2f} s"

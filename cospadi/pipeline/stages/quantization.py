@@ -11,6 +11,7 @@ from typing import Any
 
 from cospadi import devices
 from cospadi.calibration.statistics import read_statistics
+from cospadi.factorization.factors import Factors
 from cospadi.factorization.files import FactorsFile, read_factors, shares
 from cospadi.factorization.groups import problems_from
 from cospadi.models import Checkpoint, find_projections
@@ -61,7 +62,9 @@ def quantize(
     log.finish(record, inputs=file_hashes(factors, factorization) | weights_hash(model), projections=file.rows)
 
 
-def _groups_of(factors: Iterable[tuple[str, Any]], rows: dict[str, dict[str, Any]]) -> Iterable[list[tuple[str, Any]]]:
+def _groups_of(
+    factors: Iterable[tuple[str, Factors]], rows: dict[str, dict[str, Any]]
+) -> Iterable[list[tuple[str, Factors]]]:
     """Factors that share, together."""
     for _, group in itertools.groupby(factors, lambda found: (rows[found[0]]["group"] or [found[0]])[0]):
         yield list(group)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from cospadi.pipeline.study import Study
 from cospadi.records import read_json
 from cospadi.tables.cells import Cell
 from cospadi.tables.figures import write_figures
@@ -14,7 +14,7 @@ from cospadi.tables.render import tables, write_tables
 from cospadi.tables.report import write_report
 
 
-def tabulate(study: Any, folder: Path) -> None:
+def tabulate(study: Study, folder: Path) -> None:
     """Room 7: records -> tables and figures."""
     cells = list(study_cells(study).values())
     paired = differences(cells, study.study.against or study.study.methods[-1])
@@ -25,7 +25,7 @@ def tabulate(study: Any, folder: Path) -> None:
     write_report(cells, folder, study.study.title, printed)
 
 
-def study_cells(study: Any, unfinished: bool = False) -> dict[str, Any]:
+def study_cells(study: Study, unfinished: bool = False) -> dict[str, Cell]:
     """The cells of a study by their places; ``unfinished``: without those that lack a record."""
     cells = {}
     for model in study.study.models:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from cospadi.errors import UserError
 from cospadi.pipeline.stages.tables import study_cells
+from cospadi.pipeline.study import Study
 from cospadi.progress import Progress
 from cospadi.records import Record, read_json, write_json
 from cospadi.tracking import mode
 from cospadi.tracking import workspace as view
 from cospadi.tracking.logbook import Logbook
-from cospadi.tracking.runs import cell_runs, tables_run
+from cospadi.tracking.runs import Run, cell_runs, tables_run
 from cospadi.tracking.settings import DISABLED
 
 
-def track(study: Any, folder: Path) -> None:
+def track(study: Study, folder: Path) -> None:
     """Room 8: records, tables and figures -> a W&B run for every finished cell, and one for the tables.
 
     Whatever W&B does, this writes its records and ends well. A run is written again only when there is something new to
@@ -40,13 +40,13 @@ def track(study: Any, folder: Path) -> None:
     log.finish(folder / "record.json", told=told, runs=book.notes)
 
 
-def _runs(study: Any) -> list[Any]:
+def _runs(study: Study) -> list[Run]:
     """What is to be logged: all finished cells, and the tables where there are some."""
     runs, tables = cell_runs(study.name, study_cells(study, unfinished=True)), Path(study.summary).parent
     return [*runs, *([tables_run(study.name, study.study.title, tables)] if Path(study.summary).is_file() else [])]
 
 
-def workspace(study: Any, definition: Path) -> None:
+def workspace(study: Study, definition: Path) -> None:
     """The view that compares a study's runs in W&B: written to ``definition``, and saved there when the server answers."""
     mode.require_key(study.root.tracking)
     before = read_json(definition) if definition.is_file() else {}
