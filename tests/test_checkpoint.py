@@ -39,6 +39,8 @@ from cospadi.quantization.settings import QuantizationConfig
 from cospadi.sources.checkpoints import prepare_model
 from cospadi.sources.settings import ModelConfig
 
+pytestmark = pytest.mark.slow
+
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -26,6 +26,8 @@ from cospadi.evaluation.settings import EvaluationConfig
 from cospadi.records import write_json
 from cospadi.sources.settings import TextConfig
 
+pytestmark = pytest.mark.slow
+
 MIRROR = Path(os.environ.get("COSPADI_MIRROR", Path(__file__).parents[2] / "shared" / "hub" / "datasets"))
 NOUNS = ("river", "market", "engine", "teacher", "garden", "letter", "window", "captain", "summer", "village")
 VERBS = ("crossed", "watched", "painted", "followed", "repaired", "forgot", "carried", "opened")

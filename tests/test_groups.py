@@ -37,6 +37,8 @@ from cospadi.models import Projection
 from cospadi.pipeline.study import Study
 from cospadi.settings import load
 
+pytestmark = pytest.mark.slow
+
 seeds = st.integers(0, 10**6)
 INPUTS = {
     "self_attn.q_proj": "self_attn.q_proj",

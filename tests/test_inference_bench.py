@@ -8,6 +8,8 @@ from cospadi import cli
 from cospadi.bench import problems
 from cospadi.bench.problems import Shape
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

@@ -23,6 +23,8 @@ from cospadi.evaluation import measure as evaluation
 from cospadi.evaluation.kick import functions
 from cospadi.settings import CONF, load
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TASKS = ["kick_factoid", "kick_triviaqa_closed", "kick_triviaqa_open", "kick_summarization"]
 TEXT = Value("string")

@@ -14,6 +14,8 @@ from cospadi.tables.cells import Cell, read_summary
 from cospadi.tables.published import PREFIX, results, sources, with_published
 from cospadi.tables.render import METRIC_TITLES, tables, write_tables
 
+pytestmark = pytest.mark.slow
+
 FACTS = yaml.safe_load(PUBLISHED_FILE.read_text(encoding="utf-8"))
 STUDIES = {"paper_llama": 400, "paper_qwen": 560}
 """Factorization jobs: 10 methods, 4 ratios, 10 and 14 blocks of at most 8 layers."""

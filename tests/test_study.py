@@ -13,6 +13,8 @@ from cospadi.errors import UserError
 from cospadi.pipeline import study
 from cospadi.pipeline.study import CellId, Study, parse_overrides
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("study.models=[tiny_llama,tiny_qwen3]", "study.methods=[svd,asvd_search,cospadi]")
 
 

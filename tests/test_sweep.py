@@ -14,6 +14,8 @@ from cospadi.pipeline import locks
 from cospadi.pipeline.sweep import planned
 from cospadi.tables.cells import read_summary
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SMALL = ("study=smoke", "model=tiny_llama", "factorization.compression_ratio=0.3", "study.layers_per_job=2")
 

@@ -35,7 +35,7 @@ OVERRIDES = [
 ]
 PROJECTIONS = ("self_attn.q_proj", "mlp.down_proj")
 
-pytestmark = pytest.mark.xdist_group("tracking")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tracking")]
 
 
 @pytest.fixture(autouse=True)

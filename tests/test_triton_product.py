@@ -15,6 +15,8 @@ from cospadi.kernels import triton_product
 from cospadi.kernels.triton_product import sparse_product, unpack
 from cospadi.packing.matrix import pack
 
+pytestmark = pytest.mark.slow
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SHAPES = [(1, 7), (1, 300), (9, 128), (6, 200), (5, 131), (3, 257)]

@@ -27,7 +27,7 @@ COLUMNS = (
     *("factorize_seconds", "peak_memory_mb"),
 )
 
-pytestmark = pytest.mark.xdist_group("workflow")  # one full run, shared by all
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workflow")]  # one full run, shared by all
 
 
 def command(folder: Path, *options: str, study: str = "smoke", overrides: str = TRIMMED) -> list[str]:
