@@ -16,6 +16,8 @@ from cospadi.kernels import sparse_product as kernels
 from cospadi.kernels.sparse_product import dense_product, offsets, sparse_product, unpack
 from cospadi.packing.matrix import Packed, pack
 
+pytestmark = pytest.mark.slow  # kernels are compiled first
+
 either = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
 
