@@ -16,8 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cospadi import records
 from cospadi.errors import UserError
-from cospadi.tables.style import STYLE as _STYLE
-from cospadi.tables.style import colours
+from cospadi.tables.style import STYLE, colours
 
 Row = dict[str, Any]
 NONE = "–"
@@ -234,7 +233,7 @@ def write_figure(rows: Sequence[Row], file: Path) -> None:
     panels = _evenly(list(dict.fromkeys((row["weight"], row["ratio"]) for row in solved)), PANELS)
     width = min(len(panels), 4)
     height = math.ceil(len(panels) / width)
-    with rc_context(_STYLE | {"axes.titlesize": 10}):
+    with rc_context(STYLE | {"axes.titlesize": 10}):
         figure = Figure(figsize=(max(5.0, 2.9 * width), 0.7 + 2.4 * height), layout="constrained")
         axes = figure.subplots(height, width, squeeze=False)
         for axis, (weight, ratio) in zip(axes.flat, panels, strict=False):

@@ -15,7 +15,7 @@ def truncated_rank(projection: Projection, kept: float) -> int:
     return max(int(kept * projection.d_in * projection.d_out / (projection.d_in + projection.d_out) + 1e-9), 1)
 
 
-def _sortable(perplexity: float) -> float:
+def sortable(perplexity: float) -> float:
     """A truncation that breaks the model (not a number) is worse than any other."""
     return float("inf") if math.isnan(perplexity) else perplexity
 

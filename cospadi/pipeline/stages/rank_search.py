@@ -24,7 +24,7 @@ from cospadi.errors import UserError
 from cospadi.evaluation.perplexity import measure_tokens
 from cospadi.factorization.methods import factorize
 from cospadi.factorization.problem import Problem
-from cospadi.factorization.rank_search import _sortable, bits_of, fewest_that_fit, smallest_accepted, truncated_rank
+from cospadi.factorization.rank_search import bits_of, fewest_that_fit, smallest_accepted, sortable, truncated_rank
 from cospadi.factorization.settings import ASVDConfig
 from cospadi.models import Projection
 from cospadi.progress import Progress
@@ -60,7 +60,7 @@ def chosen_ranks(
     """
     projections = models.find_projections(folder, config.model)
     pairs = sorted(
-        (_sortable(float(perplexity)), name, float(kept))
+        (sortable(float(perplexity)), name, float(kept))
         for name, row in sensitivity["perplexities"].items()
         for kept, perplexity in row.items()
     )
