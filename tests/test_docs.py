@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cospadi.checkpoint.checksums import CHECKSUMS
+from cospadi.checkpoint.layers import SHARES, LowRankLinear, SparseDictionaryLinear, SparsePlusLowRankLinear
+from cospadi.checkpoint.specs import LAYER_KINDS
+from cospadi.checkpoint.transformers_plugin import FORMAT_VERSION, METHOD
 from cospadi.cli import _parser
 from cospadi.factorization.methods import factorize
 from cospadi.factorization.settings import METHODS
@@ -54,6 +58,23 @@ def test_every_setting_has_a_row():
             assert f"| `{field}` |" in sections[schema.__name__]
 
 
+def test_every_settings_class_is_on_the_page():
+    """Wherever it stands: the page reads settings files alone."""
+    classes = {
+        node.name: node
+        for file in sorted((ROOT / "cospadi").rglob("*.py"))
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+        and node.name.endswith("Config")
+        and any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
+    sections = {part.split("\n")[0]: part for part in settings_page().split("\n## ")[1:]}
+    assert len(classes) > 20
+    for name, node in classes.items():
+        named = [field.target.id for field in node.body if isinstance(field, ast.AnnAssign)]
+        assert [field for field in named if f"| `{field}` |" not in sections[name]] == [], name
+
+
 def test_the_readme_is_a_page_and_not_a_paper():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
@@ -94,6 +115,39 @@ def test_studies_and_commands_that_are_named_exist():
     studies = set(re.findall(r"\bstudy=([a-z_]+)", text)) - {"mine"}  # the one that a page shows how to write
     assert studies
     assert studies <= {file.stem for file in (CONF / "study").glob("*.yaml")}
+
+
+def test_make_targets_that_are_named_exist():
+    targets = re.findall(r"^([a-z][a-z-]*):(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    named = {
+        target
+        for page in PAGES
+        for target in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(named) > 3
+    assert named <= set(targets)
+
+
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if f": {page.name}\n" not in menu] == []
+
+
+def test_the_file_format_page_names_what_a_checkpoint_holds():
+    page = (ROOT / "docs" / "file-format.md").read_text(encoding="utf-8")
+    assert f"| {FORMAT_VERSION} | `formats` |" in page
+    assert f"| {FORMAT_VERSION + 1} |" not in page
+    for word in (METHOD, CHECKSUMS, SHARES, *LAYER_KINDS):
+        assert f"`{word}`" in page, word
+    formats = {"values": ("int4", 32)}
+    layers = [
+        LowRankLinear(8, 8, 2, "float16"),
+        SparseDictionaryLinear(8, 8, 2, 4, "float16", value_bits=4, formats=formats),
+        SparsePlusLowRankLinear(8, 8, 2, 4, "float16"),
+    ]
+    for layer in layers:
+        words = [*layer.spec, *layer.state_dict()]
+        assert [word for word in words if f"`{word}" not in page and not word.endswith("_scales")] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
