@@ -25,7 +25,7 @@ from cospadi.evaluation.perplexity import measure_tokens
 from cospadi.factorization.methods import factorize
 from cospadi.factorization.problem import Problem
 from cospadi.factorization.rank_search import bits_of, fewest_that_fit, smallest_accepted, sortable, truncated_rank
-from cospadi.factorization.settings import ASVDConfig
+from cospadi.factorization.settings import ASVDConfig, RankSearchConfig
 from cospadi.models import Projection
 from cospadi.progress import Progress
 from cospadi.records import Record, file_hashes, read_json
@@ -138,7 +138,7 @@ def _perplexity(model: nn.Module, tokens: Int[Tensor, "n_samples sample_length"]
     return float(measure_tokens(model, tokens, quiet=True)["token_perplexity"]["value"])
 
 
-def _search(config: Config):
+def _search(config: Config) -> RankSearchConfig:
     if not isinstance(config.factorization, ASVDConfig) or config.factorization.rank_search is None:
         raise UserError("factorization.rank_search is not set: there is nothing to search.")
     return config.factorization.rank_search
@@ -146,11 +146,9 @@ def _search(config: Config):
 
 def search_ranks(config: Config, model: Path, documents: Path, grams: Path, sensitivity: Path) -> None:
     """Room 3, asvd only: how much perplexity each projection costs when truncated alone."""
-    factorization = config.factorization
-    if not isinstance(factorization, ASVDConfig) or factorization.rank_search is None:
-        raise UserError("factorization.rank_search is not set: there is nothing to search.")
-    calibration, search = config.calibration, factorization.rank_search
-    log = Record("factorization", {"factorization": asdict(factorization), "damping": calibration.damping})
+    search = _search(config)
+    calibration = config.calibration
+    log = Record("factorization", {"factorization": asdict(config.factorization), "damping": calibration.damping})
     tokens = samples(calibration, model, documents, at_most=search.n_samples)
     found = perplexities_alone(config, model, grams, tokens)
     log.finish(sensitivity, n_tokens=tokens.numel(), **found)
