@@ -16,7 +16,7 @@ from cospadi.tables.cells import read_summary
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = ("study=smoke", "model=tiny_llama", "factorization.compression_ratio=0.3", "study.layers_per_job=2")
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import cospadi
 from cospadi.checkpoint.ledger import ledger
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EARLIER = ROOT / "tests" / "data" / "earlier"
 CHECKPOINTS = EARLIER / "checkpoints"
 STUDY = (

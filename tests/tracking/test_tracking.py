@@ -26,7 +26,7 @@ from cospadi.tracking import mode, offline
 from cospadi.tracking.runs import cell_runs, run_id
 from cospadi.tracking.settings import TrackingConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KEY = "0123456789abcdef" * 2 + "deadbeef"
 CLOSED = "http://127.0.0.1:9"
 OVERRIDES = [

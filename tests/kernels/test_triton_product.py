@@ -48,7 +48,7 @@ def test_the_kernels_in_tritons_interpreter():
     """It has to be chosen before triton is imported, which other tests may have done: hence another process."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n0", __file__],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         check=False,
         capture_output=True,

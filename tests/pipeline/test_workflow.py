@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 METHODS = ("svd", "asvd_search", "cospadi", "cospadi_paper")
 MODELS = ("tiny_llama", "tiny_qwen3")
 QUANTIZED = "cospadi+int4"

@@ -25,7 +25,7 @@ from cospadi.settings import CONF, load
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TASKS = ["kick_factoid", "kick_triviaqa_closed", "kick_triviaqa_open", "kick_summarization"]
 TEXT = Value("string")
 # question, aliases, what a model says

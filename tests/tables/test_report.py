@@ -7,13 +7,13 @@ import subprocess
 
 import pytest
 from PIL import Image
+from test_tables import cell, dense
 
 from cospadi.tables.figures import write_figures
 from cospadi.tables.paired import differences
 from cospadi.tables.render import tables
 from cospadi.tables.report import FIGURES, write_report, written
 from cospadi.tables.rulegraph import drawn
-from tests.test_tables import cell, dense
 
 DOT = """digraph snakemake_dag {
     graph[bgcolor=white, margin=0];

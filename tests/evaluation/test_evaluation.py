@@ -28,7 +28,7 @@ from cospadi.sources.settings import TextConfig
 
 pytestmark = pytest.mark.slow
 
-MIRROR = Path(os.environ.get("COSPADI_MIRROR", Path(__file__).parents[2] / "shared" / "hub" / "datasets"))
+MIRROR = Path(os.environ.get("COSPADI_MIRROR", Path(__file__).parents[3] / "shared" / "hub" / "datasets"))
 NOUNS = ("river", "market", "engine", "teacher", "garden", "letter", "window", "captain", "summer", "village")
 VERBS = ("crossed", "watched", "painted", "followed", "repaired", "forgot", "carried", "opened")
 DOCUMENTS = [

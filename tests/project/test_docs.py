@@ -22,7 +22,7 @@ from cospadi.factorization.settings import METHODS
 from cospadi.pipeline import cost
 from cospadi.settings import CONF, Config, load
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
