@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cospadi.calibration.collect import draw_samples, gather
+from cospadi.calibration.statistics import InputStatistics
+from cospadi.checkpoint.layers import CompressedLinear
 from cospadi.checkpoint.ledger import ledger
 from cospadi.checkpoint.specs import layer_of
 from cospadi.checkpoint.transformers_plugin import attach
 from cospadi.checkpoint.write import write
 from cospadi.errors import UserError
-from cospadi.factorization.factors import Dense
+from cospadi.factorization.factors import Dense, Factors
 from cospadi.factorization.files import read_factors
-from cospadi.factorization.groups import by_shared_input, factorize_projections, problems_from
+from cospadi.factorization.groups import factorized, groups_of, problems_from, runs_in_memory
+from cospadi.factorization.problem import Problem
 from cospadi.factorization.settings import IDENTITY
-from cospadi.models import Projection, find_projections
-from cospadi.pipeline.stages import calibration as calibration_stage
-from cospadi.pipeline.stages import factorization as factorization_stage
-from cospadi.pipeline.stages import quantization as quantization_stage
-from cospadi.pipeline.stages import sources as sources_stage
+from cospadi.models import Projection
+from cospadi.pipeline import chain
 from cospadi.quantization.methods import quantize
-from cospadi.records import check_output_folder, own_folder, read_json, text_hash, versions, write_json
+from cospadi.records import check_output_folder, own_folder, read_json
 from cospadi.settings import CONF, Config, load
-from cospadi.sources.addresses import state_on_disk
 from cospadi.sources.texts import read_documents
 
 if TYPE_CHECKING:
@@ -58,7 +55,7 @@ def compress_to(
         the ledger (`cospadi.checkpoint.ledger`) of what was written.
 
     Raises:
-        UserError: a setting, the model, the text or the disk does not do.
+        UserError: a setting, the model or the text is invalid, or the disk is full.
     """
     config = configured(source, overrides, text)
     out = Path(out).absolute()
@@ -66,43 +63,7 @@ def compress_to(
     if Path(source).exists() and Path(source).resolve() == out.resolve():
         raise UserError(f"{out} is the model itself. Name another folder to write.")
     work = own_folder(out.with_name(f"{out.name}.work"))
-    model, documents, grams = work / "model", work / "documents.json", work / "grams"
-    factors, record = work / "factors.safetensors", work / "factorization.json"
-    settings = asdict(config)
-    settings["model"]["files"] = state_on_disk(config.model.source)
-    settings["calibration"]["text"]["files"] = state_on_disk(config.calibration.text.source)
-    done = _Resumed(work)
-    done("model", settings["model"], model, lambda: sources_stage.prepare_model(config, model, work / "model.json"))
-    calibration = config.calibration
-    done(
-        "text",
-        settings["calibration"]["text"],
-        documents,
-        lambda: sources_stage.prepare_text(calibration.text, documents, work / "text.json"),
-    )
-    done(
-        "grams",
-        [settings["model"], settings["calibration"]],
-        grams,
-        lambda: calibration_stage.calibrate(config, model, documents, grams, work / "calibration.json"),
-    )
-    last = max(p.layer for p in find_projections(model, config.model))
-    done(
-        "factors",
-        [settings["model"], settings["calibration"], settings["factorization"]],
-        factors,
-        lambda: factorization_stage.factorize(config, model, grams, f"0-{last}", factors, record, None),
-    )
-    if config.quantization.changes:
-        quantized, begun = work / "quantized.safetensors", record
-        record = work / "quantization.json"
-        done(
-            "quantized",
-            [settings[room] for room in ("model", "calibration", "factorization", "quantization")],
-            quantized,
-            lambda: quantization_stage.quantize(config, model, grams, factors, begun, quantized, record),
-        )
-        factors = quantized
+    model, factors, record = chain.compress(config, work)
     summary = _summary(config, read_json(record))
     write(out, model, read_factors([factors]), summary, stub=stub)
     if not keep_work:
@@ -114,7 +75,7 @@ def configured(source: str, overrides: Sequence[str], text: str | None) -> Confi
     """The settings of one compression.
 
     Raises:
-        UserError: naming the setting that does not do.
+        UserError: naming the setting that is invalid.
     """
     chosen = (
         [f"model={source}"]
@@ -142,24 +103,6 @@ def _set(setting: str, value: str) -> str:
     """A Hydra override whose value is taken as it stands."""
     quoted = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"{setting}='{quoted}'"
-
-
-class _Resumed:
-    """Runs a step unless its output is there and was made with the same settings, those of earlier steps included."""
-
-    def __init__(self, work: Path) -> None:
-        self.work = work
-        self.again = False
-
-    def __call__(self, step: str, settings: Any, output: Path, run: Callable[[], None]) -> None:
-        mark = self.work / f"{step}.settings.json"
-        key = {"settings": text_hash(json.dumps([settings, versions()], sort_keys=True, default=str))}
-        if not self.again and output.exists() and mark.is_file() and read_json(mark) == key:
-            return
-        self.again = True
-        mark.unlink(missing_ok=True)
-        run()
-        write_json(mark, key)
 
 
 def _summary(config: Config, record: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +145,7 @@ def compress(
         quantization: name of a file in ``conf/quantization``: ``int8``, ``int4``.
 
     Raises:
-        UserError: a setting or the text does not do, a projection is missing, or activations are not finite.
+        UserError: a setting or the text is invalid, a projection is missing, or activations are not finite.
     """
     settings = [f"factorization={method}", f"quantization={quantization}", *overrides]
     settings += [] if compression_ratio is None else [f"factorization.compression_ratio={compression_ratio}"]
@@ -210,7 +153,8 @@ def compress(
     calibration = config.calibration
     texts = read_documents(calibration.text) if texts is None else list(texts)
     tokens = draw_samples(tokenizer, texts, calibration.n_samples, calibration.sample_length, calibration.seed)
-    inputs, projections = {}, []
+    inputs: dict[tuple[int, str], InputStatistics] = {}
+    projections: list[Projection] = []
     for names, statistics in gather(model, config.model, calibration, tokens):
         layer, shared_input = names[0].removeprefix(f"{config.model.blocks}.").split(".", maxsplit=1)
         inputs[int(layer), shared_input] = statistics
@@ -221,35 +165,40 @@ def compress(
             projections.append(Projection(name, int(layer), projection, shared_input, d_in, d_out, attended))
 
     def statistics_of(projection: Projection) -> tuple[Tensor, Tensor]:
-        found = inputs[projection.layer, projection.shared_input]
-        return found.gram_of(projection.attended), found.absolute_mean
+        statistics = inputs[projection.layer, projection.shared_input]
+        return statistics.gram_of(projection.attended), statistics.absolute_mean
 
     problem_of = problems_from(
         lambda p: model.get_submodule(p.name).weight.detach().T.float(), statistics_of, calibration.damping
     )
-    smaller, batches, begun = {}, partial(by_shared_input, config.factorization), []
-    for found in factorize_projections(config.factorization, projections, problem_of, batches):
-        begun.append(found)  # the members of a group come one after another
-        if len(begun) == len(found[1]):
-            smaller |= _layers(config, model, begun)
-            begun = []
+    groups = groups_of(config.factorization, projections, problem_of)
+    runs = runs_in_memory(config.factorization, groups, model.device)
+    smaller: dict[str, CompressedLinear] = {}
+    for group, problems, factors in factorized(config.factorization, runs, problem_of):
+        smaller |= _layers(config, model, group, problems, factors)
     if not smaller:
         raise UserError(
             "No projection was compressed: every one was left dense. Choose another ratio, method or quantization."
         )
-    for name, layer in smaller.items():  # all at once: cut off before, the model is as it was
+    # All layers are replaced at the end, so that an interruption before leaves the model as it was.
+    for name, layer in smaller.items():
         model.set_submodule(name, layer)
     attach(model, {"factorization": asdict(config.factorization), "quantization": asdict(config.quantization)})
     return model
 
 
-def _layers(config: Config, model: PreTrainedModel, group: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+def _layers(
+    config: Config,
+    model: PreTrainedModel,
+    group: Sequence[Projection],
+    problems: Sequence[Problem],
+    factors: Sequence[Factors],
+) -> dict[str, CompressedLinear]:
     """The layers of a group of projections by their names; none for what stays dense."""
-    projections, _, problems, factors = zip(*group, strict=True)
     if config.quantization.changes:
         factors = quantize(config.quantization, factors, problems)
-    layers: dict[str, Any] = {}
-    for projection, compact in zip(projections, factors, strict=True):
+    layers: dict[str, CompressedLinear] = {}
+    for projection, compact in zip(group, factors, strict=True):
         if isinstance(compact, Dense) and not compact.formats:
             continue
         dense = model.get_submodule(projection.name)

@@ -291,8 +291,8 @@ def _tabulate(o: argparse.Namespace) -> None:
 
 
 def _plan(o: argparse.Namespace) -> None:
+    from cospadi.factorization.work import Speed
     from cospadi.pipeline import plan
-    from cospadi.pipeline.cost import Speed
     from cospadi.pipeline.speed import measure
 
     study = _study([*([f"study={o.study}"] if o.study else []), *o.overrides])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from cospadi import devices
-from cospadi.bench.problems import SHAPES, atoms_and_sparsity
+from cospadi.bench.cases import SHAPES, atoms_and_sparsity
 from cospadi.bench.render import seconds, table
 from cospadi.bench.usage import machine
 from cospadi.checkpoint.layers import LowRankLinear, SparseDictionaryLinear

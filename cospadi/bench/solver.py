@@ -1,4 +1,4 @@
-"""``cospadi bench solver``: every solver on every problem, error against seconds."""
+"""``cospadi bench solver``: every solver on every case, error against seconds."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 
 from cospadi import devices
 from cospadi.bench import render, whole_model
-from cospadi.bench.problems import Problem, at_ratios, power_law, random_problems, real_problems
+from cospadi.bench.cases import Case, at_ratios, power_law, random_cases, real_cases
 from cospadi.bench.solvers import (
-    EXPECTED,
+    MEASURED,
     OMP,
     OMP_SPARSITY,
-    SOLVERS,
     Settings,
     Timed,
+    expected_seconds,
     named,
     omp_codings,
     output_error,
@@ -47,12 +47,12 @@ def run(options: argparse.Namespace) -> None:
     """Measure what the options of `cospadi.bench.arguments` ask for, and report.
 
     Raises:
-        UserError: when an option names what does not exist, or an output is no regular file.
+        UserError: when an option names what does not exist, or an output is not a regular file.
     """
     for file in filter(None, (options.json, options.markdown, options.figure)):
         _refuse_irregular(file)
     _refuse_counts(options)
-    names = named(_list("--solvers", options.solvers or ",".join([*SOLVERS, OMP])))
+    names = named(_list("--solvers", options.solvers or ",".join([*MEASURED, OMP])))
     if options.figure:
         render.check_figure(options.figure, drawn=not options.shape and names != [OMP])
     device = devices.pick(options.device, "--device")
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
         if options.shape:
             report = _whole_model(options, device)
         else:
-            report = _problems(options, names, device)
+            report = _cases(options, names, device)
     print(report, end="")
     if options.markdown:
         write_text(options.markdown, report)
@@ -80,41 +80,42 @@ def _whole_model(options: argparse.Namespace, device: torch.device) -> str:
     return render.whole_model_report(options.shape, rows, machine(device), difference)
 
 
-def _problems(options: argparse.Namespace, names: Sequence[str], device: torch.device) -> str:
+def _cases(options: argparse.Namespace, names: Sequence[str], device: torch.device) -> str:
     ratios = _numbers("--ratios", options.ratios or "0.2,0.3,0.4,0.5", float)
     if options.matrix:
-        problems = random_problems(options.matrix, ratios, options.rho, options.seed, device)
+        cases = random_cases(options.matrix, ratios, options.rho, options.seed, device)
     else:
-        layers, projections = _numbers("--layers", options.layers, int), _list("--projections", options.projections)
-        problems = real_problems(options.results, layers, projections, ratios, options.rho, device)
+        layers = _numbers("--layers", options.layers, int)
+        projections = _list("--projections", options.projections)
+        cases = real_cases(options.results, layers, projections, ratios, options.rho, device)
     settings = Settings(options.rounds, options.seed)
     rows: list[Row] = []
-    for found in measure(problems, names, settings, options.repeats):
-        rows += found
+    for measured in measure(cases, names, settings, options.repeats):
+        rows += measured
         _keep(rows, options.json)
     if options.figure:
         render.write_figure(rows, options.figure)
     return render.report(rows, machine(device))
 
 
-def measure(problems: Sequence[Problem], names: Sequence[str], settings: Settings, repeats: int) -> Iterator[list[Row]]:
-    """The rows of one problem after the other, then those of the comparison with scikit-learn."""
+def measure(cases: Sequence[Case], names: Sequence[str], settings: Settings, repeats: int) -> Iterator[list[Row]]:
+    """The rows of one case after the other, then those of the comparison with scikit-learn."""
     solvers = [name for name in names if name != OMP]
-    device = problems[0].target.device
+    device = cases[0].target.device
     _warm_up(names, settings, device)
-    costs = {(i, name): _cost(p, name, settings) for i, p in enumerate(problems) for name in solvers}
+    costs = {(i, name): expected_seconds(name, case, settings) for i, case in enumerate(cases) for name in solvers}
     progress = Progress(len(costs) + (OMP in names), "bench solver", sum(costs.values()) or 1)
-    for i, problem in enumerate(problems):
+    for i, case in enumerate(cases):
         rows = []
         for name in solvers:
-            rows.append(_solved(name, problem, settings, repeats))
+            rows.append(_solved(name, case, settings, repeats))
             seconds, error = rows[-1]["seconds"], rows[-1]["output_error"]
-            what = f"{problem.weight} at {problem.ratio:g}, {name}"
+            what = f"{case.weight} at {case.ratio:g}, {name}"
             progress.step(what, f"{seconds:.3g} s, error {error:.4f}", costs[i, name])
         _compare(rows)
         yield rows
     if OMP in names:
-        yield _omp_rows(max(problems, key=lambda p: p.target.numel()), settings)
+        yield _omp_rows(max(cases, key=lambda p: p.target.numel()), settings)
         progress.step(OMP, weight=0.0 if costs else 1.0)
 
 
@@ -129,55 +130,47 @@ def _warm_up(names: Sequence[str], settings: Settings, device: torch.device) -> 
             timed(name, suited(name, tiny), replace(settings, rounds=2))
 
 
-def _cost(problem: Problem, solver: str, settings: Settings) -> float:
-    """For the time left: operations of a round, times what is known of the solver."""
-    rounds = settings.rounds / 60 if solver.startswith("ksvd") else 1.0
-    return problem.d_out * problem.atoms * (problem.d_in + problem.atoms) * rounds * EXPECTED.get(solver, 1.0)
-
-
-def _solved(solver: str, problem: Problem, settings: Settings, repeats: int) -> Row:
+def _solved(solver: str, case: Case, settings: Settings, repeats: int) -> Row:
     """The run that took the median time of all repeats."""
-    problem = suited(solver, problem)
+    case = suited(solver, case)
     runs: list[Timed] = []
     while len(runs) < repeats and (not runs or runs[-1].seconds < SLOW):
-        runs.append(timed(solver, problem, settings))
+        runs.append(timed(solver, case, settings))
     middle = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
-    row = _row(solver, problem, middle.rounds, middle.seconds, middle.output_error)
+    row = _row(solver, case, middle.rounds, middle.seconds, middle.output_error)
     row |= {"repeats": len(runs), "curve": middle.curve}
-    return row | (_efficiency(problem, middle.seconds, settings) if solver == "htp" else {})
+    return row | (_efficiency(case, middle.seconds, settings) if solver == "htp" else {})
 
 
-def _row(solver: str, problem: Problem, rounds: int, seconds: float, error: float) -> Row:
+def _row(solver: str, case: Case, rounds: int, seconds: float, error: float) -> Row:
     return {
         "solver": solver,
-        "weight": problem.weight,
-        "d_in": problem.d_in,
-        "d_out": problem.d_out,
-        "ratio": problem.ratio,
-        "atoms": problem.atoms,
-        "sparsity": problem.sparsity,
+        "weight": case.weight,
+        "d_in": case.d_in,
+        "d_out": case.d_out,
+        "ratio": case.ratio,
+        "atoms": case.atoms,
+        "sparsity": case.sparsity,
         "rounds": rounds,
         "seconds": seconds,
         "output_error": error,
     }
 
 
-def _efficiency(problem: Problem, seconds: float, settings: Settings) -> Row:
+def _efficiency(case: Case, seconds: float, settings: Settings) -> Row:
     """How well ``htp`` uses the machine: see the notes under the table."""
-    device = problem.target.device
-    seen = usage(lambda: SOLVERS["htp"](problem, settings, lambda done, error: None), device)
+    device = case.target.device
+    seen = usage(lambda: MEASURED["htp"](case, settings, lambda done, error: None), device)
     return {
         "gflops": seen.flops / seconds / 1e9,
-        "peak_gflops": {
-            k: v / 1e9 for k, v in product_peaks(problem.d_out, problem.d_in, problem.atoms, device).items()
-        },
+        "peak_gflops": {k: v / 1e9 for k, v in product_peaks(case.d_out, case.d_in, case.atoms, device).items()},
         "product_share": seen.product_share,
-        "memory_multiple": seen.peak_bytes / (problem.target.numel() * 4),
+        "memory_multiple": seen.peak_bytes / (case.target.numel() * 4),
     }
 
 
 def _compare(rows: list[Row]) -> None:
-    """Add to every row of a problem when it reached the yardsticks' final errors, and in what share of their time."""
+    """Add to every row of a case when it reached the yardsticks' final errors, and in what share of their time."""
     by_solver = {row["solver"]: row for row in rows}
     for short, name in render.YARDSTICKS.items():
         if name not in by_solver:
@@ -190,21 +183,21 @@ def _compare(rows: list[Row]) -> None:
             row[f"time_to_{short}"] = None if reached is None else reached / yardstick["seconds"]
 
 
-def _omp_rows(problem: Problem, settings: Settings) -> list[Row]:
-    problem = replace(problem, sparsity=min(OMP_SPARSITY, max(problem.atoms // 2, 1)))
-    dictionary = first_atoms(problem.target, problem.atoms, settings.seed)
-    codings = omp_codings(problem, dictionary)
+def _omp_rows(case: Case, settings: Settings) -> list[Row]:
+    case = replace(case, sparsity=min(OMP_SPARSITY, max(case.atoms // 2, 1)))
+    dictionary = first_atoms(case.target, case.atoms, settings.seed)
+    codings = omp_codings(case, dictionary)
     supports = [coding.coefficients != 0 for coding in codings.values()]
     equal = float((supports[0] == supports[1]).all(dim=0).float().mean())
     return [
-        _row(name, problem, 1, coding.seconds, output_error(problem.target, dictionary, coding.coefficients))
+        _row(name, case, 1, coding.seconds, output_error(case.target, dictionary, coding.coefficients))
         | {"repeats": 1, "equal_supports": equal}
         for name, coding in codings.items()
     ]
 
 
 def _keep(rows: list[Row], file: Path | None) -> None:
-    """After each problem, so that a run that is killed keeps what it has."""
+    """After each case, so that a run that is killed keeps what it has."""
     if file:
         write_json(file, rows)
 
@@ -215,7 +208,7 @@ def _refuse_irregular(file: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISREG(mode):
-        raise UserError(f"{file} is no regular file, so it is left alone. Name another path.")
+        raise UserError(f"{file} is not a regular file, so it is left alone. Name another path.")
 
 
 def _refuse_counts(options: argparse.Namespace) -> None:
@@ -241,5 +234,5 @@ def _numbers(option: str, text: str, kind: type) -> list:
     try:
         return [kind(part) for part in parts]
     except ValueError as error:
-        message = f"{option} {text} is no list of numbers. Write them with commas between, as in 1,2."
+        message = f"{option} {text} is not a list of numbers. Write them with commas between, as in 1,2."
         raise UserError(message) from error

@@ -9,64 +9,80 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cospadi.bench.problems import Problem
+from cospadi.bench.cases import Case
 from cospadi.devices import synchronize
 from cospadi.errors import UserError
 from cospadi.factorization import budget
-from cospadi.factorization.solvers.htp import htp
-from cospadi.factorization.solvers.ksvd import ksvd
-from cospadi.factorization.solvers.one_shot import one_shot
-from cospadi.factorization.solvers.orthogonal import orthogonal
+from cospadi.factorization.settings import CoSpaDiConfig
+from cospadi.factorization.solver_table import SOLVERS, Sizes, Solver
+from cospadi.factorization.solvers.solution import Solution
 from cospadi.factorization.solvers.sparse_coding import sparse_code
+from cospadi.factorization.work import Speed
 
-Heard = Callable[[int, float], None]
+Progress = Callable[[int, float], None]
 """``progress(rounds_done, error)``"""
-Factors = tuple[Float[Tensor, "d_in atoms"], Float[Tensor, "atoms d_out"]]
 OMP = "sklearn_omp"
-"""No solver of its own: a comparison of one sparse coding, made once."""
+"""Not a solver: a comparison of one sparse coding, made once."""
 OMP_SPARSITY = 200
+ONE_CORE = Speed(product=2e11, model=1e11, double=5e10, eigen=3e10, memory=6e9)
+"""Rates of a CPU core, for the time left and nothing else."""
+PLAIN_SLOWDOWN = 5.0
+"""How many times longer ``ksvd_plain`` takes than ``ksvd``, for the time left and nothing else."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the K-SVD solvers are told; all others run with their own defaults."""
+    """Settings of the K-SVD solvers; all others run with their own defaults."""
 
     rounds: int
     seed: int
 
 
-def _htp(problem: Problem, settings: Settings, progress: Heard) -> Factors:
-    return _factors(htp(problem.target, problem.atoms, problem.sparsity, progress=progress))
+def _solve(solver: Solver, case: Case, settings: Settings, progress: Progress) -> Solution:
+    reports = {"progress": progress} if solver.reports_progress else {}
+    if solver.solves_batches:
+        (fit,) = solver.solve(case.target[None], case.atoms, case.sparsity, **reports)
+        return fit
+    return solver.solve(case.target, case.atoms, case.sparsity, **reports)
 
 
-def _ksvd(problem: Problem, settings: Settings, progress: Heard, compiled: bool = True) -> Factors:
-    told = {"n_rounds": settings.rounds, "seed": settings.seed, "progress": progress, "compiled": compiled}
-    return _factors(ksvd(problem.target, problem.atoms, problem.sparsity, **told))
+def _ksvd(case: Case, settings: Settings, progress: Progress, compiled: bool = True) -> Solution:
+    return SOLVERS["ksvd"].solve(
+        case.target,
+        case.atoms,
+        case.sparsity,
+        n_rounds=settings.rounds,
+        seed=settings.seed,
+        progress=progress,
+        compiled=compiled,
+    )
 
 
-def _one_shot(problem: Problem, settings: Settings, progress: Heard) -> Factors:
-    return _factors(one_shot(problem.target, problem.atoms, problem.sparsity))
-
-
-def _orthogonal(problem: Problem, settings: Settings, progress: Heard) -> Factors:
-    return _factors(orthogonal(problem.target, problem.atoms, problem.sparsity, progress=progress))
-
-
-SOLVERS: dict[str, Callable[[Problem, Settings, Heard], Factors]] = {
-    "htp": _htp,
+MEASURED: dict[str, Callable[[Case, Settings, Progress], Solution]] = {
+    **{name: partial(_solve, solver) for name, solver in SOLVERS.items()},
     "ksvd": _ksvd,
     "ksvd_plain": partial(_ksvd, compiled=False),
-    "one_shot": _one_shot,
-    "orthogonal": _orthogonal,
 }
-EXPECTED = {"htp": 6.0, "ksvd": 20.0, "ksvd_plain": 100.0, "orthogonal": 10.0}
-"""Seconds with all repeats, those of one run of ``htp`` being 1: for the time left and nothing else."""
+"""Every solver under one signature; ``ksvd_plain`` is what a GPU runs, in plain torch."""
+
+
+def _row_of(name: str) -> Solver:
+    """The row of the table behind a name of `MEASURED`."""
+    return SOLVERS[name.removesuffix("_plain")]
+
+
+def expected_seconds(name: str, case: Case, settings: Settings) -> float:
+    """Seconds of a run on one core, roughly: for the time left and nothing else."""
+    solver = _row_of(name)
+    rounds = settings.rounds if name.startswith("ksvd") else solver.rounds
+    sizes = Sizes(case.d_in, case.d_out, case.atoms, case.sparsity)
+    seconds = solver.work(CoSpaDiConfig(name=name, title=name), sizes, rounds).seconds(ONE_CORE)
+    return seconds * (PLAIN_SLOWDOWN if name == "ksvd_plain" else 1.0)
 
 
 def named(names: Sequence[str]) -> list[str]:
@@ -75,7 +91,7 @@ def named(names: Sequence[str]) -> list[str]:
     Raises:
         UserError: when one is unknown, or scikit-learn is asked for and missing.
     """
-    known = [*SOLVERS, OMP]
+    known = [*MEASURED, OMP]
     for name in names:
         if name not in known:
             raise UserError(f"--solvers {name} does not exist. Choose from {', '.join(known)}.")
@@ -84,13 +100,12 @@ def named(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def suited(solver: str, problem: Problem) -> Problem:
-    """The problem as the pipeline gives it to this solver: an eigenbasis has no more atoms, the rest goes to values."""
-    if solver not in ("orthogonal", "one_shot"):
-        return problem
-    shape = problem.d_in, problem.d_out, problem.ratio
-    atoms, sparsity = budget.within_eigenbasis(*shape, problem.atoms, problem.sparsity)
-    return replace(problem, atoms=atoms, sparsity=sparsity)
+def suited(name: str, case: Case) -> Case:
+    """The case as the pipeline gives it to this solver: an eigenbasis has no more atoms, the rest goes to values."""
+    if not _row_of(name).within_eigenbasis:
+        return case
+    atoms, sparsity = budget.within_eigenbasis(case.d_in, case.d_out, case.ratio, case.atoms, case.sparsity)
+    return replace(case, atoms=atoms, sparsity=sparsity)
 
 
 @dataclass(frozen=True)
@@ -104,23 +119,23 @@ class Timed:
     output_error: float
 
 
-def timed(solver: str, problem: Problem, settings: Settings) -> Timed:
+def timed(name: str, case: Case, settings: Settings) -> Timed:
     """Run a solver once; the error it ends with is computed here, in float64, the same way for all."""
     curve: list[tuple[float, float]] = []
     rounds = 1
-    device = problem.target.device
+    device = case.target.device
 
-    def heard(done: int, error: float) -> None:
+    def progress(done: int, error: float) -> None:
         nonlocal rounds
         rounds = max(rounds, done)
         curve.append((time.perf_counter() - started, float(error)))
 
     synchronize(device)
     started = time.perf_counter()
-    factors = SOLVERS[solver](problem, settings, heard)
+    fit = MEASURED[name](case, settings, progress)
     synchronize(device)
     seconds = time.perf_counter() - started
-    error = output_error(problem.target, *factors)
+    error = output_error(case.target, fit.dictionary, fit.coefficients)
     return Timed(seconds, rounds, [*curve, (seconds, error)], error)
 
 
@@ -142,30 +157,29 @@ class Coding:
     coefficients: Float[Tensor, "atoms d_out"]
 
 
-def omp_codings(problem: Problem, dictionary: Float[Tensor, "d_in atoms"]) -> dict[str, Coding]:
+def omp_codings(case: Case, dictionary: Float[Tensor, "d_in atoms"]) -> dict[str, Coding]:
     """The same columns coded by scikit-learn (on the CPU) and by `sparse_code`, the Gram's time included in both."""
-    from sklearn.linear_model import orthogonal_mp_gram
+    from sklearn.linear_model import orthogonal_mp_gram  # a package of the dev extra
 
     def theirs() -> Tensor:
-        atoms, columns = dictionary.cpu().numpy(), problem.target.cpu().numpy()
-        with (
-            _blas_threads(),
-            warnings.catch_warnings(action="ignore"),
-        ):  # that it stopped early, as ours does in silence
-            found = orthogonal_mp_gram(atoms.T @ atoms, atoms.T @ columns, n_nonzero_coefs=problem.sparsity)
-        return torch.from_numpy(found).to(problem.target)
+        atoms = dictionary.cpu().numpy()
+        columns = case.target.cpu().numpy()
+        # It warns where it stops early, which `sparse_code` does in silence.
+        with _blas_threads(), warnings.catch_warnings(action="ignore"):
+            codes = orthogonal_mp_gram(atoms.T @ atoms, atoms.T @ columns, n_nonzero_coefs=case.sparsity)
+        return torch.from_numpy(codes).to(case.target)
 
     def ours() -> Tensor:
-        return sparse_code(dictionary, problem.target, problem.sparsity)
+        return sparse_code(dictionary, case.target, case.sparsity)
 
-    found = {}
+    codings = {}
     for name, code in ((OMP, theirs), ("sparse_code", ours)):
-        synchronize(problem.target.device)
+        synchronize(case.target.device)
         started = time.perf_counter()
         coefficients = code()
-        synchronize(problem.target.device)
-        found[name] = Coding(time.perf_counter() - started, coefficients)
-    return found
+        synchronize(case.target.device)
+        codings[name] = Coding(time.perf_counter() - started, coefficients)
+    return codings
 
 
 @contextmanager
@@ -175,7 +189,3 @@ def _blas_threads() -> Iterator[None]:
 
     with threadpool_limits(torch.get_num_threads()):
         yield
-
-
-def _factors(fit: Any) -> Factors:
-    return fit.dictionary, fit.coefficients

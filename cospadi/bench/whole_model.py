@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cospadi.bench.problems import SHAPES, atoms_and_sparsity, power_law
+from cospadi.bench.cases import SHAPES, atoms_and_sparsity, power_law
 from cospadi.bench.solvers import output_error
 from cospadi.bench.usage import product_peaks, usage
 from cospadi.devices import synchronize

@@ -1,92 +1,75 @@
-"""CoSpaDi's own steps: whiten, choose sizes, solve in batches."""
+"""CoSpaDi's own steps around its solvers: what is solved together, whitened targets, the dictionary's own metric."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cospadi.errors import AUTO
 from cospadi.factorization import budget, search
 from cospadi.factorization.problem import Problem, unit_scale
-from cospadi.factorization.settings import IDENTITY, LEARNED_FRACTIONS, CoSpaDiConfig
-from cospadi.factorization.solvers.htp import htp_batch
-from cospadi.factorization.solvers.ksvd import ksvd
-from cospadi.factorization.solvers.one_shot import one_shot
-from cospadi.factorization.solvers.orthogonal import orthogonal
-
-
-def sizes_of_group(config: CoSpaDiConfig, weights: Float[Tensor, "g d_in d_out"]) -> tuple[int, int | float]:
-    """Atoms that a group shares, and non-zeros per column."""
-    g, d_in, d_out = weights.shape
-    if config.fixed_atoms != IDENTITY:
-        return budget.atoms_and_sparsity(d_in, d_out, config.compression_ratio, config.rho, config.accounting, g)
-    return search.size_beside_identity(d_in, d_out, config.compression_ratio, config.learned_atoms, g)
+from cospadi.factorization.settings import IDENTITY, OWN_ROUNDS, CoSpaDiConfig
+from cospadi.factorization.solver_table import SOLVERS
+from cospadi.factorization.solvers.shared import shared_htp
+from cospadi.factorization.solvers.solution import Solution
 
 
 def batches(config: CoSpaDiConfig, groups: Sequence[Sequence[Problem]]) -> Iterator[list[Sequence[Problem]]]:
-    """Runs of groups that are solved together: on a GPU, by htp, single projections of one shape."""
+    """Runs of groups that are solved together.
 
-    def together(group: Sequence[Problem]) -> tuple[Any, ...]:
+    On a GPU a solver that takes batches gets all single projections of one shape at once. Everything else comes alone.
+    """
+
+    def key(group: Sequence[Problem]) -> tuple[object, ...]:
         weight = group[0].weight
-        batched = config.solver == "htp" and weight.is_cuda and len(group) == 1
+        batched = SOLVERS[config.solver].solves_batches and weight.is_cuda and len(group) == 1
         return (tuple(weight.shape), weight.device) if batched else (id(group),)
 
-    return (list(run) for _, run in itertools.groupby(groups, together))
+    return (list(run) for _, run in itertools.groupby(groups, key))
 
 
-def whitened(problem: Problem) -> tuple[Tensor, Tensor]:
-    """``R W`` in float32 with entries near 1, whatever the calibration size, and its scale."""
-    return unit_scale(problem.whitener @ problem.weight.double())
+def whitened(
+    problems: Sequence[Problem],
+) -> tuple[Float[Tensor, "batch d_in d_out"], Float[Tensor, " batch"]]:
+    """``R W`` of every problem in float32 with entries near 1, whatever the calibration size, and the scales divided out."""
+    targets, scales = zip(*(unit_scale(p.whitener @ p.weight.double()) for p in problems), strict=True)
+    return torch.stack(targets), torch.stack(scales)
 
 
-def solve(
-    config: CoSpaDiConfig,
-    batch: Sequence[Problem],
-    targets: Float[Tensor, "batch d_in d_out"],
-    scales: Sequence[Tensor],
-    members: int = 1,
-) -> list[Any]:
-    """A solution of every target, at the bits of ``members`` projections side by side in each.
+def atoms_and_sparsity(config: CoSpaDiConfig, d_in: int, d_out: int, members: int) -> tuple[int, int | float]:
+    """Atoms that ``members`` projections of ``d_in × d_out`` share, and non-zeros per column, where neither is searched.
 
-    ``targets`` are the whitened weights of ``batch`` over ``scales``.
+    Raises:
+        UserError: the budget has no room for one atom and one non-zero per column.
     """
-    _, d_in, d_out = targets.shape
-    shape = d_in, d_out // members, config.compression_ratio
+    ratio, accounting = config.compression_ratio, config.accounting
     if config.fixed_atoms == IDENTITY:
-        return search.beside_identity(
-            targets,
-            torch.stack([(problem.whitener / scale).float() for problem, scale in zip(batch, scales, strict=True)]),
-            torch.stack([problem.weight.float() for problem in batch]),
-            config.compression_ratio,
-            LEARNED_FRACTIONS if config.learned_atoms == AUTO else [config.learned_atoms],
-            htp_settings(config),
-            members,
-        )
-    if config.solver == "htp" and config.rho == AUTO:
-        return search.learned_only(targets, config.compression_ratio, htp_settings(config), members)
-    atoms, sparsity = budget.atoms_and_sparsity(*shape, config.rho, config.accounting, members)
-    if config.solver == "htp":
-        return htp_batch(targets, atoms, sparsity, **htp_settings(config))
-    (problem,), target = batch, targets[0]
-    if config.solver == "ksvd":
-        return [ksvd(target, atoms, sparsity, config.rounds, config.power_iterations, config.seed)]
-    atoms, sparsity = budget.within_eigenbasis(*shape, atoms, sparsity, config.accounting, members)
-    if config.solver == "orthogonal":
-        return [orthogonal(target, atoms, sparsity, config.rounds)]
-    return [one_shot(target, atoms, sparsity, problem.whitener)]
+        return search.size_beside_identity(d_in, d_out, ratio, config.learned_atoms, members)
+    atoms, sparsity = budget.atoms_and_sparsity(d_in, d_out, ratio, config.rho, accounting, members)
+    if SOLVERS[config.solver].within_eigenbasis:
+        return budget.within_eigenbasis(d_in, d_out, ratio, atoms, sparsity, accounting, members)
+    return atoms, sparsity
 
 
-def htp_settings(config: CoSpaDiConfig) -> dict[str, Any]:
-    return {
-        "n_rounds": config.rounds,
-        "balanced": config.support == "column",
-        "first_step": config.first_step,
-        "last_step": config.last_step,
-        "cg_steps": config.cg_steps,
-        "tolerance": config.tolerance,
-    }
+def under_own_grams(config: CoSpaDiConfig, group: Sequence[Problem]) -> Solution:
+    """One dictionary for a group, the error of every projection measured under its own gram (`shared_htp`).
+
+    The coefficients of the group stand side by side.
+    """
+    weights = torch.stack([problem.weight.double() for problem in group])
+    whiteners = torch.stack([problem.whitener for problem in group])
+    _, d_in, d_out = weights.shape
+    settings = SOLVERS["htp"].settings(config)
+    if config.fixed_atoms == IDENTITY:
+        settings |= {"identity": True, "fixed_codes": weights.mT.float()}
+    fit = shared_htp(
+        (whiteners @ weights).float(),
+        whiteners,
+        *atoms_and_sparsity(config, d_in, d_out, len(group)),
+        own_rounds=OWN_ROUNDS,
+        **settings,
+    )
+    return Solution(fit.dictionary, torch.cat(list(fit.coefficients), dim=1), fit.errors)

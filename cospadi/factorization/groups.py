@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import networkx
@@ -18,17 +18,14 @@ from torch import Tensor
 
 from cospadi.errors import UserError
 from cospadi.factorization.factors import Factors
-from cospadi.factorization.methods import factorize_all
+from cospadi.factorization.methods import factorize_groups
 from cospadi.factorization.problem import Problem
 from cospadi.factorization.settings import MATCHED, SAME_INPUT, FactorizationConfig, GroupedConfig, layers_together
 from cospadi.factorization.solvers.whitening import whitener
+from cospadi.models import Projection
 
-if TYPE_CHECKING:
-    from cospadi.models import Projection
-
-    Group = tuple[Projection, ...]
-
-
+Group = tuple[Projection, ...]
+"""Projections that share; most often one alone."""
 SKETCH = 128
 """Columns of a sketch: distances between sketches are those between the matrices within some ten percent."""
 
@@ -68,34 +65,27 @@ def problems_from(
     return problem_of
 
 
-def factorize_projections(
+def factorized(
     config: FactorizationConfig,
-    projections: Sequence[Projection],
+    groups: Iterable[Sequence[Group]],
     problem_of: Callable[[Projection], Problem],
-    batches: Callable[[Sequence[Group]], Iterable[Sequence[Group]]],
-) -> Iterator[tuple[Projection, Group, Problem, Factors]]:
-    """Every projection with its group, its problem and its factors; what ``batches`` puts together is in memory together.
+) -> Iterator[tuple[Group, list[Problem], list[Factors]]]:
+    """Every group with its problems and its factors. ``groups`` come in runs that are in memory together.
 
     Raises:
         UserError: naming the projections that cannot be factorized.
     """
-    for batch in batches(groups_of(config, projections, problem_of)):
-        yield from _factorize_batch(config, batch, problem_of)
-
-
-def _factorize_batch(
-    config: FactorizationConfig, batch: Sequence[Group], problem_of: Callable[[Projection], Problem]
-) -> Iterator[tuple[Projection, Group, Problem, Factors]]:
-    """A function of its own, so that a batch's problems are gone from memory before the next one's are made."""
-    problems = [[problem_of(p) for p in group] for group in batch]
-    solved = factorize_all(config, problems)
-    for group, members in zip(batch, problems, strict=True):
-        try:
-            found = next(solved)
-        except UserError as error:
-            raise UserError(f"{', '.join(p.name for p in group)}: {error}") from error
-        for projection, problem, factors in zip(group, members, found, strict=True):
-            yield projection, group, problem, factors
+    for run in groups:
+        problems = [[problem_of(projection) for projection in group] for group in run]
+        solved = factorize_groups(config, problems)
+        for group, members in zip(run, problems, strict=True):
+            try:
+                factors = next(solved)
+            except UserError as error:
+                raise UserError(f"{', '.join(p.name for p in group)}: {error}") from error
+            yield group, members, factors
+        # A model's problems do not fit into memory together: these go before those of the next run are made.
+        del problems, solved, members, factors
 
 
 def groups_of(
@@ -218,16 +208,41 @@ def _sketches(projections: Sequence[Projection], problem_of: Callable[[Projectio
     return found
 
 
-def by_shared_input(config: FactorizationConfig, groups: Sequence[Group]) -> Iterator[list[Group]]:
-    """Groups of the same layers that read the same inputs: what has its whiteners in common. Matched pairs one by one."""
-    if not isinstance(config, GroupedConfig) or config.pairing != MATCHED:
-        size = config.group_size if isinstance(config, GroupedConfig) else 1
-        first = {p.shared_input: i for i, (p, *_) in reversed(list(enumerate(groups)))}
-        groups = sorted(groups, key=lambda group: (group[0].layer // size, first[group[0].shared_input]))
-        runs = itertools.groupby(groups, key=lambda group: (group[0].layer // size, group[0].shared_input))
-        yield from (list(run) for _, run in runs)
-        return
-    yield from ([group] for group in groups)
+def runs_in_memory(
+    config: FactorizationConfig, groups: Sequence[Group], device: torch.device
+) -> Iterator[Sequence[Group]]:
+    """Runs of groups whose problems are in memory together.
+
+    On a CPU these are groups of one shared input, which have their whiteners in common. A GPU takes as many layers as it
+    has room for, groups of one shape side by side, so that they are solved as one batch. Matched pairs come one by one.
+    """
+    if isinstance(config, GroupedConfig) and config.pairing == MATCHED:
+        return ([group] for group in groups)
+    layers = config.group_size if isinstance(config, GroupedConfig) else 1
+    if device.type == "cuda":
+        return _that_fit(groups, layers, torch.cuda.mem_get_info(device)[0])
+    return _by_shared_input(groups, layers)
+
+
+def _by_shared_input(groups: Sequence[Group], layers: int) -> Iterator[list[Group]]:
+    """Groups of the same ``layers`` consecutive layers that read the same inputs."""
+    order: dict[str, int] = {}
+    for position, group in enumerate(groups):
+        order.setdefault(group[0].shared_input, position)
+    ordered = sorted(groups, key=lambda group: (group[0].layer // layers, order[group[0].shared_input]))
+    runs = itertools.groupby(ordered, key=lambda group: (group[0].layer // layers, group[0].shared_input))
+    return (list(run) for _, run in runs)
+
+
+def _that_fit(groups: Sequence[Group], layers: int, free_bytes: int) -> Iterator[list[Group]]:
+    """Groups of as many times ``layers`` layers as half the free memory has room for, sorted by shape."""
+    blocks = [list(run) for _, run in itertools.groupby(groups, lambda group: group[0].layer // layers)]
+    # A gram and a whitener in float64; then weight, target, factors and the solver's state.
+    needed = max(sum(16 * p.d_in**2 + 64 * p.d_in * p.d_out for group in block for p in group) for block in blocks)
+    at_once = max(1, int(free_bytes / 2 // needed))
+    for first in range(0, len(blocks), at_once):
+        window = itertools.chain.from_iterable(blocks[first : first + at_once])
+        yield sorted(window, key=lambda group: (len(group), *_shape(group[0])))
 
 
 def require_whole_groups(config: FactorizationConfig, first: int, last: int, n_layers: int) -> None:

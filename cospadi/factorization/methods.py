@@ -1,15 +1,20 @@
-"""Every method: a settings class in ``settings`` and a function here that reads like its paper's algorithm box."""
+"""Every method: a settings class in ``settings`` and a function here that reads like its paper's algorithm box.
+
+Most methods see one projection at a time (`alone`). Those that can share a dictionary or a basis see groups.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import singledispatch
+from collections.abc import Callable, Iterator, Sequence
+from functools import singledispatch, wraps
+from typing import get_type_hints
 
 import torch
+from torch import Tensor
 
-from cospadi.errors import UserError
-from cospadi.factorization import budget
-from cospadi.factorization.dictionary_learning import batches, htp_settings, sizes_of_group, solve, whitened
+from cospadi.errors import AUTO, UserError
+from cospadi.factorization import budget, search
+from cospadi.factorization.dictionary_learning import atoms_and_sparsity, batches, under_own_grams, whitened
 from cospadi.factorization.factors import (
     STORAGE_DTYPES,
     Dense,
@@ -23,7 +28,7 @@ from cospadi.factorization.factors import (
 from cospadi.factorization.problem import Problem, side_by_side, unit_scale
 from cospadi.factorization.settings import (
     IDENTITY,
-    OWN_ROUNDS,
+    LEARNED_FRACTIONS,
     ASVDConfig,
     BasisSharingConfig,
     CoSpaDiConfig,
@@ -37,37 +42,62 @@ from cospadi.factorization.settings import (
     SVDLLMConfig,
     WandaConfig,
 )
+from cospadi.factorization.solver_table import SOLVERS
 from cospadi.factorization.solvers import pruning
 from cospadi.factorization.solvers.low_rank import truncated_svd
 from cospadi.factorization.solvers.oats import sparse_plus_low_rank
-from cospadi.factorization.solvers.shared import shared_htp
 from cospadi.factorization.solvers.whitening import unwhiten
 
 
 @singledispatch
-def factorize(config: FactorizationConfig, problem: Problem) -> Factors:
-    """Compress one projection by the method that ``config`` stands for.
+def factorize_groups(config: FactorizationConfig, groups: Sequence[Sequence[Problem]]) -> Iterator[list[Factors]]:
+    """Compress every group by the method that ``config`` stands for; yields its factors, in the order of ``groups``.
+
+    Projections of a group have one shape and share a dictionary or a basis, at the bits they may take together. Most
+    groups are one projection alone.
 
     Raises:
-        UserError: when the budget is too small for this shape or numbers do not fit the storage dtype.
+        UserError: the budget is too small for a shape, numbers do not fit the storage dtype, or the method shares nothing.
     """
     raise UserError(f"No factorization method is registered for {type(config).__name__}.")
 
 
-@factorize.register
+def factorize(config: FactorizationConfig, problem: Problem) -> Factors:
+    """Compress one projection: `factorize_groups` of a group of one."""
+    (factors,) = next(factorize_groups(config, [[problem]]))
+    return factors
+
+
+def alone(method: Callable[..., Factors]) -> Callable[..., Factors]:
+    """Register a method that sees one projection at a time, as its paper does."""
+
+    @wraps(method)
+    def each(config: FactorizationConfig, groups: Sequence[Sequence[Problem]]) -> Iterator[list[Factors]]:
+        for group in groups:
+            if len(group) > 1:
+                raise UserError(
+                    f"{type(config).__name__} shares nothing. Choose another method, or factorization.group_size=1."
+                )
+            yield [method(config, group[0])]
+
+    factorize_groups.register(get_type_hints(method)["config"], each)
+    return method
+
+
+@alone
 def plain(config: PlainConfig, problem: Problem) -> Factors:
     """Every weight in 16 bits."""
     return Dense(rounded(problem.weight, STORAGE_DTYPES[config.storage_dtype]))
 
 
-@factorize.register
+@alone
 def svd(config: SVDConfig, problem: Problem) -> Factors:
     """Truncated SVD of the weight."""
     left, right = truncated_svd(problem.weight, _rank(config, problem))
     return LowRank.balanced(left, right, STORAGE_DTYPES[config.storage_dtype])
 
 
-@factorize.register
+@alone
 def svd_llm(config: SVDLLMConfig, problem: Problem) -> Factors:
     """Truncated SVD of the whitened weight, solved back (SVD-LLM, arXiv:2403.07378, algorithm 1)."""
     target = problem.whitener @ problem.weight.double()
@@ -75,13 +105,19 @@ def svd_llm(config: SVDLLMConfig, problem: Problem) -> Factors:
     return LowRank.balanced(unwhiten(problem.whitener, left), right, STORAGE_DTYPES[config.storage_dtype])
 
 
-@factorize.register
-def basis_sharing(config: BasisSharingConfig, problem: Problem) -> Factors:
-    """A group of one: `svd_llm`."""
-    return factorize_group(config, [problem])[0]
+@factorize_groups.register
+def basis_sharing(config: BasisSharingConfig, groups: Sequence[Sequence[Problem]]) -> Iterator[list[Factors]]:
+    """Truncated SVD of ``R [W_1 … W_g]``, ``RᵀR`` the mean gram: one basis, private coefficients (arXiv:2410.03765)."""
+    storage = STORAGE_DTYPES[config.storage_dtype]
+    for group in groups:
+        members = len(group)
+        joint = side_by_side(group)
+        rank = budget.rank(*group[0].weight.shape, config.compression_ratio, members)
+        left, right = truncated_svd(joint.whitener @ joint.weight.double(), rank)
+        yield split(LowRank.balanced(unwhiten(joint.whitener, left), right, storage), members)
 
 
-@factorize.register
+@alone
 def asvd(config: ASVDConfig, problem: Problem) -> Factors:
     """Truncated SVD of ``S W`` with ``S = diag(mean|x|^alpha)``, scaled back (ASVD, arXiv:2312.05821, section 3.2)."""
     storage = STORAGE_DTYPES[config.storage_dtype]
@@ -93,7 +129,7 @@ def asvd(config: ASVDConfig, problem: Problem) -> Factors:
     return LowRank.balanced(left / scale[:, None], right, storage)
 
 
-@factorize.register
+@alone
 def magnitude(config: MagnitudeConfig, problem: Problem) -> Factors:
     """The largest weights of the whole matrix."""
     nonzeros = budget.nonzeros(*problem.weight.shape, config.compression_ratio)
@@ -101,7 +137,7 @@ def magnitude(config: MagnitudeConfig, problem: Problem) -> Factors:
     return SparseDictionary.of_sparse_weight(sparse, STORAGE_DTYPES[config.storage_dtype])
 
 
-@factorize.register
+@alone
 def wanda(config: WandaConfig, problem: Problem) -> Factors:
     """The weights of every output that are largest times the norm of their input (Wanda, arXiv:2306.11695)."""
     nonzeros = _pattern_nonzeros(config, problem) or budget.nonzeros_per_output(
@@ -111,7 +147,7 @@ def wanda(config: WandaConfig, problem: Problem) -> Factors:
     return SparseDictionary.of_sparse_weight(sparse, STORAGE_DTYPES[config.storage_dtype])
 
 
-@factorize.register
+@alone
 def sparsegpt(config: SparseGPTConfig, problem: Problem) -> Factors:
     """Prune input by input, the inputs that follow making up for it (SparseGPT, arXiv:2301.00774, algorithm 1)."""
     nonzeros = _pattern_nonzeros(config, problem) or budget.nonzeros(*problem.weight.shape, config.compression_ratio)
@@ -128,14 +164,14 @@ def _pattern_nonzeros(config: PruningConfig, problem: Problem) -> int | None:
     return budget.pattern_nonzeros(*problem.weight.shape, config.compression_ratio, *config.kept_of_group)
 
 
-@factorize.register
+@alone
 def oats(config: OATSConfig, problem: Problem) -> Factors:
     """``D W ≈ sparse + low rank`` with ``D = diag(‖x_i‖)``, ``D`` undone (OATS, arXiv:2409.13652, algorithm 2)."""
     storage = STORAGE_DTYPES[config.storage_dtype]
-    sizes = budget.rank_and_nonzeros(*problem.weight.shape, config.compression_ratio, config.rank_ratio)
+    rank, nonzeros = budget.rank_and_nonzeros(*problem.weight.shape, config.compression_ratio, config.rank_ratio)
     loudness = problem.input_norms[:, None]
     target, scale = unit_scale(loudness * problem.weight.double())
-    sparse, left, right = sparse_plus_low_rank(target, *sizes, config.n_rounds)
+    sparse, left, right = sparse_plus_low_rank(target, rank, nonzeros, config.n_rounds)
     undo = scale / loudness
     return SparsePlusLowRank(
         SparseDictionary.of_sparse_weight(sparse * undo, storage),
@@ -143,82 +179,58 @@ def oats(config: OATSConfig, problem: Problem) -> Factors:
     )
 
 
-@factorize.register
-def cospadi(config: CoSpaDiConfig, problem: Problem) -> Factors:
-    """Sparse dictionary learning on the whitened weight (CoSpaDi, arXiv:2509.22075, algorithm 1)."""
-    return next(_dictionaries(config, [problem]))
+@factorize_groups.register
+def cospadi(config: CoSpaDiConfig, groups: Sequence[Sequence[Problem]]) -> Iterator[list[Factors]]:
+    """Sparse dictionary learning on the whitened weight (CoSpaDi, arXiv:2509.22075, algorithm 1).
 
-
-@singledispatch
-def factorize_group(config: FactorizationConfig, problems: Sequence[Problem]) -> list[Factors]:
-    """Compress projections of equal shape that share a dictionary or a basis, at the bits they may take together.
-
-    Raises:
-        UserError: as `factorize`.
+    The projections of a group share a dictionary, fitted under their mean gram (eq. 30) or, with ``metric=own``, under
+    every projection's own.
     """
-    raise UserError(f"{type(config).__name__} shares nothing. Choose another method, or factorization.group_size=1.")
-
-
-@factorize_group.register
-def basis_sharing_group(config: BasisSharingConfig, problems: Sequence[Problem]) -> list[Factors]:
-    """Truncated SVD of ``R [W_1 … W_g]``, ``RᵀR`` the summed gram: one basis, private coefficients (arXiv:2410.03765)."""
-    joint, g = side_by_side(problems), len(problems)
-    rank = budget.rank(*problems[0].weight.shape, config.compression_ratio, g)
-    left, right = truncated_svd(joint.whitener @ joint.weight.double(), rank)
-    storage = STORAGE_DTYPES[config.storage_dtype]
-    return split(LowRank.balanced(unwhiten(joint.whitener, left), right, storage), g)
-
-
-@factorize_group.register
-def cospadi_group(config: CoSpaDiConfig, problems: Sequence[Problem]) -> list[Factors]:
-    """One dictionary under the mean gram (arXiv:2509.22075, eq. 30), or under every projection's own (`shared_htp`)."""
-    g, storage, value_bits = len(problems), STORAGE_DTYPES[config.storage_dtype], budget.value_bits(config.accounting)
-    identity = config.fixed_atoms == IDENTITY
-    if config.metric == "mean":
-        joint = side_by_side(problems)
-        target, scale = whitened(joint)
-        (fit,) = solve(config, [joint], target[None], [scale], members=g)
-        dictionary, coefficients = unwhiten(joint.whitener, fit.dictionary.double() * scale), fit.coefficients.double()
-    else:
-        weights = torch.stack([problem.weight.double() for problem in problems])
-        whiteners = torch.stack([problem.whitener for problem in problems])
-        sizes, settings = sizes_of_group(config, weights), htp_settings(config)
-        if identity:
-            settings |= {"identity": True, "fixed_codes": weights.mT.float()}
-        fit = shared_htp((whiteners @ weights).float(), whiteners, *sizes, own_rounds=OWN_ROUNDS, **settings)
-        dictionary, coefficients = fit.dictionary.double(), torch.cat(fit.coefficients, dim=1).double()
-    return split(SparseDictionary.normalized(dictionary, coefficients, storage, value_bits, identity), g)
-
-
-@singledispatch
-def factorize_all(config: FactorizationConfig, groups: Sequence[Sequence[Problem]]) -> Iterator[list[Factors]]:
-    """The factors of every group, in their order; most groups are one projection alone."""
-    for group in groups:
-        yield [factorize(config, group[0])] if len(group) == 1 else factorize_group(config, group)
-
-
-@factorize_all.register
-def cospadi_all(config: CoSpaDiConfig, groups: Sequence[Sequence[Problem]]) -> Iterator[list[Factors]]:
-    """On a GPU `htp` solves projections of equal shape, those that share with none, as one batch."""
+    solver = SOLVERS[config.solver]
+    settings = solver.settings(config)
+    ratio = config.compression_ratio
     for batch in batches(config, groups):
-        if len(batch[0]) > 1:
-            yield from (factorize_group(config, group) for group in batch)
+        members = len(batch[0])
+        if members > 1 and config.metric == "own":
+            (group,) = batch
+            fit = under_own_grams(config, group)
+            yield _stored(config, fit.dictionary, fit.coefficients, members)
+            continue
+
+        # Whitening turns the error at the layer's outputs into the error of a matrix: ‖X (W − D S)‖ = ‖R W − R D S‖.
+        problems = [side_by_side(group) for group in batch]
+        targets, scales = whitened(problems)
+        d_in, d_out = batch[0][0].weight.shape
+
+        if config.fixed_atoms == IDENTITY:
+            whiteners = torch.stack([(p.whitener / scale).float() for p, scale in zip(problems, scales, strict=True)])
+            weights = torch.stack([problem.weight.float() for problem in problems])
+            fractions = LEARNED_FRACTIONS if config.learned_atoms == AUTO else [config.learned_atoms]
+            fits = search.beside_identity(targets, whiteners, weights, ratio, fractions, settings, members)
+        elif config.rho == AUTO:
+            fits = search.learned_only(targets, ratio, settings, members)
+        elif solver.solves_batches:
+            fits = solver.solve(targets, *atoms_and_sparsity(config, d_in, d_out, members), **settings)
         else:
-            yield from ([factors] for factors in _dictionaries(config, [problem for (problem,) in batch]))
+            further = {"whitener": problems[0].whitener} if solver.needs_whitener else {}
+            fits = [solver.solve(targets[0], *atoms_and_sparsity(config, d_in, d_out, members), **settings, **further)]
+
+        # R W ≈ D S becomes W ≈ (R⁻¹ D) S, so that nothing of the whitener is stored.
+        for problem, scale, fit in zip(problems, scales, fits, strict=True):
+            dictionary = unwhiten(problem.whitener, fit.dictionary.double() * scale)
+            yield _stored(config, dictionary, fit.coefficients, members)
 
 
-def _dictionaries(config: CoSpaDiConfig, problems: Sequence[Problem]) -> Iterator[Factors]:
-    """Whiten, solve all at once, and undo the whitening: ``R W ≈ D S`` becomes ``W ≈ (R⁻¹ D) S``."""
-    targets, scales = zip(*(whitened(problem) for problem in problems), strict=True)
-    solutions = solve(config, problems, torch.stack(targets), scales)
-    for problem, scale, fit in zip(problems, scales, solutions, strict=True):
-        yield SparseDictionary.normalized(
-            unwhiten(problem.whitener, fit.dictionary.double() * scale),
-            fit.coefficients.double(),
-            STORAGE_DTYPES[config.storage_dtype],
-            budget.value_bits(config.accounting),
-            identity=config.fixed_atoms == IDENTITY,
-        )
+def _stored(config: CoSpaDiConfig, dictionary: Tensor, coefficients: Tensor, members: int) -> list[Factors]:
+    """The factors of every member of a group, in the numbers they are stored in."""
+    factors = SparseDictionary.normalized(
+        dictionary.double(),
+        coefficients.double(),
+        STORAGE_DTYPES[config.storage_dtype],
+        budget.value_bits(config.accounting),
+        identity=config.fixed_atoms == IDENTITY,
+    )
+    return split(factors, members)
 
 
 def _rank(config: FactorizationConfig, problem: Problem) -> int:

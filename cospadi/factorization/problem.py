@@ -38,7 +38,9 @@ class Problem:
 
 
 def side_by_side(problems: Sequence[Problem]) -> Problem:
-    """``[W_1 … W_g]`` under the mean gram."""
+    """``[W_1 … W_g]`` under the mean gram; a problem alone is itself."""
+    if len(problems) == 1:
+        return problems[0]
     return Problem(
         torch.cat([problem.weight for problem in problems], dim=1),
         mean_whitener(torch.stack([problem.whitener for problem in problems])),

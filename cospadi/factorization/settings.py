@@ -9,9 +9,8 @@ from omegaconf import MISSING
 
 from cospadi.errors import AUTO, UserError, require, require_at_least, require_device, require_one_of
 from cospadi.factorization.budget import pattern_ratio, pattern_too_large
+from cospadi.factorization.solver_table import SOLVERS
 
-SOLVERS = {"htp": 24, "ksvd": 60, "orthogonal": 20, "one_shot": 1}
-"""Solvers of CoSpaDi, and the alternations of each where ``n_rounds`` is not set; 60 are the paper's."""
 RHOS = (2.0, 2.5, 3.0, 3.5)
 """Atoms per non-zero that ``rho=auto`` tries."""
 LEARNED_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4)
@@ -216,7 +215,12 @@ class CoSpaDiConfig(GroupedConfig):
     @property
     def rounds(self) -> int:
         """Alternations at most."""
-        return self.n_rounds or SOLVERS[self.solver]
+        return self.n_rounds or SOLVERS[self.solver].rounds
+
+    @property
+    def balanced(self) -> bool:
+        """Whether every column has the same number of non-zeros."""
+        return self.support == "column"
 
     @property
     def _size_is_given(self) -> bool:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
+from cospadi.factorization.work import Speed
 from cospadi.pipeline.cost import (
-    Speed,
     calibrate,
     evaluate,
     evaluated_tokens,

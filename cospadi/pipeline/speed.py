@@ -10,8 +10,8 @@ import torch
 from cospadi import devices
 from cospadi.devices import synchronize
 from cospadi.errors import AUTO
+from cospadi.factorization.work import EIGEN, Speed
 from cospadi.kernels.products import products
-from cospadi.pipeline.cost import EIGEN, Speed
 
 
 def measure(device: str = AUTO, dtype: str = "float32") -> Speed:

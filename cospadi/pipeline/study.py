@@ -19,11 +19,12 @@ from pathlib import Path
 
 from cospadi.errors import UserError, did_you_mean
 from cospadi.evaluation.task_names import check_tasks
-from cospadi.factorization.settings import FactorizationConfig, layers_together
+from cospadi.factorization.settings import layers_together
+from cospadi.pipeline import recipes
 from cospadi.quantization.settings import NONE, QuantizationConfig
 from cospadi.records import DENSE, RESULTS, file_hash
 from cospadi.settings import Config, load
-from cospadi.sources.addresses import local_path, state_on_disk
+from cospadi.sources.addresses import local_path
 from cospadi.sources.checkpoints import n_layers
 from cospadi.sources.settings import TextConfig
 from cospadi.tables import PUBLISHED_FILE
@@ -251,28 +252,25 @@ class Study:
     def recipe(self, room: str, **wildcards: str) -> str:
         """The settings a job of ``room`` depends on, as canonical JSON: a change re-runs just that job."""
         if room == "text":
-            text = self.texts[wildcards["text"]]
-            return _canonical([_without(asdict(text), "title"), state_on_disk(text.source)])
+            return recipes.of_text(self.texts[wildcards["text"]])
+        if room == "tables":
+            return recipes.canonical(self._titles)
+        if room == "tracking":
+            return recipes.canonical(asdict(self.root.tracking))
         named = (wildcards.get(name) for name in ("model", "method", "ratio", "quantization"))
-        config = self.config(*named)
-        sections = {
-            "model": lambda: [_without(asdict(config.model), "title"), state_on_disk(config.model.source)],
-            "calibration": lambda: _without(asdict(config.calibration), "text", "damping"),
-            "sensitivity": lambda: _sensitivity(config.factorization),
-            "factorization": lambda: [_without(asdict(config.factorization), "title"), _damping(config)],
-            "quantization": lambda: [_without(asdict(config.quantization), "title"), _damping(config)],
-            "evaluation": lambda: _without(asdict(config.evaluation), "text", "second_text"),
-            "tables": lambda: [
-                self.study.title,
-                {c.model.name: c.model.title for c in self._configs.values()},
-                {c.factorization.name: c.factorization.title for c in self._configs.values()},
-                {c.quantization.name: c.quantization.title for c in self._configs.values()},
-                {name: text.title for name, text in self.texts.items()},
-                *self._published,
-            ],
-            "tracking": lambda: asdict(self.root.tracking),
-        }
-        return _canonical(sections[room]())
+        return recipes.of_stage(room, self.config(*named))
+
+    @property
+    def _titles(self) -> list[object]:
+        """What its tables print beside the records: titles, and published numbers."""
+        return [
+            self.study.title,
+            {c.model.name: c.model.title for c in self._configs.values()},
+            {c.factorization.name: c.factorization.title for c in self._configs.values()},
+            {c.quantization.name: c.quantization.title for c in self._configs.values()},
+            {name: text.title for name, text in self.texts.items()},
+            *self._published,
+        ]
 
     @property
     def _published(self) -> list[object]:
@@ -399,25 +397,7 @@ def _has(known: dict[str, object], override: str) -> bool:
     return field in known and not (inside and known[field] is None)
 
 
-def _sensitivity(factorization: FactorizationConfig) -> dict[str, object]:
-    """What a rank search's measurements depend on: not on the target it is later asked to meet."""
-    settings = _without(asdict(factorization), "title", "compression_ratio")
-    return settings | {"rank_search": _without(settings["rank_search"] or {}, "perplexity_budget")}
-
-
 def _place(text: TextConfig) -> tuple[str | None, ...]:
     path = local_path(text.source)
     source = text.source if path is None else str(path.resolve())
     return source, text.dataset_config, text.split if text.parser == "dataset" else None
-
-
-def _damping(config: Config) -> dict[str, float]:
-    return {"damping": config.calibration.damping}
-
-
-def _without(settings: dict[str, object], *names: str) -> dict[str, object]:
-    return {key: value for key, value in settings.items() if key not in names}
-
-
-def _canonical(settings: object) -> str:
-    return json.dumps(settings, sort_keys=True)

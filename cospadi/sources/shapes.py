@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ class Shape:
             "mlp.up_proj": (h, i),
             "mlp.down_proj": (i, h),
         }
+
+    @property
+    def sizes(self) -> dict[tuple[int, int], int]:
+        """How many projections of each ``(d_in, d_out)`` the model has."""
+        counts = Counter(self.projections.values())
+        return {size: self.layers * count for size, count in counts.items()}
 
     @property
     def compressed(self) -> int:

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from cospadi import cli
-from cospadi.bench import problems
-from cospadi.bench.problems import Shape
+from cospadi.bench import cases
+from cospadi.sources.shapes import Shape
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ def test_models_are_compared(folders, tmp_path, capsys):
 
 
 def test_a_shape_is_measured_without_a_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(problems.SHAPES, "tiny", Shape(hidden=32, intermediate=48, kv=16, blocks=1))
+    monkeypatch.setitem(cases.SHAPES, "tiny", Shape(32, 48, 32, 16, layers=1, vocabulary=64, tied=True))
     command = ["bench", "inference", "--shape", "tiny", "--ratios", "0.3,0.5", "--rounds", "1", "--prefill", "20"]
     assert cli.main([*command, "--json", str(tmp_path / "b.json")]) == 0
     rows = json.loads((tmp_path / "b.json").read_text())

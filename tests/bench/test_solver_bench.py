@@ -8,11 +8,12 @@ import references
 import torch
 
 from cospadi import cli
-from cospadi.bench import problems, render, solver
-from cospadi.bench.solvers import SOLVERS, Settings, suited, timed
+from cospadi.bench import cases, render, solver
+from cospadi.bench.solvers import MEASURED, Settings, suited, timed
 from cospadi.bench.usage import usage
 from cospadi.factorization.solvers.ksvd import first_atoms, ksvd
 from cospadi.factorization.solvers.sparse_coding import sparse_code
+from cospadi.sources.shapes import Shape
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -73,7 +74,7 @@ def rows_of(folder) -> dict[str, dict]:
 
 def test_the_json_is_a_list_of_measurements(reports):
     rows = rows_of(reports)
-    assert list(rows) == [*SOLVERS, "sklearn_omp", "sparse_code"]
+    assert list(rows) == [*MEASURED, "sklearn_omp", "sparse_code"]
     for row in rows.values():
         assert {key: type(row[key]) for key in SCHEMA} == SCHEMA
         assert 0 < row["output_error"] < 1
@@ -93,7 +94,7 @@ def test_times_to_an_error_are_parts_of_the_yardsticks_time(reports):
     rows = rows_of(reports)
     yardstick = rows["ksvd_plain"]
     assert 0 < yardstick["time_to_plain"] <= 1
-    for name in SOLVERS:
+    for name in MEASURED:
         reached = rows[name]["seconds_to_plain"]
         if reached is None:
             assert rows[name]["output_error"] > yardstick["output_error"]
@@ -145,7 +146,7 @@ def test_htp_tells_how_it_uses_the_machine(reports):
 
 def test_the_markdown_holds_a_line_per_solver(reports):
     text = (reports / "markdown.png").read_text()
-    for name in SOLVERS:
+    for name in MEASURED:
         assert len(re.findall(rf"^\| 24x40 \| 24×40 \| 0.3 \| {name} \|", text, re.MULTILINE)) == 1
     widths = {line.count("|") for line in text.split("\n\n")[1].splitlines()}
     assert len(widths) == 1
@@ -167,30 +168,32 @@ def test_the_figure_is_a_picture(reports):
 
 
 def test_a_finished_problem_is_kept_when_the_next_one_fails(tmp_path, monkeypatch):
-    def breaks(problem, settings, progress):
-        if problem.ratio == 0.4:
-            raise KeyboardInterrupt
-        return SOLVERS["one_shot"](problem, settings, progress)
+    whole = MEASURED["one_shot"]
 
-    monkeypatch.setitem(SOLVERS, "breaks", breaks)
+    def breaks(case, settings, progress):
+        if case.ratio == 0.4:
+            raise KeyboardInterrupt
+        return whole(case, settings, progress)
+
+    monkeypatch.setitem(MEASURED, "one_shot", breaks)
     with pytest.raises(KeyboardInterrupt):
-        cli.main([*SMALL, "--solvers", "breaks", "--ratios", "0.2,0.4", "--json", str(tmp_path / "rows.json")])
+        cli.main([*SMALL, "--solvers", "one_shot", "--ratios", "0.2,0.4", "--json", str(tmp_path / "rows.json")])
     assert [row["ratio"] for row in json.loads((tmp_path / "rows.json").read_text())] == [0.2]
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--solvers", "htp,nope"], "--solvers nope does not exist. Choose from htp, ksvd, ksvd_plain,"),
+        (["--solvers", "htp,nope"], "--solvers nope does not exist. Choose from htp, ksvd, orthogonal,"),
         (["--matrix", "5by4"], "--matrix 5by4 is not a size."),
         (["--matrix", "0x4"], "--matrix 0x4 is not a size."),
         (["--shape", "gpt"], "--shape gpt does not exist. Choose from smollm2-135m, llama-3.2-1b, llama-3-8b."),
         (["--matrix", "24x40", "--ratios", "2"], "--ratios 2 is not between 0 and 1."),
-        (["--matrix", "24x40", "--ratios", "a"], "--ratios a is no list of numbers."),
+        (["--matrix", "24x40", "--ratios", "a"], "--ratios a is not a list of numbers."),
         (["--matrix", "24x40", "--rho", "0.5"], "--rho 0.5 is too small."),
         (["--rounds", "0"], "--rounds 0 is too small."),
         (["--device", "abacus"], "--device=abacus is no device."),
-        (["--json", "/dev/null"], "/dev/null is no regular file"),
+        (["--json", "/dev/null"], "/dev/null is not a regular file"),
         (["--figure", "errors.txt"], "--figure errors.txt is neither .png nor .svg."),
         (["--solvers", ","], "--solvers is empty."),
         (["--layers", ""], "--layers is empty."),
@@ -217,9 +220,9 @@ def test_without_scikit_learn_it_is_asked_for(refused, monkeypatch):
 
 
 def test_a_whole_model(monkeypatch, capsys, tmp_path):
-    tiny = problems.Shape(hidden=32, intermediate=48, kv=16, blocks=2)
+    tiny = Shape(32, 48, 32, 16, layers=2, vocabulary=64, tied=True)
     assert tiny.sizes == {(32, 32): 4, (32, 16): 4, (32, 48): 4, (48, 32): 2}
-    monkeypatch.setitem(problems.SHAPES, "tiny", tiny)
+    monkeypatch.setitem(cases.SHAPES, "tiny", tiny)
     file = tmp_path / "rows.json"
     arguments = [
         "bench",
@@ -249,35 +252,35 @@ def test_a_whole_model(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize(("shape", "projections"), [("llama-3.2-1b", 112), ("llama-3-8b", 224)])
 def test_known_shapes_have_all_their_projections(shape, projections):
-    assert sum(problems.SHAPES[shape].sizes.values()) == projections
+    assert sum(cases.SHAPES[shape].sizes.values()) == projections
 
 
 @pytest.mark.parametrize("size", [(20, 30), (30, 20)])
 def test_a_random_target_has_the_spectrum_it_is_said_to_have(size):
-    target = problems.power_law(*size, torch.Generator().manual_seed(1))
+    target = cases.power_law(*size, torch.Generator().manual_seed(1))
     assert target.shape == size
     values = torch.linalg.svdvals(target.double())
-    expected = torch.arange(1, 21, dtype=torch.float64) ** -problems.DECAY
+    expected = torch.arange(1, 21, dtype=torch.float64) ** -cases.DECAY
     torch.testing.assert_close(values / values[0], expected, rtol=1e-4, atol=0)
     assert float(target.square().mean()) == pytest.approx(1, rel=1e-4)
 
 
-def test_random_problems_come_from_the_seed():
-    first, again, other = (problems.random_problems("20x30", [0.2, 0.4], 2.0, seed, CPU) for seed in (1, 1, 2))
+def test_random_cases_come_from_the_seed():
+    first, again, other = (cases.random_cases("20x30", [0.2, 0.4], 2.0, seed, CPU) for seed in (1, 1, 2))
     assert [p.ratio for p in first] == [0.2, 0.4]
     assert torch.equal(first[0].target, again[1].target)
     assert not torch.equal(first[0].target, other[0].target)
 
 
 def test_an_orthogonal_dictionary_takes_no_more_atoms_than_inputs():
-    (problem,) = problems.random_problems("16x400", [0.2], 2.0, 0, CPU)
-    wide = problems.Problem("w", problem.target, 0.2, atoms=20, sparsity=3)
+    (problem,) = cases.random_cases("16x400", [0.2], 2.0, 0, CPU)
+    wide = cases.Case("w", problem.target, 0.2, atoms=20, sparsity=3)
     assert suited("htp", wide) is wide
     assert suited("orthogonal", wide).atoms == 16
 
 
 def test_plain_coding_is_orthogonal_matching_pursuit():
-    (problem,) = problems.random_problems("20x30", [0.3], 2.0, 3, CPU)
+    (problem,) = cases.random_cases("20x30", [0.3], 2.0, 3, CPU)
     dictionary = first_atoms(problem.target, 24, seed=0)
     found = sparse_code(dictionary, problem.target, 5, compiled=False)
     assert (found != 0).sum(dim=0).max() == 5
@@ -285,7 +288,7 @@ def test_plain_coding_is_orthogonal_matching_pursuit():
 
 
 def test_plain_ksvd_improves_and_replaces_unused_atoms():
-    (problem,) = problems.random_problems("20x30", [0.3], 2.0, 3, CPU)
+    (problem,) = cases.random_cases("20x30", [0.3], 2.0, 3, CPU)
     errors = []
     fit = ksvd(problem.target, 40, 4, 8, progress=lambda done, e: errors.append(e), compiled=False)
     dictionary, coefficients = fit.dictionary, fit.coefficients
@@ -295,7 +298,7 @@ def test_plain_ksvd_improves_and_replaces_unused_atoms():
 
 
 def test_timing_reports_the_error_of_what_is_returned():
-    (problem,) = problems.random_problems("20x30", [0.3], 2.0, 3, CPU)
+    (problem,) = cases.random_cases("20x30", [0.3], 2.0, 3, CPU)
     run = timed("ksvd_plain", problem, Settings(rounds=4, seed=0))
     assert run.rounds == 4
     assert run.output_error == pytest.approx(min(error for _, error in run.curve), rel=1e-4)

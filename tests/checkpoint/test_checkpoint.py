@@ -29,7 +29,7 @@ from cospadi.checkpoint.transformers_plugin import CoSpaDiQuantizer
 from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.factorization.factors import KINDS, LowRank, SparseDictionary, SparsePlusLowRank, stored_bits
-from cospadi.factorization.methods import factorize_all
+from cospadi.factorization.methods import factorize_groups
 from cospadi.factorization.problem import Problem
 from cospadi.factorization.settings import CoSpaDiConfig, OATSConfig, PlainConfig, SVDLLMConfig, WandaConfig
 from cospadi.models import Checkpoint, find_projections
@@ -73,7 +73,7 @@ def factors_of(folder, model, method):
     dense = Checkpoint(folder)
     for projection in find_projections(folder, model):
         problem = Problem(dense.weight(projection), torch.eye(projection.d_in).double(), torch.ones(projection.d_in))
-        (factors,) = next(factorize_all(METHODS[method], [[problem]]))
+        (factors,) = next(factorize_groups(METHODS[method], [[problem]]))
         if bits := re.search("int.|float8", method):
             config = QuantizationConfig(name="", title="", dictionary=bits[0], values=bits[0], group_size=32)
             (factors,) = quantize(config, [factors], [problem])

