@@ -1,4 +1,4 @@
-"""What the solvers are given: real projections, random targets like them, and whole models of such targets."""
+"""What the solvers are measured on: real projections, random targets like them, and whole models of such targets."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from cospadi.factorization import budget
 from cospadi.factorization.solvers.whitening import whitener
 from cospadi.sources.shapes import KNOWN
 
-MODEL, CALIBRATION = "smollm2_135m", "news"
-"""Whose projections are taken from a finished run: those of the default study."""
+MODEL = "smollm2_135m"
+"""The model whose projections are taken from a finished run: that of the default study."""
+CALIBRATION = "news"
+"""The calibration of the default study."""
 DECAY = 0.6
 """Exponent of a random target's spectrum: fitted to whitened gate and down projections of the default model, which gave 0.48
 to 0.66; query and key projections fall faster and are easier."""
@@ -30,11 +32,11 @@ class Case:
     """A target and a budget, which every solver is measured on."""
 
     weight: str
-    """What the table calls it."""
+    """Label of the weight in the table."""
     target: Float[Tensor, "d_in d_out"]
     """Whitened weight, float32, root mean square 1 as the pipeline hands it to a solver."""
     ratio: float
-    """Fraction of the stored bits that goes."""
+    """Fraction of the stored bits that is removed."""
     atoms: int
     sparsity: int
     """Non-zeros per column of the coefficients."""
@@ -104,13 +106,13 @@ def real_cases(
             f"`snakemake --cores all results/calibration/{MODEL}/{CALIBRATION}/grams`, or take --matrix 576x1536."
         )
     settings = config.load([f"model={MODEL}"])
-    found = {(p.layer, _short(p.projection)): p for p in models.find_projections(checkpoint, settings.model)}
-    _known("--layers", layers, [layer for layer, _ in found])
-    _known("--projections", projections, [name for _, name in found])
+    projections_of = {(p.layer, _short(p.projection)): p for p in models.find_projections(checkpoint, settings.model)}
+    _require_there("--layers", layers, [layer for layer, _ in projections_of])
+    _require_there("--projections", projections, [name for _, name in projections_of])
     weights = models.Checkpoint(checkpoint)
     cases = []
     for key in ((layer, name) for layer in layers for name in projections):
-        projection = found[key]
+        projection = projections_of[key]
         gram, _ = read_statistics(
             grams, projection.layer, projection.shared_input, torch.device("cpu"), projection.attended
         )
@@ -148,7 +150,9 @@ def _short(projection: str) -> str:
     return projection.rpartition(".")[2].removesuffix("_proj")
 
 
-def _known(option: str, asked: Sequence[object], known: Sequence[object]) -> None:
-    for name in asked:
-        if name not in known:
-            raise UserError(f"{option} {name} does not exist. {MODEL} has {', '.join(map(str, dict.fromkeys(known)))}.")
+def _require_there(option: str, names: Sequence[object], existing: Sequence[object]) -> None:
+    for name in names:
+        if name not in existing:
+            raise UserError(
+                f"{option} {name} does not exist. {MODEL} has {', '.join(map(str, dict.fromkeys(existing)))}."
+            )

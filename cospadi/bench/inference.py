@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     """Measure what the options of `cospadi.bench.arguments` ask for, and report.
 
     Raises:
-        UserError: when an option, or a checkpoint, does not do.
+        UserError: an option or a checkpoint is invalid.
     """
     for name in ("prefill", "tokens", "rounds"):
         if getattr(options, name) < 1:
@@ -87,8 +87,8 @@ def _models(options: argparse.Namespace, device: torch.device, dtype: torch.dtyp
     for name, folder in folders.items():
         files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         memory = _apart(_resident, folder, options.dtype, str(device), torch.get_num_threads())
-        found = {} if name == DENSE else ledger(folder)
-        rows[name] = {"model": name, "file_bytes": files, "removed": found.get("removed", 0.0), **memory}
+        removed = 0.0 if name == DENSE else ledger(folder)["removed"]
+        rows[name] = {"model": name, "file_bytes": files, "removed": removed, **memory}
     networks = {name: _opened(folder, dtype).to(device) for name, folder in folders.items()}
     jobs: dict[str, Callable[[PreTrainedModel], float]] = {
         "prefill": lambda m: _prefill(m, options.prefill, device),
@@ -108,7 +108,9 @@ def _opened(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         compressed = "quantization_config" in read_json(folder / "config.json")
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no readable config.json, so it is no checkpoint. Correct the path.") from error
+        raise UserError(
+            f"{folder} holds no readable config.json, so it is not a checkpoint. Correct the path."
+        ) from error
     if compressed:
         return load(folder, dtype)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -204,7 +206,7 @@ def _stacks(options: argparse.Namespace, device: torch.device, dtype: torch.dtyp
     try:
         ratios = [float(ratio) for ratio in options.ratios.split(",")]
     except ValueError as error:
-        raise UserError(f"--ratios {options.ratios} is no list of numbers. Write 0.2,0.3.") from error
+        raise UserError(f"--ratios {options.ratios} is not a list of numbers. Write 0.2,0.3.") from error
     kinds = [(DENSE, 0.0)] + [(kind, ratio) for ratio in ratios for kind in ("svd_llm", "cospadi")]
     rows = {kind: {"model": kind[0], "ratio": kind[1]} for kind in kinds}
     stacks = {kind: _stack(options.shape, *kind, options.rho, device, dtype) for kind in kinds}
@@ -234,6 +236,7 @@ def _stack(
 
 def _layer(kind: str, d_in: int, d_out: int, ratio: float, rho: float, dtype: torch.dtype, seed: int) -> nn.Module:
     storage = "bfloat16" if dtype == torch.bfloat16 else "float16"
+    """A layer with random factors of the right sizes and storage dtype."""
     draw = torch.Generator().manual_seed(seed)
     if kind == DENSE:
         dense = nn.Linear(d_in, d_out, bias=False, device="meta").to_empty(device="cpu").to(dtype)
@@ -267,7 +270,8 @@ def _pass_rate(stack: Sequence[nn.Module], rows: int, device: torch.device, dtyp
     through()  # compile, derive, warm up
     with _replayed(through, device) as once:
         synchronize(device)
-        started, passes = time.perf_counter(), 0
+        started = time.perf_counter()
+        passes = 0
         while passes < 3 or time.perf_counter() - started < 0.5:
             once()
             synchronize(device)
@@ -325,13 +329,13 @@ def _add_speeds(
 def _in_turn(models: dict[Any, Any], jobs: dict[str, Callable[[Any], float]], rounds: int) -> dict[Any, float]:
     """Median of every job for every model, all models in turn in each round; the first round only warms up."""
     progress = Progress((1 + rounds) * len(models) * len(jobs), "bench inference")
-    found: dict[Any, list[float]] = {(name, job): [] for name in models for job in jobs}
+    rates: dict[Any, list[float]] = {(name, job): [] for name in models for job in jobs}
     for number in range(1 + rounds):
         for job, measure in jobs.items():
             for name, model in models.items():
                 rate = measure(model)
                 if number:
-                    found[name, job].append(rate)
-                told = name if isinstance(name, str) else " ".join(map(str, name))
-                progress.step(f"{told}, {job}", f"{rate:.1f} tok/s")
-    return {key: median(rates) for key, rates in found.items()}
+                    rates[name, job].append(rate)
+                label = name if isinstance(name, str) else " ".join(map(str, name))
+                progress.step(f"{label}, {job}", f"{rate:.1f} tok/s")
+    return {key: median(several) for key, several in rates.items()}

@@ -36,11 +36,11 @@ from cospadi.progress import Progress
 from cospadi.records import write_json, write_text
 
 Row = dict[str, Any]
-"""A measurement as it stands in the JSON file."""
+"""A measurement as it is written to the JSON file."""
 SLOW = 10.0
-"""Seconds: a run that took longer is not repeated."""
+"""Seconds after which a run is not repeated."""
 ROUNDING = 1e-6
-"""By how much of itself an error that was computed in another way may be missed and still count as reached."""
+"""Relative difference at which an error still counts as reached, since solvers compute it in another way."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -109,9 +109,9 @@ def measure(cases: Sequence[Case], names: Sequence[str], settings: Settings, rep
         rows = []
         for name in solvers:
             rows.append(_solved(name, case, settings, repeats))
-            seconds, error = rows[-1]["seconds"], rows[-1]["output_error"]
-            what = f"{case.weight} at {case.ratio:g}, {name}"
-            progress.step(what, f"{seconds:.3g} s, error {error:.4f}", costs[i, name])
+            label = f"{case.weight} at {case.ratio:g}, {name}"
+            outcome = f"{rows[-1]['seconds']:.3g} s, error {rows[-1]['output_error']:.4f}"
+            progress.step(label, outcome, costs[i, name])
         _compare(rows)
         yield rows
     if OMP in names:
@@ -120,7 +120,7 @@ def measure(cases: Sequence[Case], names: Sequence[str], settings: Settings, rep
 
 
 def _warm_up(names: Sequence[str], settings: Settings, device: torch.device) -> None:
-    """Whatever is compiled, loaded or allocated on the first call is no part of any time."""
+    """A first call compiles, loads and allocates, which is not part of any time."""
     target = power_law(32, 48, torch.Generator().manual_seed(0)).to(device)
     (tiny,) = at_ratios("warm-up", target, [0.3], rho=2.0)
     for name in names:
@@ -160,12 +160,12 @@ def _row(solver: str, case: Case, rounds: int, seconds: float, error: float) -> 
 def _efficiency(case: Case, seconds: float, settings: Settings) -> Row:
     """How well ``htp`` uses the machine: see the notes under the table."""
     device = case.target.device
-    seen = usage(lambda: MEASURED["htp"](case, settings, lambda done, error: None), device)
+    used = usage(lambda: MEASURED["htp"](case, settings, lambda done, error: None), device)
     return {
-        "gflops": seen.flops / seconds / 1e9,
+        "gflops": used.flops / seconds / 1e9,
         "peak_gflops": {k: v / 1e9 for k, v in product_peaks(case.d_out, case.d_in, case.atoms, device).items()},
-        "product_share": seen.product_share,
-        "memory_multiple": seen.peak_bytes / (case.target.numel() * 4),
+        "product_share": used.product_share,
+        "memory_multiple": used.peak_bytes / (case.target.numel() * 4),
     }
 
 
@@ -223,10 +223,10 @@ def _list(option: str, text: str) -> list[str]:
     >>> _list("--solvers", "htp, ksvd")
     ['htp', 'ksvd']
     """
-    found = [part.strip() for part in text.split(",") if part.strip()]
-    if not found:
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
         raise UserError(f"{option} is empty. Name one or more, with commas between.")
-    return found
+    return names
 
 
 def _numbers(option: str, text: str, kind: type) -> list:

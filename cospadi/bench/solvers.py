@@ -91,10 +91,10 @@ def named(names: Sequence[str]) -> list[str]:
     Raises:
         UserError: when one is unknown, or scikit-learn is asked for and missing.
     """
-    known = [*MEASURED, OMP]
+    solvers = [*MEASURED, OMP]
     for name in names:
-        if name not in known:
-            raise UserError(f"--solvers {name} does not exist. Choose from {', '.join(known)}.")
+        if name not in solvers:
+            raise UserError(f"--solvers {name} does not exist. Choose from {', '.join(solvers)}.")
     if OMP in names and importlib.util.find_spec("sklearn") is None:
         raise UserError(f"--solvers {OMP} needs scikit-learn. Install it, or leave {OMP} out.")
     return list(dict.fromkeys(names))

@@ -37,7 +37,7 @@ class Job:
 
     @property
     def work(self) -> float:
-        """Operations, up to a factor."""
+        """Operations of all rounds, up to a constant factor."""
         return float(self.count * self.d_out * self.atoms * (self.d_in + self.atoms))
 
     def targets(self, first: int, count: int, seed: int, device: torch.device) -> Float[Tensor, "count d_in d_out"]:
@@ -75,13 +75,16 @@ def measure(
 def check(job: Job, seed: int, device: torch.device) -> float:
     """By how much of it the output error of one matrix differs from that of float64 on the CPU."""
     target = job.targets(0, 1, seed, device)
-    found, exact = (htp_batch(y, job.atoms, job.sparsity)[0] for y in (target, target.double().cpu()))
+    (fast,) = htp_batch(target, job.atoms, job.sparsity)
+    (exact,) = htp_batch(target.double().cpu(), job.atoms, job.sparsity)
     reference = output_error(target[0].cpu(), exact.dictionary, exact.coefficients)
-    return abs(output_error(target[0], found.dictionary, found.coefficients) - reference) / reference
+    return abs(output_error(target[0], fast.dictionary, fast.coefficients) - reference) / reference
 
 
 def _row(shape: str, job: Job, seed: int, device: torch.device, at_a_time: int) -> dict[str, Any]:
-    seconds, rounds, errors = 0.0, 0, []
+    seconds = 0.0
+    rounds = 0
+    errors: list[float] = []
     for first in range(0, job.count, at_a_time):
         targets = job.targets(first, min(at_a_time, job.count - first), seed, device)
         synchronize(device)
@@ -93,7 +96,7 @@ def _row(shape: str, job: Job, seed: int, device: torch.device, at_a_time: int) 
         errors += [output_error(y, f.dictionary, f.coefficients) for y, f in zip(targets, solutions, strict=True)]
         del solutions
     targets = job.targets(0, at_a_time, seed, device)
-    seen = usage(lambda: htp_batch(targets, job.atoms, job.sparsity), device)
+    used = usage(lambda: htp_batch(targets, job.atoms, job.sparsity), device)
     peaks = product_peaks(job.d_out, job.d_in, job.atoms, device)
     return {
         "solver": "htp",
@@ -108,11 +111,11 @@ def _row(shape: str, job: Job, seed: int, device: torch.device, at_a_time: int) 
         "output_error": fmean(errors),
         "matrices": job.count,
         "batch": at_a_time,
-        "gflops": seen.flops / at_a_time * job.count / seconds / 1e9,
+        "gflops": used.flops / at_a_time * job.count / seconds / 1e9,
         "peak_gflops": {name: peak / 1e9 for name, peak in peaks.items()},
-        "product_share": seen.product_share,
-        "memory_multiple": seen.peak_bytes / (4 * job.d_in * job.d_out * at_a_time),
-        "peak_bytes": seen.peak_bytes,
+        "product_share": used.product_share,
+        "memory_multiple": used.peak_bytes / (4 * job.d_in * job.d_out * at_a_time),
+        "peak_bytes": used.peak_bytes,
     }
 
 

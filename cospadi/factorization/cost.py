@@ -69,7 +69,8 @@ def low_rank(
     config: SVDConfig | SVDLLMConfig | ASVDConfig | BasisSharingConfig, d_in: int, d_out: int, members: int
 ) -> Work:
     """The eigendecomposition of a gram, and products with its leading vectors."""
-    m, n = d_in, members * d_out
+    m = d_in
+    n = members * d_out
     rank = m * n / (m + n)
     short = min(m, n)
     return Work(double=2 * m * n * short + 2 * m * n * rank + m**2 * rank, eigen=EIGEN * short**3)
@@ -85,7 +86,8 @@ def sparsegpt(config: SparseGPTConfig, d_in: int, d_out: int, members: int) -> W
 @own_work.register
 def oats(config: OATSConfig, d_in: int, d_out: int, members: int) -> Work:
     """Narrow products and QR, at a third of the speed of large products."""
-    m, n = d_in, members * d_out
+    m = d_in
+    n = members * d_out
     rank = config.rank_ratio * (1 - config.compression_ratio) * m * n / (m + n)
     return Work(product=config.n_rounds * 3 * 6 * m * n * rank)
 

@@ -45,7 +45,8 @@ def atoms_and_sparsity(config: CoSpaDiConfig, d_in: int, d_out: int, members: in
     Raises:
         UserError: the budget has no room for one atom and one non-zero per column.
     """
-    ratio, accounting = config.compression_ratio, config.accounting
+    ratio = config.compression_ratio
+    accounting = config.accounting
     if config.fixed_atoms == IDENTITY:
         return search.size_beside_identity(d_in, d_out, ratio, config.learned_atoms, members)
     atoms, sparsity = budget.atoms_and_sparsity(d_in, d_out, ratio, config.rho, accounting, members)

@@ -49,8 +49,9 @@ def problems_from(
     def problem_of(projection: Projection) -> Problem:
         key = projection.layer, projection.shared_input, projection.attended
         try:
-            if (known := beside.get(key)) is not None:
-                root, absolute_mean = known.whitener, known.absolute_mean
+            if (sibling := beside.get(key)) is not None:
+                root = sibling.whitener
+                absolute_mean = sibling.absolute_mean
             else:
                 gram, absolute_mean = statistics_of(projection)
                 root = whitener(gram, damping)
@@ -112,7 +113,7 @@ def consecutive(
 ) -> list[Group]:
     """Same-named projections of ``size`` consecutive layers, counted from layer 0; the rest at the end is a smaller group.
 
-    With ``siblings`` those of equal shape that read the same input, weighed alike, are in one group, too.
+    With ``siblings`` those of equal shape that read the same input, weighted alike, are in one group, too.
 
     Raises:
         UserError: those of a group differ in shape.
@@ -198,14 +199,14 @@ def sketch(weight: Float[Tensor, "d_in d_out"], root: Float[Tensor, "d_in d_in"]
 
 
 def _sketches(projections: Sequence[Projection], problem_of: Callable[[Projection], Problem]) -> dict[str, Tensor]:
-    """Those of one input one after another, so that they share its whitener and the root of its gram."""
-    found = {}
+    """Sketches of all weights. Those of one input come one after another, to share its whitener and the root of its gram."""
+    sketches = {}
     for _, run in itertools.groupby(projections, key=lambda p: (p.layer, p.shared_input)):
         members = list(run)
         problems = [problem_of(p) for p in members]
         root = gram_root(problems[0].whitener)
-        found |= {p.name: sketch(problem.weight, root) for p, problem in zip(members, problems, strict=True)}
-    return found
+        sketches |= {p.name: sketch(problem.weight, root) for p, problem in zip(members, problems, strict=True)}
+    return sketches
 
 
 def runs_in_memory(
@@ -253,7 +254,8 @@ def require_whole_groups(config: FactorizationConfig, first: int, last: int, n_l
     step = layers_together(config, n_layers)
     if first % step == 0 and ((last + 1) % step == 0 or last >= n_layers - 1):
         return
-    begin, end = first - first % step, min((last // step + 1) * step, n_layers) - 1
+    begin = first - first % step
+    end = min((last // step + 1) * step, n_layers) - 1
     why = f"factorization.pairing={MATCHED}" if config.pairing == MATCHED else f"factorization.group_size={step}"
     raise UserError(
         f"--layers {first:03d}-{last:03d} cuts a group of layers that share ({why}). "

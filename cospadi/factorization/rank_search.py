@@ -50,7 +50,8 @@ def fewest_that_fit(
             f"{compression_ratio:g}: the harshest choice stores {least} bits, {allowed} are allowed. "
             f"Add a truncation ratio of {1 - compression_ratio:g} or less."
         )
-    low, high = 0, len(pairs)
+    low = 0
+    high = len(pairs)
     while low < high:
         middle = (low + high) // 2
         if bits_of(projections, smallest_accepted(pairs[:middle])) <= allowed:

@@ -45,9 +45,11 @@ def learned_only(
         start = first_atoms(targets[which], *size, basis[which])
         return htp_batch(targets[which], *size, **settings | {"n_rounds": n_rounds}, start=start)
 
-    everything, n_rounds = list(range(len(targets))), settings["n_rounds"]
+    everything = list(range(len(targets)))
+    n_rounds = settings["n_rounds"]
     if len(sizes) == 1:
         return solve(everything, sizes[0], n_rounds)
+    # Matrices that chose the same size are run to the end as one batch.
     chosen, _ = _probed(len(targets), sizes, solve)
     solutions: dict[int, Solution] = {}
     for candidate in sorted(set(chosen)):
@@ -84,21 +86,29 @@ def beside_identity(
     codes = weights.mT.contiguous()
 
     def solve(which: list[int], size: Size, n_rounds: int, start: Tensor | None = None) -> list[Solution]:
-        given = {"n_rounds": n_rounds, "fixed": whiteners[which], "fixed_codes": codes[which]}
+        further = {"n_rounds": n_rounds, "fixed": whiteners[which], "fixed_codes": codes[which]}
         start = None if start is None else start[which, :, : size[0]]
-        return htp_batch(targets[which], *size, **settings | given, start=start)
+        return htp_batch(targets[which], *size, **settings | further, start=start)
 
-    everything, n_rounds = list(range(len(targets))), settings["n_rounds"]
+    everything = list(range(len(targets)))
+    n_rounds = settings["n_rounds"]
+    # Without learned atoms, sparse least squares on the weight settles in a third of the rounds.
     solutions = solve(everything, sizes[0], n_rounds if sizes[0][0] else max(1, n_rounds // 3))
     if len(sizes) == 1:
         return solutions
-    left = torch.stack([y - r @ found.coefficients for y, r, found in zip(targets, whiteners, solutions, strict=True)])
-    basis = left_singular_vectors(left, max(atoms for atoms, _ in sizes))
+
+    # Learned atoms start where the identity's atoms leave most: singular vectors of the residual.
+    residuals = torch.stack([y - r @ fit.coefficients for y, r, fit in zip(targets, whiteners, solutions, strict=True)])
+    basis = left_singular_vectors(residuals, max(atoms for atoms, _ in sizes))
     chosen, errors = _probed(len(targets), sizes[1:], lambda which, size, rounds: solve(which, size, rounds, basis))
+
+    # A full run only where the short one came near, and its result only where it ends lower.
     for candidate, size in enumerate(sizes[1:]):
         which = [i for i in everything if chosen[i] == candidate and errors[i] < WITHIN_REACH * solutions[i].errors[-1]]
-        for i, found in zip(which, solve(which, size, n_rounds, basis) if which else [], strict=True):
-            solutions[i] = min(solutions[i], found, key=lambda solution: solution.errors[-1])
+        if not which:
+            continue
+        for i, with_atoms in zip(which, solve(which, size, n_rounds, basis), strict=True):
+            solutions[i] = min(solutions[i], with_atoms, key=lambda solution: solution.errors[-1])
     return solutions
 
 
@@ -124,7 +134,8 @@ def _those_that_fit(size_of: Callable[[float], Size], candidates: Sequence[float
     Raises:
         UserError: when it has room for none.
     """
-    sizes, error = [], None
+    sizes: list[Size] = []
+    error: UserError | None = None
     for candidate in candidates:
         try:
             sizes.append(size_of(candidate))
@@ -137,12 +148,16 @@ def _those_that_fit(size_of: Callable[[float], Size], candidates: Sequence[float
 
 def _probed(count: int, sizes: Sequence[Size], solve: Solve) -> tuple[list[int], list[float]]:
     """The best size of every matrix after a short run, and its error; sizes go up until the matrix gains no more."""
-    chosen, lowest, going = [0] * count, [float("inf")] * count, list(range(count))
+    chosen = [0] * count
+    lowest = [float("inf")] * count
+    improving = list(range(count))
     for candidate, size in enumerate(sizes):
-        errors = {i: s.errors[-1] for i, s in zip(going, solve(going, size, PROBE_ROUNDS), strict=True)}
-        going = [i for i in going if errors[i] < lowest[i]]  # each on its own: a batch changes nothing
-        for i in going:
-            chosen[i], lowest[i] = candidate, errors[i]
-        if not going:
+        errors = {i: s.errors[-1] for i, s in zip(improving, solve(improving, size, PROBE_ROUNDS), strict=True)}
+        # Every matrix decides for itself, so that its size does not depend on what else is in the batch.
+        improving = [i for i in improving if errors[i] < lowest[i]]
+        for i in improving:
+            chosen[i] = candidate
+            lowest[i] = errors[i]
+        if not improving:
             break
     return chosen, lowest

@@ -24,12 +24,14 @@ FIXED_ATOMS = ("none", IDENTITY)
 SUPPORTS = ("column", "matrix")
 ACCOUNTINGS = ("mask", "paper")
 METRICS = ("own", "mean")
-CONSECUTIVE, SAME_INPUT, MATCHED = "consecutive", "same_input", "matched"
+CONSECUTIVE = "consecutive"
+SAME_INPUT = "same_input"
+MATCHED = "matched"
 
 
 @dataclass
 class FactorizationConfig:
-    """What every factorization method shares."""
+    """Settings that every factorization method has."""
 
     name: str = MISSING
     """The file name in ``conf/factorization``: the row's method in the tables."""
@@ -40,7 +42,7 @@ class FactorizationConfig:
     accounting: str = "mask"
     """``mask``: every stored bit counts. ``paper``: the mask is paid for by 14-bit values (arXiv:2509.22075, eq. 11)."""
     storage_dtype: str = "float16"
-    """Of stored dictionaries, values and factors; ``bfloat16`` keeps the exponent range instead."""
+    """Dtype of stored dictionaries, values and factors: ``float16``, or ``bfloat16`` for its exponent range."""
     device: str = "auto"
     """``auto`` (a GPU when there is one), ``cpu`` or ``cuda``."""
     seed: int = 42
@@ -177,7 +179,7 @@ class CoSpaDiConfig(GroupedConfig):
     n_rounds: int | None = None
     """Alternations at most; ``null``: 24 for htp, 20 for orthogonal, 60 for ksvd (the paper's)."""
     power_iterations: int = 8
-    """ksvd: per atom update."""
+    """ksvd: power iterations of an atom update."""
     first_step: float = 2.8
     """htp: length of the first round's gradient step, which ranks candidates for the support."""
     last_step: float = 1.3
@@ -187,8 +189,8 @@ class CoSpaDiConfig(GroupedConfig):
     tolerance: float = 2e-4
     """htp: stop early when two rounds lower the error by less than twice this fraction."""
     metric: str = "mean"
-    """Of a group: ``mean``, one gram for all its layers (arXiv:2509.22075, eq. 30); ``own`` (htp only), every layer its own,
-    which is the error that is reported."""
+    """Metric of a group: ``mean``, one gram for all its layers (arXiv:2509.22075, eq. 30); ``own`` (htp only), every layer its
+    own, which is the error that is reported."""
     revision: int = 2
 
     def __post_init__(self) -> None:
@@ -204,7 +206,7 @@ class CoSpaDiConfig(GroupedConfig):
         require_at_least("factorization.first_step", self.first_step, 1e-3)
         require_at_least("factorization.last_step", self.last_step, 1e-3)
         require_at_least("factorization.tolerance", self.tolerance, 0)
-        require(self.tolerance < 1, f"factorization.tolerance={self.tolerance:g} is no fraction. Set less than 1.")
+        require(self.tolerance < 1, f"factorization.tolerance={self.tolerance:g} is not a fraction. Set less than 1.")
         require_one_of("factorization.metric", self.metric, METRICS)
         require(
             self.metric == "mean" or not self.shares or (self.solver == "htp" and self._size_is_given),
@@ -235,14 +237,15 @@ class CoSpaDiConfig(GroupedConfig):
                 f"Set {setting}={plain}, or these two.",
             )
         if self.fixed_atoms == IDENTITY:
-            self.rho = CoSpaDiConfig.rho  # not read: a value given to other methods of a study makes nothing stale here
+            # Not read here. A study hands it to all its methods, and this one's results do not become stale by it.
+            self.rho = CoSpaDiConfig.rho
         else:
-            self.learned_atoms = AUTO  # likewise
+            self.learned_atoms = AUTO  # for the same reason
         if self.learned_atoms == AUTO:
             return
         require(
             not isinstance(self.learned_atoms, str) and 0 <= self.learned_atoms < 1,
-            f"factorization.learned_atoms={self.learned_atoms} is no fraction of the shorter side. "
+            f"factorization.learned_atoms={self.learned_atoms} is not a fraction of the shorter side. "
             "Set 0 or more and less than 1, or auto.",
         )
         self.learned_atoms = float(self.learned_atoms)
@@ -256,7 +259,7 @@ class CoSpaDiConfig(GroupedConfig):
             return
         require(
             not isinstance(self.rho, str),
-            f"factorization.rho={self.rho!r} is no number. Correct the setting: 1 or more, or auto.",
+            f"factorization.rho={self.rho!r} is not a number. Correct the setting: 1 or more, or auto.",
         )
         self.rho = float(self.rho)
         require_at_least("factorization.rho", self.rho, 1)
@@ -274,7 +277,7 @@ class MagnitudeConfig(FactorizationConfig):
 
 @dataclass
 class PruningConfig(FactorizationConfig):
-    """What the pruning methods share that know about calibration."""
+    """Settings of the pruning methods that use calibration data."""
 
     pattern: str | None = None
     """``N:M``, such as ``"2:4"``: N of every M consecutive inputs of an output stay. ``null``: any of them may."""
@@ -324,7 +327,7 @@ class SparseGPTConfig(PruningConfig):
             _, group = self.kept_of_group
             require(
                 self.block_size % group == 0,
-                f"factorization.block_size={self.block_size} is no multiple of the {group} in factorization.pattern="
+                f"factorization.block_size={self.block_size} is not a multiple of the {group} in factorization.pattern="
                 f"{self.pattern}. Set it to {max(self.block_size // group, 1) * group}.",
             )
 

@@ -64,7 +64,9 @@ class Solver:
 
 def _htp_work(config: CoSpaDiConfig, sizes: Sizes, rounds: int) -> Work:
     """Codings over all atoms, the dictionary between them, and the polish at the end (`htp_batch`)."""
-    m, n, learned = sizes.d_in, sizes.d_out, sizes.atoms
+    m = sizes.d_in
+    n = sizes.d_out
+    learned = sizes.atoms
     atoms = learned + sizes.fixed
     coding = 2 * m * atoms**2 + 2 * m * n * atoms + 2 * n * atoms**2 * (2 + config.cg_steps)
     update = 2 * n * atoms * learned + 2 * m * n * learned + learned**3 / 3 + 2 * m * learned**2
@@ -75,7 +77,10 @@ def _htp_work(config: CoSpaDiConfig, sizes: Sizes, rounds: int) -> Work:
 
 def _ksvd_work(config: CoSpaDiConfig, sizes: Sizes, rounds: int) -> Work:
     """A round: matching pursuit in full float32, then every atom with the columns that use it, bound by memory."""
-    m, n, atoms, sparsity = sizes.d_in, sizes.d_out, sizes.atoms, sizes.sparsity
+    m = sizes.d_in
+    n = sizes.d_out
+    atoms = sizes.atoms
+    sparsity = sizes.sparsity
     pursuit = n * (sparsity**2 * atoms + sparsity**3)  # full float32 is no faster than float64 on a GPU
     users = n * sparsity / atoms
     sweep = atoms * 4 * users * m * (2 * config.power_iterations + 4)

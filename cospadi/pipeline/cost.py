@@ -37,7 +37,8 @@ def quantize(config: Config, d_in: int, d_out: int) -> Work:
 
 def calibrate(config: Config, shape: Shape) -> Work:
     """Tokens through all blocks, and a gram of every shared input; the attention's weights are kept for a second one."""
-    calibration, model = config.calibration, config.model
+    calibration = config.calibration
+    model = config.model
     tokens = calibration.n_samples * calibration.sample_length
     grams = sum(gram**2 for gram in gram_sizes(config, shape))
     per_token = 2 * shape.compressed / shape.layers + 4 * calibration.sample_length * shape.queries
@@ -51,14 +52,14 @@ def gram_sizes(config: Config, shape: Shape) -> list[int]:
     """Sizes of a block's grams."""
     sizes = []
     for group in config.model.shared_inputs:
-        known = [shape.projections[name][0] for name in group if name in shape.projections]
+        widths = [shape.projections[name][0] for name in group if name in shape.projections]
         attended = config.calibration.attention and set(group) & set(config.model.attended)
-        sizes += known[:1] * (2 if attended else 1)
+        sizes += widths[:1] * (2 if attended else 1)
     return sizes
 
 
 def evaluated_tokens(config: Config) -> tuple[int, int]:
-    """Of perplexity windows, and of tasks."""
+    """Tokens of perplexity windows, and of tasks."""
     evaluation = config.evaluation
     windows = evaluation.n_windows * evaluation.window if evaluation.n_windows else WIKITEXT_TOKENS
     tasks = 0

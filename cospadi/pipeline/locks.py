@@ -1,4 +1,4 @@
-"""Who works in a folder. After a ``kill -9`` Snakemake leaves its lock behind: it is taken away when its owner is dead.
+"""Who works in a folder. After a ``kill -9`` Snakemake leaves its lock behind: it is removed when its owner is dead.
 
 A run signs in where it works. A lock is only removed when the run that signed in last was on this machine and is gone;
 a lock of unknown origin, or of another machine on a shared disk, stays.
@@ -63,9 +63,8 @@ def _owner_is_dead(folder: Path) -> bool:
     if owner["host"] != platform.node():
         return False
     try:
-        return (
-            psutil.Process(owner["pid"]).create_time() != owner["started"]
-        )  # the number may have been given away again
+        # Another process may have the same number by now, but not the same start.
+        return psutil.Process(owner["pid"]).create_time() != owner["started"]
     except psutil.NoSuchProcess:
         return True
     except psutil.AccessDenied:

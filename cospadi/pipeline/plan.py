@@ -38,17 +38,17 @@ class ModelPlan:
     cells: int = 0
     jobs: int = 0
     calibration: int | float = 0.0
-    """Seconds, as the three below."""
+    """Seconds of calibration; likewise the next three."""
     factorization: int | float = 0.0
     quantization: int | float = 0.0
     evaluation: int | float = 0.0
     grams: int | float = 0.0
-    """Bytes, as the three below."""
+    """Bytes of all grams; likewise the next three."""
     factors: int | float = 0.0
     reference: int | float = 0.0
-    """Hidden states of the dense model, which all others are compared with."""
+    """Bytes of the dense model's hidden states, which all others are compared with."""
     download: int | float = 0.0
-    """0 of what is on this disk or comes from a seed."""
+    """Bytes to fetch; 0 where the model is on this disk or drawn from a seed."""
 
     @property
     def seconds(self) -> int | float:
@@ -56,12 +56,12 @@ class ModelPlan:
 
     @property
     def disk(self) -> int | float:
-        """Of results and downloads."""
+        """Bytes of results and downloads."""
         return self.grams + self.factors + self.reference + self.download
 
 
 def plan(study: Study, speed: Speed) -> list[ModelPlan]:
-    """A line per model of the study, finished cells counted, too.
+    """What every model of the study takes, finished cells included.
 
     Raises:
         UserError: a model's shape is not known.
@@ -73,42 +73,42 @@ def _plan_model(study: Study, model: str, speed: Speed) -> ModelPlan:
     config = study.config(model)
     shape = shape_of(config.model)
     value_bytes = 4 if config.model.dtype == "float32" else 2
-    found = ModelPlan(model, jobs=3)  # prepare, calibrate, evaluate the dense model
-    found.calibration = START + calibrate(config, shape).seconds(speed)
-    found.evaluation = START + evaluate(config, shape, dense=True).seconds(speed)
-    found.grams = 8 * shape.layers * sum(size**2 for size in gram_sizes(config, shape))
-    found.reference = evaluated_tokens(config)[0] * shape.hidden * value_bytes
+    takes = ModelPlan(model, jobs=3)  # prepare, calibrate, evaluate the dense model
+    takes.calibration = START + calibrate(config, shape).seconds(speed)
+    takes.evaluation = START + evaluate(config, shape, dense=True).seconds(speed)
+    takes.grams = 8 * shape.layers * sum(size**2 for size in gram_sizes(config, shape))
+    takes.reference = evaluated_tokens(config)[0] * shape.hidden * value_bytes
     remote = local_path(config.model.source) is None and not config.model.source.startswith("random:")
-    found.download = 2.0 * shape.parameters if remote else 0.0
+    takes.download = 2.0 * shape.parameters if remote else 0.0
     factored: set[CellId] = set()
     for cell in (cell for cell in study.cells if cell.model == model):
         composed = study.config(model, cell.method, cell.ratio, cell.quantization)
         blocks = len(study.layers(cell))
-        found.cells += 1
-        found.jobs += 1
-        found.evaluation += START + evaluate(composed, shape, dense=False).seconds(speed)
+        takes.cells += 1
+        takes.jobs += 1
+        takes.evaluation += START + evaluate(composed, shape, dense=False).seconds(speed)
         plain = CellId(model, cell.method, cell.ratio)
         if plain not in factored:
             factored.add(plain)
-            found.jobs += blocks
-            found.factorization += blocks * START + factorize_model(composed.factorization, shape).seconds(speed)
-            found.factors += (1 - composed.factorization.compression_ratio) * 2 * shape.compressed
+            takes.jobs += blocks
+            takes.factorization += blocks * START + factorize_model(composed.factorization, shape).seconds(speed)
+            takes.factors += (1 - composed.factorization.compression_ratio) * 2 * shape.compressed
         if cell.quantization != NONE:
-            found.jobs += blocks
+            takes.jobs += blocks
             each = (quantize(composed, *size) for size in shape.projections.values())
-            found.quantization += blocks * START + shape.layers * sum(work.seconds(speed) for work in each)
-            found.factors += (1 - composed.factorization.compression_ratio) * shape.compressed  # about a byte a value
-    return found
+            takes.quantization += blocks * START + shape.layers * sum(work.seconds(speed) for work in each)
+            takes.factors += (1 - composed.factorization.compression_ratio) * shape.compressed  # about a byte a value
+    return takes
 
 
 def hours_of_methods(study: Study, speed: Speed) -> dict[str, list[float]]:
     """Method -> hours of its factorizations, at all ratios together, of every model."""
-    found = {method: [0.0] * len(study.study.models) for method in study.study.methods}
+    hours = {method: [0.0] * len(study.study.models) for method in study.study.methods}
     for model, method, ratio in dict.fromkeys((cell.model, cell.method, cell.ratio) for cell in study.cells):
         config = study.config(model, method, ratio)
         seconds = factorize_model(config.factorization, shape_of(config.model)).seconds(speed)
-        found[method][study.study.models.index(model)] += seconds / 3600
-    return found
+        hours[method][study.study.models.index(model)] += seconds / 3600
+    return hours
 
 
 def report(study: Study, plans: Sequence[ModelPlan], speed: Speed, how: str) -> str:

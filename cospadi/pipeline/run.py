@@ -29,9 +29,9 @@ SECONDS = {
     "tabulate": 15,
     "track": 15,
 }
-"""A job's core-seconds relative to the others', measured on the default study; only their proportions matter."""
+"""Core-seconds of a job, measured on the default study; only their proportions matter."""
 PATIENCE = 120
-"""Seconds of running as expected that the first jobs are weighed against, before their pace is believed."""
+"""Seconds at the expected pace that are averaged in, so that the first jobs do not decide the estimate alone."""
 
 
 @dataclass
@@ -55,7 +55,8 @@ class Narrator:
         if self.trouble or re.match(r"\S*(Error|Exception)\b|error: ", line) or line.startswith("Exiting because"):
             self.trouble.append(line)
         if line.startswith("Job stats:"):
-            self._in_stats, self.remaining = True, {}
+            self._in_stats = True
+            self.remaining = {}
         elif self._in_stats:
             return self._stats(line)
         elif match := re.match(r"(?:local)?rule (\w+):", line):
@@ -74,7 +75,8 @@ class Narrator:
     def _stats(self, line: str) -> str | None:
         match = re.match(r"(\w+)\s+(\d+)$", line.strip())
         if match and match[1] == "total":
-            self._in_stats, self.total = False, sum(self.remaining.values())
+            self._in_stats = False
+            self.total = sum(self.remaining.values())
             return f"{self.total} jobs, roughly {duration(self._left())} on {self.cores} cores like those of the README"
         if match and match[1] not in ("all", "count"):
             self.remaining[match[1]] = int(match[2])
@@ -89,8 +91,10 @@ class Narrator:
         elapsed = time.perf_counter() - self.started
         pace = (elapsed + PATIENCE) / (self.done_seconds / self.cores + PATIENCE)
         width = len(str(self.total))
-        told = self.jobs.get(job, rule)
-        return f"{self.done:{width}}/{self.total}  {told:<60} {duration(elapsed)}  left {duration(self._left() * pace)}"
+        label = self.jobs.get(job, rule)
+        return (
+            f"{self.done:{width}}/{self.total}  {label:<60} {duration(elapsed)}  left {duration(self._left() * pace)}"
+        )
 
     def _left(self) -> float:
         return sum(SECONDS.get(rule, 30) * count for rule, count in self.remaining.items()) / self.cores
@@ -100,8 +104,8 @@ def narrate(lines: Iterable[str], cores: int) -> list[str]:
     """Print progress for snakemake's ``lines``; returns what was said about a failure."""
     narrator = Narrator(cores)
     for line in lines:
-        if told := narrator.read(line):
-            print(told, flush=True)
+        if progress := narrator.read(line):
+            print(progress, flush=True)
     return narrator.trouble
 
 
@@ -114,22 +118,22 @@ def main(arguments: Sequence[str]) -> int:
     ) as run:
         trouble = narrate(run.stdout or [], cores)
     if run.returncode:
-        print("\n".join(_telling(trouble)), file=sys.stderr)
+        print("\n".join(_relevant(trouble)), file=sys.stderr)
         print("Finished results are kept: mend the cause and type the same command again.", file=sys.stderr)
     return run.returncode
 
 
-def _telling(trouble: Sequence[str], most: int = 60) -> list[str]:
-    """What a person needs of a failed job's log: not its progress, and of a long rest the end."""
+def _relevant(trouble: Sequence[str], most: int = 60) -> list[str]:
+    """The lines of a failed job's log that a person needs: no progress, and of a long log the beginning and the end."""
     lines = [line for line in trouble if not re.match(r"\s*\d+/\d+  ", line)]
     return lines if len(lines) <= most else [*lines[:20], "…", *lines[20 - most :]]
 
 
 def _cores(arguments: Sequence[str]) -> int:
-    given = re.search(r"(?:--cores|-c)[ =]?(\d+|all)\b", " ".join(arguments))
-    if given is None:
+    option = re.search(r"(?:--cores|-c)[ =]?(\d+|all)\b", " ".join(arguments))
+    if option is None:
         return 1
-    return int(given[1]) if given[1].isdigit() else os.cpu_count() or 1
+    return int(option[1]) if option[1].isdigit() else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What this machine manages per second, measured in a few seconds."""
+"""The rates of this machine, measured in a few seconds."""
 
 from __future__ import annotations
 
@@ -25,14 +25,17 @@ def measure(device: str = AUTO, dtype: str = "float32") -> Speed:
 
     def rate(amount: int | float, run: Any) -> float:
         best = float("inf")
-        for _ in range(10):  # short ones: some of them are alone on a busy machine
+        # Ten short runs: on a busy machine some of them are alone.
+        for _ in range(10):
             synchronize(where)
-            started, busy = time.perf_counter(), time.process_time()
+            started = time.perf_counter()
+            started_cpu = time.process_time()
             run()
             synchronize(where)
             best = min(best, time.perf_counter() - started)
-            if where.type == "cpu":  # as if nothing else ran
-                best = min(best, (time.process_time() - busy) / torch.get_num_threads())
+            # CPU seconds per thread do not count what other processes took.
+            if where.type == "cpu":
+                best = min(best, (time.process_time() - started_cpu) / torch.get_num_threads())
         return amount / best
 
     def squares(kind: torch.dtype) -> float:
@@ -42,7 +45,8 @@ def measure(device: str = AUTO, dtype: str = "float32") -> Speed:
     with torch.no_grad():
         with products(exact=False):
             product = squares(torch.float32)
-        model, double = squares(getattr(torch, dtype)), squares(torch.float64)
+        model = squares(getattr(torch, dtype))
+        double = squares(torch.float64)
         half = torch.randn(size // 2, size // 2, device=where, dtype=torch.float64)
         eigen = rate(EIGEN * (size // 2) ** 3, lambda: torch.linalg.eigh(half @ half.T))
         long = torch.randn(2**25, device=where)

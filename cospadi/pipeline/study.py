@@ -1,7 +1,7 @@
-"""A study as Snakemake sees it: the grid of cells, and for every job the settings it depends on.
+"""A study as Snakemake sees it: the grid of cells, and the settings that every job depends on.
 
-Hydra owns the values; this module only asks for one composition per cell, checks all of them before the first job and
-hands out wildcards, overrides and recipes. Nothing here imports torch.
+Hydra owns the values. This module asks for one composition per cell, checks all of them before the first job, and hands
+out wildcards, overrides and recipes. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class CellId:
         return f"{self.method}-{self.ratio}" + (f"-{self.quantization}" if self.quantization != NONE else "")
 
 
-def parse_overrides(given: str | Sequence[str] | None) -> list[str]:
+def parse_overrides(overrides: str | Sequence[str] | None) -> list[str]:
     """Hydra overrides from ``snakemake --config overrides=…``: one string split like a shell does, or a list.
 
     >>> parse_overrides("evaluation.limit=50 factorization.rho=2")
@@ -63,15 +63,15 @@ def parse_overrides(given: str | Sequence[str] | None) -> list[str]:
     Raises:
         UserError: when quotes do not pair up; snakemake takes them off at either end.
     """
-    if given is None:
+    if overrides is None:
         return []
-    if isinstance(given, list | tuple):
-        return [str(item) for item in given]
+    if isinstance(overrides, list | tuple):
+        return [str(item) for item in overrides]
     try:
-        return shlex.split(str(given))
+        return shlex.split(str(overrides))
     except ValueError as error:
         raise UserError(
-            f"overrides={given}: {error}. A value with blanks or quotes belongs into a file of conf/, not on the command line."
+            f"overrides={overrides}: {error}. A value with blanks or quotes belongs into a file of conf/, not on the command line."
         ) from error
 
 
@@ -94,6 +94,7 @@ class Study:
         self._compose()
 
     def _compose(self) -> None:
+        """Settings of every cell; all mistakes are collected, so that they are corrected in one go."""
         errors: dict[str, None] = {}
         used: set[str] = set()
         for model, method in product(self.study.models, self.study.methods):
@@ -107,13 +108,14 @@ class Study:
             ratios = self.study.ratios_of.get(method, self.study.compression_ratios)
             for ratio, name in product(ratios, self.study.quantizations_of.get(method, self.study.quantizations)):
                 cell = CellId(model, method, digits(ratio), name)
-                try:  # a composition takes a tenth of a second, checking one more ratio nothing
+                # A composition takes a tenth of a second; replacing the ratio takes nothing and checks it all the same.
+                try:
                     factorization = replace(config.factorization, compression_ratio=ratio)
-                    found = replace(config, factorization=factorization, quantization=self._quantization(name))
+                    composed = replace(config, factorization=factorization, quantization=self._quantization(name))
                 except UserError as error:
                     errors[str(error)] = None
                     continue
-                self._configs[cell] = found
+                self._configs[cell] = composed
                 self._overrides[cell] = [
                     *overrides,
                     f"factorization.compression_ratio={cell.ratio}",
@@ -122,13 +124,20 @@ class Study:
         errors |= dict.fromkeys(self._mistakes())
         if errors:
             raise UserError("\n".join(errors))
+        self._refuse_unused(used)
+
+    def _refuse_unused(self, used: set[str]) -> None:
+        """
+        Raises:
+            UserError: an override of ``factorization`` that none of the methods has.
+        """
         unused = [field for o in self.overrides if (field := _factorization_field(o)) and o not in used]
         if unused:
-            known = sorted(set().union(*map(_fields_of, self.study.methods)))
+            settings = sorted(set().union(*map(_fields_of, self.study.methods)))
             named = ", ".join(f"factorization.{field}" for field in unused)
             raise UserError(
-                f"No method of study {self.name} has the setting {named}{did_you_mean(unused[0], known)} "
-                f"Methods: {', '.join(self.study.methods)}; their settings: {', '.join(known)}."
+                f"No method of study {self.name} has the setting {named}{did_you_mean(unused[0], settings)} "
+                f"Methods: {', '.join(self.study.methods)}; their settings: {', '.join(settings)}."
             )
 
     @cache  # noqa: B019 - lives as long as the study
@@ -138,19 +147,19 @@ class Study:
 
     def _mistakes(self) -> Iterator[str]:
         """What no single setting shows: names that do not match their files, texts that overlap, unknown tasks."""
-        given = [(self.name, self.study.name, "study")]
+        named_files = [(self.name, self.study.name, "study")]
         for cell, config in self._configs.items():
-            given += [
+            named_files += [
                 (cell.model, config.model.name, "model"),
                 (cell.method, config.factorization.name, "factorization"),
                 (cell.quantization, config.quantization.name, "quantization"),
             ]
-        for option, name, group in dict.fromkeys(given):
+        for option, name, group in dict.fromkeys(named_files):
             if option != name:
                 yield f"conf/{group}/{option}.yaml says name: {name}. Set it to {option}: results are filed under it."
         calibration = self.root.calibration.text
-        named = [self.root.calibration, self.root.evaluation, calibration, *self.root.evaluation.texts]
-        for name in dict.fromkeys([*(name for _, name, _ in given), *(part.name for part in named)]):
+        parts = [self.root.calibration, self.root.evaluation, calibration, *self.root.evaluation.texts]
+        for name in dict.fromkeys([*(name for _, name, _ in named_files), *(part.name for part in parts)]):
             if not re.fullmatch(r"\w+", name):
                 yield f"name: {name} is not made of letters, digits and underscores only, and results are filed under it."
         for evaluation in self.root.evaluation.texts:
@@ -171,8 +180,8 @@ class Study:
 
     def _overrides_of(self, model: str, method: str, used: set[str]) -> list[str]:
         """What composes these cells; ``factorization.x=…`` goes only to methods that have a field ``x``."""
-        known = _fields_of(method)
-        fitting = [o for o in self.overrides if not _factorization_field(o) or _has(known, o)]
+        settings = _fields_of(method)
+        fitting = [o for o in self.overrides if not _factorization_field(o) or _has(settings, o)]
         used.update(fitting)
         return [*fitting, f"model={model}", f"factorization={method}"]
 
@@ -229,10 +238,10 @@ class Study:
     def _first(
         self, model: str | None, method: str | None, ratio: str | None, quantization: str | None = None
     ) -> CellId:
-        wanted = (model, method, ratio, quantization)
+        asked_for = (model, method, ratio, quantization)
         for cell in self._configs:
             named = (cell.model, cell.method, cell.ratio, cell.quantization)
-            if all(part in (None, its) for part, its in zip(wanted, named, strict=True)):
+            if all(part in (None, its) for part, its in zip(asked_for, named, strict=True)):
                 return cell
         raise UserError(
             f"Study {self.name} has no cell with model {model}, method {method}, ratio {ratio}, quantization {quantization}."
@@ -312,7 +321,7 @@ class Study:
         return f"{RESULTS}/evaluation/{self.place(model)}/record.json"
 
     def earlier_records(self, cell: CellId) -> list[str]:
-        """What took time to compress a cell before its factors were made: a rank search; before they were quantized, them."""
+        """Records of what was done before the cell's factors: a rank search, and of quantized ones their factorization."""
         records = []
         if cell.quantization != NONE:
             records += self.factors(replace(cell, quantization=NONE), "json")
@@ -390,11 +399,11 @@ def _fields_of(method: str) -> dict[str, object]:
     return {field.name: getattr(composed, field.name) for field in fields(composed)}
 
 
-def _has(known: dict[str, object], override: str) -> bool:
-    """Whether a method has the setting; one inside a part that the method leaves out (``null``) it has not."""
+def _has(settings: dict[str, object], override: str) -> bool:
+    """Whether a method has the setting. It does not have those inside a part that it leaves out (``null``)."""
     field = _factorization_field(override)
     inside = override.split("=")[0].count(".") > 1
-    return field in known and not (inside and known[field] is None)
+    return field in settings and not (inside and settings[field] is None)
 
 
 def _place(text: TextConfig) -> tuple[str | None, ...]:

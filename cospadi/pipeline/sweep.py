@@ -31,9 +31,9 @@ from cospadi.records import RESULTS
 from cospadi.settings import CONF, PROJECT, Config, load
 
 AXES = ("model", "factorization", "factorization.compression_ratio", "quantization")
-"""What names a cell within a table."""
+"""Settings that name a cell within a table."""
 PER_TABLE = ("calibration", "evaluation")
-"""What a table has one of: each combination of these has tables of its own."""
+"""Settings that a table has one of: each combination of these has tables of its own."""
 MULTIRUN = {"-m", "--multirun"}
 LOCKS = Path(RESULTS) / ".locks"
 
@@ -75,7 +75,7 @@ def planned(arguments: Sequence[str], multirun: bool) -> tuple[str, list[Study]]
     name = next((o.value() for o in overrides if o.get_key_element() == "hydra.job.name"), "sweep")
     _check(overrides, name, multirun)
     tables: dict[tuple[str, str], list[Config]] = {}
-    given: dict[tuple[str, str], list[str]] = {}
+    overrides_of: dict[tuple[str, str], list[str]] = {}
     errors: dict[str, None] = {}
     for cell in itertools.product(*map(_values, (o for o in overrides if not o.is_hydra_override()))):
         try:
@@ -85,11 +85,11 @@ def planned(arguments: Sequence[str], multirun: bool) -> tuple[str, list[Study]]
             continue
         table = config.calibration.name, config.evaluation.name
         tables.setdefault(table, []).append(config)
-        given.setdefault(table, list(cell))
+        overrides_of.setdefault(table, list(cell))
     if errors:
         raise UserError("\n".join(errors))
     title = [] if any(o.get_key_element() == "study.title" for o in overrides) else [f"study.title={name}"]
-    return name, [_study(cells, [*given[table], *title]) for table, cells in tables.items()]
+    return name, [_study(cells, [*overrides_of[table], *title]) for table, cells in tables.items()]
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -120,14 +120,14 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
 
 
 def _values(override: Override) -> Iterable[str]:
-    """What one cell after the other is given of it."""
+    """The overrides of one cell after the other that it stands for."""
     if not override.is_sweep_override():
         return [override.input_line]
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def _check(overrides: Sequence[Override], name: object, multirun: bool) -> None:
-    """Refuse what would overwrite a cell by another, or is none of ours."""
+    """Refuse sweeps in which one cell would overwrite another, and other sweepers than Hydra's."""
     swept = [o.get_key_element() for o in overrides if o.is_sweep_override()]
     if swept and not multirun:
         raise UserError(f"{swept[0]} has several values. Add -m to compute all of them.")
@@ -143,8 +143,8 @@ def _check(overrides: Sequence[Override], name: object, multirun: bool) -> None:
         )
     if not re.fullmatch(r"\w+", str(name)) or (CONF / "study" / f"{name}.yaml").is_file():
         raise UserError(
-            f"hydra.job.name={name} cannot name a sweep: tables lie under it. Take letters, digits and underscores, "
-            "and no name of a study."
+            f"hydra.job.name={name} cannot name a sweep: tables are filed under it. Take letters, digits and underscores, "
+            "and not the name of a study."
         )
     if locks.is_locked(Path.cwd()):
         raise UserError(f"Snakemake is at work in {Path.cwd()}. Wait for it to end, or work in another folder.")
@@ -193,7 +193,7 @@ def _in_common(study: Study, model: str, cores: int) -> None:
 
 
 _made: set[tuple[str, ...]] = set()
-"""What this process has seen made, so that it does not ask Snakemake again for every cell."""
+"""Targets that this process has made, so that it does not ask Snakemake again for every cell."""
 
 
 def _snakemake(study: Study, targets: Sequence[str], cores: int) -> None:
@@ -203,9 +203,9 @@ def _snakemake(study: Study, targets: Sequence[str], cores: int) -> None:
 
 
 def _cores(launcher: Any) -> int:
-    """Of one job: its share of this machine, or what its queue gives it."""
-    if (given := launcher.get("cpus_per_task")) is not None:
-        return int(given)
+    """Cores of one job: what its queue reserves for it, or its share of this machine."""
+    if (reserved := launcher.get("cpus_per_task")) is not None:
+        return int(reserved)
     beside = int(launcher.get("n_jobs") or 1)
     return max(1, (os.cpu_count() or 1) // beside) if beside > 0 else 1
 

@@ -154,8 +154,8 @@ def test_one_size_that_fits_is_taken_and_none_is_an_error():
         ({"accounting": "paper"}, "accounting=mask"),
         ({"fixed_atoms": "dct"}, "factorization.fixed_atoms"),
         ({"support": "row"}, "factorization.support"),
-        ({"learned_atoms": 1.5}, "learned_atoms=1.5 is no fraction"),
-        ({"learned_atoms": "many"}, "learned_atoms=many is no fraction"),
+        ({"learned_atoms": 1.5}, "learned_atoms=1.5 is not a fraction"),
+        ({"learned_atoms": "many"}, "learned_atoms=many is not a fraction"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(setting, message):

@@ -217,7 +217,7 @@ def test_what_is_no_pattern_is_refused(pattern):
 
 
 def test_a_block_that_would_cut_a_group_is_refused():
-    with pytest.raises(UserError, match=r"factorization\.block_size=10 is no multiple of the 4.*Set it to 8"):
+    with pytest.raises(UserError, match=r"factorization\.block_size=10 is not a multiple of the 4.*Set it to 8"):
         method("sparsegpt", pattern="2:4", block_size=10)
 
 

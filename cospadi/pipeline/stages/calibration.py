@@ -32,8 +32,8 @@ def calibrate(config: Config, model: Path, documents: Path, grams: Path, record:
     conditioning = {}
     with new_path(grams) as partial:
         for layer, statistics in collect(model, config.model, calibration, tokens):
-            for shared_input, found in statistics.items():
-                diagonal = found.gram.diagonal()
+            for shared_input, of_input in statistics.items():
+                diagonal = of_input.gram.diagonal()
                 conditioning[f"{layer}.{shared_input}"] = float(diagonal.max() / diagonal.mean())
             write_tensors(statistics_file(partial, layer), tensors_of(statistics))
             progress.step(f"layer {layer}", f"{len(statistics)} grams")

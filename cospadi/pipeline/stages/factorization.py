@@ -82,7 +82,7 @@ def _projections_of(config: Config, model: Path, layers: str) -> list[Projection
     block = re.fullmatch(r"(\d+)-(\d+)", layers)
     if block is None:
         raise UserError(f"--layers {layers} is not a block of layers. Write first-last, counted from 0: 000-014.")
-    first, last = int(block[1]), int(block[2])
+    first, last = map(int, block.groups())
     everything = find_projections(model, config.model)
     n_layers = 1 + max(p.layer for p in everything)
     projections = [p for p in everything if first <= p.layer <= last]

@@ -40,7 +40,8 @@ def quantize(
     )
     before = {row["name"]: row for row in read_json(factorization)["projections"]}
     projections = {p.name: p for p in find_projections(model, config.model)}
-    device, checkpoint = devices.pick(config.quantization.device, "quantization.device"), Checkpoint(model)
+    device = devices.pick(config.quantization.device, "quantization.device")
+    checkpoint = Checkpoint(model)
     problem_of = problems_from(
         lambda p: checkpoint.weight(p).to(device),
         lambda p: read_statistics(grams, p.layer, p.shared_input, device, p.attended),
@@ -52,11 +53,11 @@ def quantize(
     for group in _groups_of(read_factors([factors], order=list(before)), before):
         started = time.perf_counter()
         problems = [problem_of(projections[name]) for name, _ in group]
-        found = methods.quantize(config.quantization, [f for _, f in group], problems)
+        smaller = methods.quantize(config.quantization, [factors for _, factors in group], problems)
         seconds = (time.perf_counter() - started) / len(group)
-        for (name, _), smaller, problem in zip(group, found, problems, strict=True):
-            row = before[name] | measured(smaller, problem, shares(before[name])) | {"seconds": seconds}
-            file.add(row, smaller)
+        for (name, _), quantized, problem in zip(group, smaller, problems, strict=True):
+            row = before[name] | measured(quantized, problem, shares(before[name])) | {"seconds": seconds}
+            file.add(row, quantized)
             progress.step(name, described(row), float(row["d_in"] * row["d_out"]))
     file.write(out)
     log.finish(record, inputs=file_hashes(factors, factorization) | weights_hash(model), projections=file.rows)
@@ -66,5 +67,5 @@ def _groups_of(
     factors: Iterable[tuple[str, Factors]], rows: dict[str, dict[str, Any]]
 ) -> Iterable[list[tuple[str, Factors]]]:
     """Factors that share, together."""
-    for _, group in itertools.groupby(factors, lambda found: (rows[found[0]]["group"] or [found[0]])[0]):
+    for _, group in itertools.groupby(factors, lambda named: (rows[named[0]]["group"] or [named[0]])[0]):
         yield list(group)

@@ -40,7 +40,8 @@ def perplexities_alone(
     projections = models.find_projections(folder, config.model)
     model = models.load(folder, config.model.dtype, devices.pick(config.calibration.device, "calibration.device"))
     progress = Progress(len(projections), f"Sensitivity of {len(projections)} projections at {len(ratios)} ratios each")
-    dense, table = _perplexity(model, tokens), {}
+    dense = _perplexity(model, tokens)
+    table: dict[str, dict[str, float]] = {}
     for projection in projections:
         table[projection.name] = {}
         for kept in ratios:
@@ -86,10 +87,12 @@ def _most_within_perplexity(
     pairs: Sequence[tuple[float, str, float]],
 ) -> int:
     """Bisect for the largest count whose joint perplexity on the calibration tokens stays within the budget."""
-    search, calibration = _search(config), config.calibration
+    search = _search(config)
+    calibration = config.calibration
     tokens = samples(calibration, folder, documents, at_most=search.n_samples)
     model = models.load(folder, config.model.dtype, devices.pick(calibration.device, "calibration.device"))
-    low, high = 0, len(pairs)
+    low = 0
+    high = len(pairs)
     while low < high:
         middle = (low + high + 1) // 2
         kept = smallest_accepted(pairs[:middle])
@@ -150,8 +153,8 @@ def search_ranks(config: Config, model: Path, documents: Path, grams: Path, sens
     calibration = config.calibration
     log = Record("factorization", {"factorization": asdict(config.factorization), "damping": calibration.damping})
     tokens = samples(calibration, model, documents, at_most=search.n_samples)
-    found = perplexities_alone(config, model, grams, tokens)
-    log.finish(sensitivity, n_tokens=tokens.numel(), **found)
+    perplexities = perplexities_alone(config, model, grams, tokens)
+    log.finish(sensitivity, n_tokens=tokens.numel(), **perplexities)
 
 
 def choose_ranks(config: Config, model: Path, documents: Path, grams: Path, sensitivity: Path, ranks: Path) -> None:

@@ -35,15 +35,18 @@ def track(study: Study, folder: Path) -> None:
     progress = Progress(len(book.new), f"W&B: {len(book.runs)} runs of study {study.name}; those to write")
     for name, where in book.write_new():
         progress.step(name, where)
-    told = book.upload()
-    print(told, flush=True)
-    log.finish(folder / "record.json", told=told, runs=book.notes)
+    outcome = book.upload()
+    print(outcome, flush=True)
+    log.finish(folder / "record.json", told=outcome, runs=book.notes)
 
 
 def _runs(study: Study) -> list[Run]:
     """What is to be logged: all finished cells, and the tables where there are some."""
-    runs, tables = cell_runs(study.name, study_cells(study, unfinished=True)), Path(study.summary).parent
-    return [*runs, *([tables_run(study.name, study.study.title, tables)] if Path(study.summary).is_file() else [])]
+    runs = cell_runs(study.name, study_cells(study, unfinished=True))
+    summary = Path(study.summary)
+    if summary.is_file():
+        runs.append(tables_run(study.name, study.study.title, summary.parent))
+    return runs
 
 
 def workspace(study: Study, definition: Path) -> None:
@@ -53,6 +56,7 @@ def workspace(study: Study, definition: Path) -> None:
     runs = [run for run in _runs(study) if run.job_type != "tables"]
     built = view.build(study.name, study.study.title, runs, study.root.tracking)
     reach = mode.reach(study.root.tracking)
-    found = view.save(built, before.get("url"), reach) if reach.online else {"url": before.get("url"), "why": reach.why}
-    write_json(definition, found | view.definition(built))
-    print(found["url"] or f"{definition}: kept as a file, as {reach.why}.", flush=True)
+    url = before.get("url")
+    saved = view.save(built, url, reach) if reach.online else {"url": url, "why": reach.why}
+    write_json(definition, saved | view.definition(built))
+    print(saved["url"] or f"{definition}: kept as a file, as {reach.why}.", flush=True)
