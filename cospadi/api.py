@@ -20,7 +20,7 @@ from cospadi.factorization.factors import Dense, Factors
 from cospadi.factorization.files import read_factors
 from cospadi.factorization.groups import factorized, groups_of, problems_from, runs_in_memory
 from cospadi.factorization.problem import Problem
-from cospadi.factorization.settings import IDENTITY
+from cospadi.factorization.settings import IDENTITY, CoSpaDiConfig
 from cospadi.models import Projection
 from cospadi.pipeline import chain
 from cospadi.quantization.methods import quantize
@@ -87,14 +87,14 @@ def configured(source: str, overrides: Sequence[str], text: str | None) -> Confi
     elif text is not None:
         chosen += ["text@calibration.text=file", _set("calibration.text.source", str(Path(text).resolve()))]
     config = load([*chosen, *overrides])
-    if getattr(config.factorization, "fixed_atoms", None) == IDENTITY and any(
-        "factorization.rho=" in o for o in overrides
-    ):
+    factorization = config.factorization
+    beside_identity = isinstance(factorization, CoSpaDiConfig) and factorization.fixed_atoms == IDENTITY
+    if beside_identity and any("factorization.rho=" in override for override in overrides):
         raise UserError(
-            f"factorization.rho has no effect on {config.factorization.name}, which has fixed atoms. "
+            f"factorization.rho has no effect on {factorization.name}, which has fixed atoms. "
             "Set factorization.learned_atoms, or take --method cospadi."
         )
-    if getattr(config.factorization, "rank_search", None) is not None:
+    if factorization.searches_ranks:
         raise UserError("compress has no rank search. Take factorization=asvd, or run the study that has asvd_search.")
     return config
 

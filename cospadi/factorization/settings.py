@@ -55,6 +55,11 @@ class FactorizationConfig:
         require_one_of("factorization.accounting", self.accounting, ACCOUNTINGS)
         require_one_of("factorization.storage_dtype", self.storage_dtype, ("float16", "bfloat16"))
 
+    @property
+    def searches_ranks(self) -> bool:
+        """Whether ranks come from a search of their own, before the factorization."""
+        return False
+
     def _check_ratio(self) -> None:
         ratio = self.compression_ratio
         if not 0 < ratio < 1:
@@ -159,6 +164,10 @@ class ASVDConfig(FactorizationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least("factorization.alpha", self.alpha, 0)
+
+    @property
+    def searches_ranks(self) -> bool:
+        return self.rank_search is not None
 
 
 @dataclass

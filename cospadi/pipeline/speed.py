@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
@@ -23,7 +23,7 @@ def measure(device: str = AUTO, dtype: str = "float32") -> Speed:
     where = devices.pick(device, "--device")
     size = 4096 if where.type == "cuda" else 1024
 
-    def rate(amount: int | float, run: Any) -> float:
+    def rate(amount: int | float, run: Callable[[], object]) -> float:
         best = float("inf")
         # Ten short runs: on a busy machine some of them are alone.
         for _ in range(10):

@@ -256,7 +256,7 @@ class Study:
         return [f"{first:03d}-{min(first + step, depth) - 1:03d}" for first in range(0, depth, step)]
 
     def searches_ranks(self, method: str) -> bool:
-        return getattr(self.config(method=method).factorization, "rank_search", None) is not None
+        return self.config(method=method).factorization.searches_ranks
 
     def recipe(self, room: str, **wildcards: str) -> str:
         """The settings a job of ``room`` depends on, as canonical JSON: a change re-runs just that job."""
