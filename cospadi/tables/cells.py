@@ -12,19 +12,10 @@ from typing import Any
 import pandas as pd
 
 from cospadi.errors import UserError
+from cospadi.tables.metrics import METRICS
 
 QUANTIZED = "+"
 """Between the factorization and the quantization in a method's name: ``cospadi_plus+int8``."""
-METRICS = (
-    "token_perplexity",
-    "second_perplexity",
-    "word_perplexity",
-    "lambada_perplexity",
-    "kl_to_dense",
-    "top1_agreement",
-    "average_accuracy",
-)
-"""What an evaluation record measures besides its tasks."""
 LEADING_COLUMNS = (
     "model",
     "method",

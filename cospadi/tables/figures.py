@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -17,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from cospadi.records import DENSE
 from cospadi.tables.cells import QUANTIZED, Cell, projection_errors, summary
 from cospadi.tables.error_maps import error_maps
-from cospadi.tables.numbers import perplexity
+from cospadi.tables.metrics import AVERAGE, LOWER, METRICS, Metric
 from cospadi.tables.paper import PaperTable
 from cospadi.tables.pareto import pareto_figure
 from cospadi.tables.render import paper_table, tables
@@ -41,12 +43,13 @@ def write_figures(
         titles = dict(zip(frame["model"], frame["model_title"], strict=True))
         printed = [paper_table(frame, model, title) for model, title in titles.items()]
     else:
-        frame, errors = summary(source), projection_errors(source)
+        frame = summary(source)
+        errors = projection_errors(source)
         printed = tables(source) if printed is None else printed
     with style():
         figures = {
-            "perplexity": _against_size(frame, "token_perplexity"),
-            "accuracy": _against_size(frame, "average_accuracy"),
+            "perplexity": _against_size(frame, METRICS["token_perplexity"]),
+            "accuracy": _against_size(frame, AVERAGE),
             "output_error": error_maps(frame, errors),
             "pareto": pareto_figure(frame, _base_colours(frame), INK, SOFT),
         }
@@ -65,7 +68,7 @@ def _methods(frame: pd.DataFrame) -> dict[str, str]:
     return dict(zip(rows["method"], rows["method_title"], strict=True))
 
 
-def _against_size(frame: pd.DataFrame, metric: str):
+def _against_size(frame: pd.DataFrame, metric: Metric) -> Figure:
     """A panel per model: ``metric`` against the stored ratio, a line per method, the uncompressed model as a level."""
     models = dict(zip(frame["model"], frame["model_title"], strict=True))
     methods = _methods(frame)
@@ -83,9 +86,14 @@ def _against_size(frame: pd.DataFrame, metric: str):
         panel.set_visible(False)
     for panel in panels[-1, :]:
         panel.set_xlabel("Stored ratio: fraction of the projections' bits removed" if width == 1 else "Stored ratio")
-    name = "Token perplexity ↓" if metric == "token_perplexity" else "Average accuracy (%) ↑"
     for panel in panels[:, 0]:
-        panel.set_ylabel(name)
+        panel.set_ylabel(metric.label)
+    _add_legend(figure, methods, unplaced)
+    return figure
+
+
+def _add_legend(figure: Figure, methods: dict[str, str], unplaced: bool) -> None:
+    """Methods below the panels, in as many columns as fit; the figure grows by the rows."""
     palette = colours(list(methods))
     entries = [
         Line2D([], [], color=palette[method], marker=_marker(methods, method), markersize=6, label=title)
@@ -93,13 +101,13 @@ def _against_size(frame: pd.DataFrame, metric: str):
     ]
     if unplaced:
         entries.append(Line2D([], [], color=SOFT, marker="x", linestyle="none", markersize=7, label="not finite"))
-    if entries:
-        longest = max(len(str(entry.get_label())) for entry in entries) + 5
-        fitting = max(1, int(figure.get_figwidth() * 12 / longest))
-        columns = min(len(entries), fitting)
-        figure.set_figheight(figure.get_figheight() + 0.21 * (math.ceil(len(entries) / columns) - 1))
-        figure.legend(handles=entries, loc="outside lower center", ncols=columns)
-    return figure
+    if not entries:
+        return
+    longest = max(len(str(entry.get_label())) for entry in entries) + 5
+    fitting = max(1, int(figure.get_figwidth() * 12 / longest))
+    columns = min(len(entries), fitting)
+    figure.set_figheight(figure.get_figheight() + 0.21 * (math.ceil(len(entries) / columns) - 1))
+    figure.legend(handles=entries, loc="outside lower center", ncols=columns)
 
 
 def _label_megabytes(panel, rows: pd.DataFrame) -> None:
@@ -112,79 +120,101 @@ def _label_megabytes(panel, rows: pd.DataFrame) -> None:
     axis.tick_params(labelsize=8, colors=SOFT)
 
 
-def _draw_lines(panel, rows: pd.DataFrame, metric: str, methods: dict[str, str]) -> bool:
+def _draw_lines(panel: Axes, rows: pd.DataFrame, metric: Metric, methods: dict[str, str]) -> bool:
     """Draw a panel; return whether some measured value was not finite and got a cross at the edge."""
-    scale = 100.0 if metric == "average_accuracy" else 1.0
-    palette = colours(list(methods))
-    bad_at_top = metric == "token_perplexity"
-    finite = rows[metric].map(math.isfinite)
-    if bad_at_top:
-        finite &= rows[metric] > 0
-    bad = rows[metric].map(math.isinf) | rows["diverged"].map(lambda names: metric in names.split())
+    values = rows[metric.name]
+    finite = values.map(math.isfinite)
+    if metric.is_logarithmic:
+        finite &= values > 0
+    bad = values.map(math.isinf) | rows["diverged"].map(lambda names: metric.name in names.split())
     compressed = rows["method"] != DENSE
+    crosses = bool((bad & compressed).any())
     if not (finite | bad).any():
         panel.text(0.5, 0.5, "not measured", transform=panel.transAxes, ha="center", va="center", color=SOFT)
         panel.set(xticks=[], yticks=[])
         return False
-    if bad_at_top:
+
+    if metric.is_logarithmic:
         panel.set_yscale("log")
-    reach = rows.loc[compressed, "stored_ratio"].max()
-    reach = 0.5 if pd.isna(reach) else max(float(reach), 0.1)
+    largest = rows.loc[compressed, "stored_ratio"].max()
+    reach = 0.5 if pd.isna(largest) else max(float(largest), 0.1)
     panel.set_xlim(0, 1.08 * reach)
-    dodge = 0.014 * reach
+    palette = colours(list(methods))
     for i, method in enumerate(methods):
-        of_method = rows[(rows["method"] == method)].sort_values("stored_ratio")
-        good = of_method[finite.loc[of_method.index]]
-        errors = (good[f"{metric}_stderr"] * scale).where(lambda error: error.map(math.isfinite), 0.0)
+        of_method = rows[rows["method"] == method].sort_values("stored_ratio")
         look = {"color": palette[method], "marker": _marker(methods, method), "zorder": 3 + 0.01 * i}
-        line = of_method[(finite | bad).loc[of_method.index]]  # a value that is not finite breaks the line
-        panel.plot(
-            line["stored_ratio"],
-            (line[metric] * scale).where(finite.loc[line.index]),
-            markersize=6,
-            markeredgecolor="white",
-            markeredgewidth=0.8,
-            **look,
-        )
-        if (errors > 0).any():
-            below = errors if not bad_at_top else errors.clip(upper=0.9 * good[metric])
-            panel.errorbar(
-                good["stored_ratio"],
-                good[metric] * scale,
-                [below, errors],
-                fmt="none",
-                ecolor=palette[method],
-                capsize=3,
-            )
-        for _, row in of_method[bad.loc[of_method.index]].iterrows():
-            beside = list(rows.loc[bad & (rows["compression_ratio"] == row["compression_ratio"]), "method"])
-            shifted = row["stored_ratio"] + dodge * (beside.index(method) - (len(beside) - 1) / 2)
-            edge = 0.965 if bad_at_top else 0.035
-            panel.plot(
-                shifted, edge, "x", transform=panel.get_xaxis_transform(), color=palette[method], markersize=7, zorder=5
-            )
-    dense = rows[~compressed & finite]
+        _draw_method(panel, of_method, metric, finite, bad, look)
+    _draw_crosses(panel, rows[bad & compressed], metric, palette, dodge=0.014 * reach)
+
     low, high = panel.get_ylim() if (finite & compressed).any() else (math.inf, -math.inf)
+    dense = rows[~compressed & finite]
     if not dense.empty:
-        level, label = dense[metric].iloc[0] * scale, dense["method_title"].iloc[0]
-        panel.axhline(level, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=2)
-        printed = perplexity(level) if bad_at_top else f"{level:.1f}"
-        panel.annotate(
-            f"{label} {printed}",
-            (0, level),
-            xytext=(4, -4 if bad_at_top else 4),
-            textcoords="offset points",
-            va="top" if bad_at_top else "bottom",
-            fontsize=9,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
-            zorder=2.5,
-        )
-        low, high = min(low, level), max(high, level)
+        level = dense[metric.name].iloc[0]
+        _draw_dense(panel, level, dense["method_title"].iloc[0], metric)
+        low = min(low, level * metric.scale)
+        high = max(high, level * metric.scale)
     if math.isfinite(low):
-        _stretch(panel, low, high, bad_at_top, bool((bad & compressed).any()))
-    if bad_at_top:
+        _stretch(panel, low, high, metric.is_logarithmic, crosses)
+    if metric.is_logarithmic:
         _label_decades(panel)
-    return bool((bad & compressed).any())
+    return crosses
+
+
+def _draw_method(
+    panel: Axes, rows: pd.DataFrame, metric: Metric, finite: pd.Series, bad: pd.Series, look: dict[str, Any]
+) -> None:
+    """The line of a method, broken where a value is not finite, and its standard errors."""
+    line = rows[(finite | bad).loc[rows.index]]
+    panel.plot(
+        line["stored_ratio"],
+        (line[metric.name] * metric.scale).where(finite.loc[line.index]),
+        markersize=6,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        **look,
+    )
+    good = rows[finite.loc[rows.index]]
+    errors = (good[f"{metric.name}_stderr"] * metric.scale).where(lambda error: error.map(math.isfinite), 0.0)
+    if not (errors > 0).any():
+        return
+    # A bar that reached below 0 could not be drawn on a logarithmic axis.
+    below = errors.clip(upper=0.9 * good[metric.name]) if metric.is_logarithmic else errors
+    panel.errorbar(
+        good["stored_ratio"],
+        good[metric.name] * metric.scale,
+        [below, errors],
+        fmt="none",
+        ecolor=look["color"],
+        capsize=3,
+    )
+
+
+def _draw_crosses(panel: Axes, rows: pd.DataFrame, metric: Metric, palette: dict[str, str], dodge: float) -> None:
+    """A cross at the worse edge for every value that is not finite; those of one ratio side by side."""
+    edge = 0.965 if metric.better == LOWER else 0.035
+    for _, of_ratio in rows.groupby("compression_ratio", sort=False):
+        for place, (_, row) in enumerate(of_ratio.iterrows()):
+            shifted = row["stored_ratio"] + dodge * (place - (len(of_ratio) - 1) / 2)
+            colour = palette[row["method"]]
+            across = panel.get_xaxis_transform()
+            panel.plot(shifted, edge, "x", transform=across, color=colour, markersize=7, zorder=5)
+
+
+def _draw_dense(panel: Axes, value: float, label: str, metric: Metric) -> None:
+    """The uncompressed model as a dashed level, its value printed on the better side of it."""
+    level = value * metric.scale
+    below = metric.better == LOWER
+    panel.axhline(level, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=2)
+    panel.annotate(
+        f"{label} {metric.print(value)}",
+        (0, level),
+        xytext=(4, -4 if below else 4),
+        textcoords="offset points",
+        va="top" if below else "bottom",
+        fontsize=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
+        zorder=2.5,
+    )
 
 
 def _stretch(panel, low: float, high: float, logarithmic: bool, crosses: bool) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cospadi.records import DENSE
+from cospadi.tables.metrics import ARROWS
 
 MISSING = "–"
 DAGGER = "†"
@@ -33,7 +34,7 @@ class Column:
 
     @property
     def arrow(self) -> str:
-        return {"higher": "↑", "lower": "↓"}.get(self.better, "")
+        return ARROWS.get(self.better, "")
 
 
 @dataclass

@@ -12,6 +12,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from cospadi.records import DENSE
 from cospadi.tables.cells import QUANTIZED
+from cospadi.tables.metrics import METRICS
 
 _MARKERS = "osD^v<>ph"
 
@@ -40,7 +41,7 @@ def pareto_figure(frame: pd.DataFrame, palette: dict[str, str], ink: str, soft: 
         if not dense.empty and math.isfinite(dense["token_perplexity"].iloc[0]):
             panel.axhline(dense["token_perplexity"].iloc[0], color=ink, linewidth=1.1, linestyle=(0, (5, 3)), zorder=2)
         panel.set(title=title, xlabel="Projections, MB stored")
-    panels[0].set_ylabel("Token perplexity ↓")
+    panels[0].set_ylabel(METRICS["token_perplexity"].label)
     entries = [Line2D([], [], color=palette[name], label=title) for name, title in bases.items()]
     entries += [
         Line2D([], [], color=soft, marker=markers[name], linestyle="none", label=title) for name, title in bits.items()

@@ -22,7 +22,8 @@ from cospadi.tables.cells import (
     task_names,
     tasks_of,
 )
-from cospadi.tables.numbers import divergence, nats, percent, perplexity, points, ratio, size
+from cospadi.tables.metrics import AVERAGE, METRICS, Metric
+from cospadi.tables.numbers import nats, percent, perplexity, points, ratio, size
 from cospadi.tables.paper import DAGGER, MISSING, Column, Entry, PaperTable, Row, join
 from cospadi.tables.published import with_published
 
@@ -47,17 +48,6 @@ TASK_TITLES = {
     "winogrande": "WinoGrande",
 }
 """How papers abbreviate stock tasks; any other task keeps its own name."""
-METRIC_TITLES = {
-    "average_accuracy": "Average",
-    "token_perplexity": "Token ppl",
-    "second_perplexity": "Second ppl",
-    "word_perplexity": "Word ppl",
-    "lambada_perplexity": "LAMBADA ppl",
-    "kl_to_dense": "KL",
-    "top1_agreement": "Top-1",
-}
-_OPTIONAL = ("second_perplexity", "lambada_perplexity")
-"""Columns of the studies that measure them."""
 _FRACTIONS = ("acc", "exact_match", "em", "f1", "mc1", "mc2", "pass", "contains", "rouge")
 
 
@@ -113,15 +103,16 @@ def _with_differences(
     rows: pd.DataFrame, columns: list[Column], differences: pd.DataFrame
 ) -> tuple[pd.DataFrame, list[Column]]:
     """Rows and columns with those of ``_DIFFERENCES`` that were measured."""
-    rows, columns = rows.copy(), list(columns)
+    rows = rows.copy()
+    columns = list(columns)
     for measure, column in _DIFFERENCES.items():
-        found = differences[(differences["measure"] == measure) & (differences["against"] != DENSE)]
-        if found.empty:
+        measured = differences[(differences["measure"] == measure) & (differences["against"] != DENSE)]
+        if measured.empty:
             continue
-        found = found.set_index(["compression_ratio", "method"])
+        measured = measured.set_index(["compression_ratio", "method"])
         keys = pd.MultiIndex.from_frame(rows[["compression_ratio", "method"]])
-        rows[column.name] = found["difference"].reindex(keys).to_numpy()
-        rows[f"{column.name}_stderr"] = found["stderr"].reindex(keys).to_numpy()
+        rows[column.name] = measured["difference"].reindex(keys).to_numpy()
+        rows[f"{column.name}_stderr"] = measured["stderr"].reindex(keys).to_numpy()
         names = [c.name for c in columns]
         columns.insert(names.index(_STAND_AFTER[measure]) + 1, column)
     return rows, columns
@@ -133,35 +124,35 @@ def _difference_notes(rows: pd.DataFrame, columns: Sequence[Column], differences
     against = set(differences["against"]) - {DENSE}
     titles = dict(zip(rows["method"], rows["method_title"], strict=True))
     named = " or ".join(title for method, title in titles.items() if method in against)
-    told = (
+    note = (
         f"Δ: this method minus {named} at the same ratio, over the same documents (average) and the same windows "
         "(negative log-likelihood of a token, the logarithm of the token perplexity), ± the standard error of that difference."
     )
-    return [told]
+    return [note]
 
 
 def notes(cells: Sequence[Cell], model: str) -> list[str]:
     """What the records of a model say about how they were made: calibration text, averaged tasks, protocols."""
     cells = [cell for cell in ordered(cells) if cell.model == model]
-    found = [_calibration(record.get("settings", {})) for cell in cells for record in cell.factorizations]
+    lines = [_calibration(record.get("settings", {})) for cell in cells for record in cell.factorizations]
     for cell in cells:
         average = cell.evaluation.get("average_accuracy") or {}
         if average.get("tasks"):
-            found.append(f"Average over {', '.join(map(_task_title, average['tasks']))}.")
+            lines.append(f"Average over {', '.join(map(_task_title, average['tasks']))}.")
     tasks = task_names(cells)
     protocols: dict[str, list[str]] = {}
     for cell in cells:
         for name, measured in measurements(cell, tasks):
-            if cell.is_dense and name in ("kl_to_dense", "top1_agreement"):
-                continue  # 0 and 1 by definition
-            if name in _OPTIONAL and measured.get("value") is None:
+            metric = METRICS.get(name)
+            if metric and cell.is_dense and metric.of_dense is not None:
+                continue
+            if metric and metric.is_optional and measured.get("value") is None:
                 continue
             if measured.get("protocol"):
-                title = f"{second_text(cell)} ppl" if name == "second_perplexity" else METRIC_TITLES.get(name)
-                title = title or _task_title(name)
+                title = _metric_title(metric, second_text(cell)) if metric else _task_title(name)
                 protocols.setdefault(str(measured["protocol"]).strip().rstrip("."), []).append(title)
-    found += [f"{', '.join(dict.fromkeys(titles))}: {text}." for text, titles in protocols.items()]
-    return list(dict.fromkeys(note for note in found if note))
+    lines += [f"{', '.join(dict.fromkeys(titles))}: {text}." for text, titles in protocols.items()]
+    return list(dict.fromkeys(line for line in lines if line))
 
 
 def tables(
@@ -173,7 +164,7 @@ def tables(
     """A printed table per model, with the notes of its records and what the ``published`` sources print of it."""
     frame = summary(cells)
     titles = dict(zip(frame["model"], frame["model_title"], strict=True))
-    found = [
+    of_models = [
         paper_table(
             frame,
             model,
@@ -183,7 +174,7 @@ def tables(
         )
         for model, title in titles.items()
     ]
-    return [with_published(table, published) for table in found]
+    return [with_published(table, published) for table in of_models]
 
 
 def write_tables(
@@ -226,22 +217,13 @@ def _columns(rows: pd.DataFrame) -> list[Column]:
             Column(task, _task_title(task), "%" if fraction else "", better, percent if fraction else perplexity)
         )
     second = next((title for title in rows["second_text"] if title), "")
-    optional = {
-        name: [] if rows[name].isna().all() else [Column(name, title, "", "lower", perplexity)]
-        for name, title in (
-            ("second_perplexity", f"{second} ppl"),
-            ("lambada_perplexity", METRIC_TITLES["lambada_perplexity"]),
-        )
-    }
+    # The average stands beside the tasks it averages.
+    for metric in (AVERAGE, *(metric for metric in METRICS.values() if metric is not AVERAGE)):
+        if not (metric.is_optional and rows[metric.name].isna().all()):
+            title = _metric_title(metric, second)
+            columns.append(Column(metric.name, title, metric.unit, metric.better, metric.print))
     return [
         *columns,
-        Column("average_accuracy", METRIC_TITLES["average_accuracy"], "%", "higher", percent),
-        Column("token_perplexity", METRIC_TITLES["token_perplexity"], "", "lower", perplexity),
-        *optional["second_perplexity"],
-        Column("word_perplexity", METRIC_TITLES["word_perplexity"], "", "lower", perplexity),
-        *optional["lambada_perplexity"],
-        Column("kl_to_dense", METRIC_TITLES["kl_to_dense"], "nats", "lower", divergence),
-        Column("top1_agreement", METRIC_TITLES["top1_agreement"], "%", "higher", percent),
         Column("stored_ratio", "Stored ratio", "", "", ratio),
         Column("stored_bits", "Stored", "MB", "", lambda bits: size(bits / 8e6)),
         Column("factorize_seconds", "Time", "s", "", size),
@@ -258,7 +240,8 @@ def _row(row: pd.Series, columns: Sequence[Column]) -> Row:
         text = MISSING if missing else column.print(value)
         stderr_text = "" if math.isnan(stderr) else _like(text, stderr, column)
         if column.is_difference and stderr_text:
-            text, stderr_text = f"{text} ± {stderr_text}", ""
+            text = f"{text} ± {stderr_text}"
+            stderr_text = ""
         entries.append(Entry(value, text, float(stderr), stderr_text))
     return Row(row["method"], row["method_title"], row["compression_ratio"], bool(row["fallbacks"] > 0), entries)
 
@@ -281,10 +264,10 @@ def _mark_best(entries: Sequence[Entry], column: Column) -> None:
 
 
 def _own_notes(rows: pd.DataFrame, groups: Sequence[Sequence[Row]]) -> list[str]:
-    found = []
+    lines = []
     if any(entry.best for group in groups for row in group for entry in row.entries):
-        found.append("Bold: best value of its ratio and quantization (↑ higher, ↓ lower is better).")
-    found.append(
+        lines.append("Bold: best value of its ratio and quantization (↑ higher, ↓ lower is better).")
+    lines.append(
         "Ratio: fraction of the projections' bits that was asked to go. Stored ratio: fraction that is gone in the "
         "checkpoint, indices and masks counted. Stored: bytes of the projections alone. Time: of the factorization."
     )
@@ -293,14 +276,14 @@ def _own_notes(rows: pd.DataFrame, groups: Sequence[Sequence[Row]]) -> list[str]
         if not pd.isna(row["bits"]):
             of_bits.setdefault(int(row["bits"]), []).append(row["method_title"])
     if len(of_bits) == 1:
-        found.append(f"Stored values have {next(iter(of_bits))} bits.")
+        lines.append(f"Stored values have {next(iter(of_bits))} bits.")
     elif of_bits:
         parts = [f"{bits} bits ({', '.join(dict.fromkeys(titles))})" for bits, titles in of_bits.items()]
-        found.append(f"Stored values have {'; '.join(parts)}.")
+        lines.append(f"Stored values have {'; '.join(parts)}.")
     for _, row in rows[rows["fallbacks"] > 0].iterrows():
         place = f"{row['method_title']} at {row['compression_ratio']:g}"
-        found.append(f"{DAGGER} {place}: not as asked for in some projections: {row['fallback_reasons']}.")
-    return found
+        lines.append(f"{DAGGER} {place}: not as asked for in some projections: {row['fallback_reasons']}.")
+    return lines
 
 
 def _calibration(settings: dict) -> str:
@@ -315,6 +298,11 @@ def _calibration(settings: dict) -> str:
     if calibration.get("seed") is not None:
         parts.append(f"seed {calibration['seed']}")
     return ", ".join(parts) + "."
+
+
+def _metric_title(metric: Metric, second_text: str) -> str:
+    """A metric's heading; the second text's perplexity is named after the text."""
+    return f"{second_text} ppl" if metric.name == "second_perplexity" else metric.title
 
 
 def _task_title(task: str) -> str:

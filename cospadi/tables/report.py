@@ -34,7 +34,7 @@ def write_report(cells: Sequence[Cell], folder: Path, study_title: str, printed:
         "report.html",
         title=study_title,
         tables=printed,
-        figures=[(name, told, _data(folder / f"{name}.png")) for name, told in FIGURES.items()],
+        figures=[(name, caption, _data(folder / f"{name}.png")) for name, caption in FIGURES.items()],
         written=[(title, found) for model, title in _titles(cells).items() if (found := written(cells, model))],
         graph=drawn(rulegraph.read_text(encoding="utf-8")) if rulegraph.is_file() else None,
         made=_made(cells),
@@ -95,4 +95,4 @@ def _made(cells: Sequence[Cell]) -> list[tuple[str, str]]:
         ("Machine", "; ".join(dict.fromkeys(_machine(r["machine"]) for r in found if r.get("machine")))),
         ("Work", f"{seconds / 3600:.1f} hours over {len(found)} jobs" if seconds else ""),
     ]
-    return [(name, told) for name, told in facts if told]
+    return [(name, text) for name, text in facts if text]

@@ -3,102 +3,150 @@
 from __future__ import annotations
 
 import textwrap
+from functools import cached_property
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 
-from cospadi.records import DENSE
-from cospadi.tables.paper import PaperTable
+from cospadi.tables.paper import PaperTable, Row, join, ratio_label
 from cospadi.tables.style import INK, SOFT
 
+BODY = 10.0
+"""Points of the entries."""
+SMALL = 8.5
+"""Points of units and notes."""
+GAP = 0.2
+"""Inches between columns at least."""
+EDGE = 0.2
+"""Inches around the table."""
+LINE = 0.25
+"""Inches from a row to the next."""
+NOTE_LINE = 0.175
+"""Inches from a line of the notes to the next."""
 
-def table_picture(table: PaperTable):
+
+def table_picture(table: PaperTable) -> Figure:
     """The printed table as a picture: rules above, below and between ratios, notes underneath."""
-    heads = [("Ratio", ""), ("Method", "")]
-    heads += [
-        (column.title, " ".join(part for part in (column.unit, column.arrow) if part)) for column in table.columns
-    ]
-    lines = [
-        (["" if k else ("–" if row.method == DENSE else f"{row.compression_ratio:g}"), row.label], row, k == 0)
-        for group in table.groups
-        for k, row in enumerate(group)
-    ]
-    body, small = 10.0, 8.5
+    return _Picture(table).drawn()
 
-    figure = Figure(figsize=(4, 4))
-    renderer = FigureCanvasAgg(figure).get_renderer()
 
-    def wide(text: str, size: float, weight: str = "normal") -> float:
-        """Width of a text in inches."""
+class _Picture:
+    """A table that is set from top to bottom, in inches, and drawn once its height is known."""
+
+    def __init__(self, table: PaperTable) -> None:
+        self.table = table
+        self.figure = Figure(figsize=(4, 4))
+        self.renderer = FigureCanvasAgg(self.figure).get_renderer()
+        self.texts: list[tuple[float, float, str, dict[str, object]]] = []
+        """Inches from the top left corner, the text, and its look."""
+        self.rules: list[tuple[float, float, str]] = []
+        """Inches from the top, thickness in points, colour."""
+        self.y = EDGE
+
+    def drawn(self) -> Figure:
+        self._set_head()
+        for group in self.table.groups:
+            self._set_group(group, is_first=group is self.table.groups[0])
+        self._rule(1.6)
+        self._set_notes()
+
+        width = self.width + 2 * EDGE
+        height = self.y + EDGE
+        self.figure.set_size_inches(width, height)
+        for x, y, text, look in self.texts:
+            self.figure.text(x / width, 1 - y / height, text, **look)
+        for y, thickness, colour in self.rules:
+            across = (EDGE / width, 1 - EDGE / width)
+            level = 1 - y / height
+            self.figure.add_artist(Line2D(across, (level, level), color=colour, linewidth=thickness))
+        return self.figure
+
+    @cached_property
+    def heads(self) -> list[tuple[str, str]]:
+        """Heading of every column, and what stands below it: unit and direction."""
+        of_values = [(column.title, join(" ", column.unit, column.arrow)) for column in self.table.columns]
+        return [("Ratio", ""), ("Method", ""), *of_values]
+
+    @cached_property
+    def widths(self) -> list[float]:
+        """Inches of every column: its widest text."""
+        rows = [row for group in self.table.groups for row in group]
+        widths = []
+        for i, (title, unit) in enumerate(self.heads):
+            texts = [_texts(row)[i] for row in rows]
+            weight = "bold" if i > 1 else "normal"  # any value may be the best one
+            widest = max((self._inches(text, BODY, weight) for text in texts), default=0.0)
+            widths.append(max(self._inches(title, BODY, "bold"), self._inches(unit, SMALL), widest))
+        return widths
+
+    @cached_property
+    def width(self) -> float:
+        """Inches of the table."""
+        columns = sum(self.widths) + GAP * (len(self.widths) - 1)
+        return max(columns, self._inches(self.table.title, BODY + 1, "bold"), 5.0)
+
+    def _set_head(self) -> None:
+        self.y += 0.14
+        self._put(EDGE, self.table.title, "left", BODY + 1, weight="bold")
+        self.y += 0.16
+        self._rule(1.6)
+        self.y += 0.2
+        for i, (title, _) in enumerate(self.heads):
+            self._put_cell(i, title, weight="bold")
+        self.y += 0.18
+        for i, (_, unit) in enumerate(self.heads):
+            self._put_cell(i, unit, SMALL, color=SOFT)
+        self.y += 0.09
+
+    def _set_group(self, group: list[Row], is_first: bool) -> None:
+        """Rows of one ratio below a rule; the ratio stands in the first of them."""
+        self._rule(0.9 if is_first else 0.6, INK if is_first else SOFT)
+        self.y += 0.05
+        for row in group:
+            self.y += LINE - 0.06
+            ratio, label, *values = _texts(row)
+            self._put_cell(0, ratio if row is group[0] else "")
+            self._put_cell(1, label)
+            for i, (text, entry) in enumerate(zip(values, row.entries, strict=True), start=2):
+                self._put_cell(i, text, weight="bold" if entry.best else "normal")
+            self.y += 0.06
+        self.y += 0.05
+
+    def _set_notes(self) -> None:
+        letters = "abcdefghijklmnopqrstuvwxyz "
+        per_line = max(40, int(self.width / (self._inches(letters, SMALL) / len(letters))))
+        self.y += 0.06
+        for note in self.table.notes:
+            for line in textwrap.wrap(note, per_line, subsequent_indent="   "):
+                self.y += NOTE_LINE
+                self._put(EDGE, line, "left", SMALL, color=SOFT)
+
+    def _put_cell(self, column: int, text: str, size: float = BODY, **look: object) -> None:
+        """A text in a column: labels on the left, numbers on the right."""
+        spare = (self.width - sum(self.widths) - GAP * (len(self.widths) - 1)) / (len(self.widths) - 1)
+        left = EDGE + sum(self.widths[:column]) + (GAP + spare) * column
+        if column < 2:
+            self._put(left, text, "left", size, **look)
+        else:
+            self._put(left + self.widths[column], text, "right", size, **look)
+
+    def _put(self, x: float, text: str, align: str, size: float, **look: object) -> None:
+        look = {"ha": align, "va": "baseline", "fontsize": size, "parse_math": False, **look}
+        self.texts.append((x, self.y, text, look))
+
+    def _rule(self, thickness: float, colour: str = INK) -> None:
+        self.rules.append((self.y, thickness, colour))
+
+    def _inches(self, text: str, size: float, weight: str = "normal") -> float:
+        """Width of a text."""
+        if not text:
+            return 0.0
         font = FontProperties(family="DejaVu Sans", size=size, weight=weight)
-        return renderer.get_text_width_height_descent(text, font, False)[0] / figure.dpi if text else 0.0
+        return self.renderer.get_text_width_height_descent(text, font, False)[0] / self.figure.dpi
 
-    widths = []
-    for i, (first, second) in enumerate(heads):
-        column = [labels[i] for labels, _, _ in lines] if i < 2 else [row.entries[i - 2].text for _, row, _ in lines]
-        widths.append(
-            max(
-                wide(first, body, "bold"),
-                wide(second, small),
-                *(wide(text, body, "bold" if i > 1 else "normal") for text in column),
-            )
-        )
-    gap, edge, step, note_step = 0.2, 0.2, 0.25, 0.175
-    total = max(sum(widths) + gap * (len(widths) - 1), wide(table.title, body + 1, "bold"), 5.0)
-    per_line = max(40, int(total / (wide("abcdefghijklmnopqrstuvwxyz ", small) / 27)))
-    wrapped = [line for note in table.notes for line in textwrap.wrap(note, per_line, subsequent_indent="   ")]
-    full_width = total + 2 * edge
-    texts: list[
-        tuple[float, float, str, dict]
-    ] = []  # in inches from the top left corner, drawn once the height is known
-    rules: list[tuple[float, float, str]] = []
 
-    def put(x: float, y: float, text: str, align: str, size: float = body, **look: object) -> None:
-        texts.append((x, y, text, {"ha": align, "va": "baseline", "fontsize": size, "parse_math": False, **look}))
-
-    def rule(y: float, thickness: float, colour: str = INK) -> None:
-        rules.append((y, thickness, colour))
-
-    spare = (total - sum(widths) - gap * (len(widths) - 1)) / (len(widths) - 1)
-    lefts = [edge + sum(widths[:i]) + (gap + spare) * i for i in range(len(widths))]
-
-    def put_cell(i: int, y: float, text: str, size: float = body, **look: object) -> None:
-        put(lefts[i] + (0 if i < 2 else widths[i]), y, text, "left" if i < 2 else "right", size, **look)
-
-    y = edge + 0.14
-    put(edge, y, table.title, "left", body + 1, weight="bold")
-    y += 0.16
-    rule(y, 1.6)
-    y += 0.2
-    for i, (first, second) in enumerate(heads):
-        put_cell(i, y, first, weight="bold")
-        put_cell(i, y + 0.18, second, small, color=SOFT)
-    y += 0.18 + 0.09
-    for labels, row, first in lines:
-        if first:
-            rule(y, 0.9 if row is lines[0][1] else 0.6, INK if row is lines[0][1] else SOFT)
-            y += 0.05
-        y += step - 0.06
-        for i, label in enumerate(labels):
-            put_cell(i, y, label)
-        for i, entry in enumerate(row.entries, start=2):
-            put_cell(i, y, entry.text, weight="bold" if entry.best else "normal")
-        y += 0.06
-        if any(group[-1] is row for group in table.groups):
-            y += 0.05
-    rule(y, 1.6)
-    y += 0.06
-    for line in wrapped:
-        y += note_step
-        put(edge, y, line, "left", small, color=SOFT)
-    full_height = y + edge
-    figure.set_size_inches(full_width, full_height)
-    for x, y, text, look in texts:
-        figure.text(x / full_width, 1 - y / full_height, text, **look)
-    for y, thickness, colour in rules:
-        height = 1 - y / full_height
-        across = (edge / full_width, 1 - edge / full_width)
-        figure.add_artist(Line2D(across, (height, height), color=colour, linewidth=thickness))
-    return figure
+def _texts(row: Row) -> list[str]:
+    """The texts of a row: ratio, method, values."""
+    return [ratio_label(row), row.label, *(entry.text for entry in row.entries)]

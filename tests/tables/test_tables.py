@@ -18,6 +18,7 @@ from cospadi.tables import figures
 from cospadi.tables.cells import LEADING_COLUMNS, PROJECTION_COLUMNS, Cell, projection_errors, read_summary, summary
 from cospadi.tables.error_maps import error_maps as _error_maps
 from cospadi.tables.figures import write_figures
+from cospadi.tables.metrics import METRICS
 from cospadi.tables.numbers import divergence, percent, perplexity, size
 from cospadi.tables.overview import write_overviews
 from cospadi.tables.render import notes, paper_table, tables, write_tables
@@ -464,7 +465,7 @@ def test_a_method_with_ratios_of_its_own_has_rows_of_its_own(tmp_path):
 def test_the_upper_axis_tells_what_projections_take_on_disk():
     cells = [dense(), *(cell("svd", ratio, model="small") for ratio in (0.2, 0.4))]
     frame = summary(cells)
-    figure = figures._against_size(frame, "token_perplexity")
+    figure = figures._against_size(frame, METRICS["token_perplexity"])
     figure.draw_without_rendering()
     (panel,) = figure.axes
     (upper,) = panel.child_axes
