@@ -72,33 +72,33 @@ class CompressedLinear(nn.Module):
 
     def _matrix(self, part: str, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
         """A matrix in full."""
-        found = self._packed(part)
-        if isinstance(found, Tensor):
-            return found.to(dtype)
-        codes = unpack(found.codes, found.format, found.scales.shape[1])
-        return Quantized(codes, found.scales, found.format, found.group_size).float().to(dtype)
+        stored = getattr(self, part)
+        if part not in self.formats:
+            return stored.to(dtype)
+        name, group_size = self.formats[part]
+        scales = getattr(self, f"{part}_scales")
+        return Quantized(unpack(stored, name, scales.shape[1]), scales, name, group_size).float().to(dtype)
 
     def _packed(self, part: str) -> Any:
         """A matrix as the kernels take it."""
-        found = getattr(self, part)
+        stored = getattr(self, part)
         if part not in self.formats:
-            return found
+            return stored
         scales = getattr(self, f"{part}_scales")
-        return self._codes_of(part, found, scales, scales.shape[1])
+        return self._codes_of(part, stored, scales, scales.shape[1])
 
     def _codes_of(self, part: str, codes: Tensor, scales: Tensor, columns: int) -> Any:
         """Packed codes as the kernels take them; those of other widths than theirs are held a byte each from now on."""
         name, group_size = self.formats[part]
-        if name in _cpu_kernels().FORMS:
+        if format_of(name).form is not None:
             return Packed(codes, scales, name, group_size)
-        if not format_of(name).is_whole:
-            raise ValueError(f"No kernel multiplies {name}, and only whole numbers can be held as int8.")
         wide = self._once(part, (codes,), lambda: pack(unpack(codes, name, columns).contiguous(), "int8"))
         return Packed(wide, scales, "int8", group_size)
 
     def forward(self, inputs: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         rows = inputs.reshape(-1, self.in_features)
-        if len(rows) <= FEW and not torch.is_grad_enabled() and rows.device.type in ("cpu", "cuda"):
+        few = len(rows) <= FEW and not torch.is_grad_enabled() and rows.device.type in ("cpu", "cuda")
+        if few and self._kernels_read_it:
             outputs = self._few(rows)
         elif rows.device.type == "cpu":
             with products(exact=True):
@@ -114,6 +114,17 @@ class CompressedLinear(nn.Module):
         Not named ``weight``: transformers takes a tied module that has one for a linear layer and looks at its shape.
         """
         raise NotImplementedError
+
+    @property
+    def _kernels_read_it(self) -> bool:
+        """Whether kernels multiply with every part: as it is stored, or as whole numbers of a byte each."""
+        return all(map(self._kernels_read, self.formats))
+
+    def _kernels_read(self, part: str) -> bool:
+        if part not in self.formats:
+            return True
+        format = format_of(self.formats[part][0])
+        return format.form is not None or format.is_whole
 
     def _few(self, rows: Tensor) -> Tensor:
         return self._many(rows)
@@ -348,21 +359,26 @@ class SparseDictionaryLinear(CompressedLinear):
 
     def _codes(self) -> Float[Tensor, "d_out all_atoms"]:
         """The coefficients as a dense matrix, a row per output."""
-        if self.mask.device.type == "cpu":
+        if self._kernels_read("values") and self.mask.device.type == "cpu":
             return _cpu_kernels().unpack(self.mask, self._values(), self._offsets(), self.all_atoms)
-        if self.mask.is_cuda:
+        if self._kernels_read("values") and self.mask.is_cuda:
             values, how = _for_triton(self._values())
             sizes = self.out_features, self.all_atoms
             return _gpu_kernels().unpack(self.mask, values, self._offsets(), *sizes, *how)
+        return self._codes_in_torch()
+
+    def _codes_in_torch(self) -> Float[Tensor, "d_out all_atoms"]:
+        """`_codes` in plain torch: for other devices, and for formats that no kernel reads."""
         shifts = torch.arange(8, device=self.mask.device, dtype=torch.uint8)
         bits = (self.mask[:, None] >> shifts & 1).flatten()[: self.out_features * self.all_atoms]
-        values = self._values()
-        codes = torch.zeros(len(bits), dtype=self.storage, device=self.mask.device)
+        codes = torch.zeros(len(bits), dtype=torch.float32, device=self.mask.device)
         if "values" not in self.formats:
-            return codes.masked_scatter_(bits.bool(), values).view(self.out_features, self.all_atoms)
-        listed = unpack(values.codes, values.format, self.n_values).to(codes.dtype)
-        codes = codes.masked_scatter_(bits.bool(), listed).view(self.out_features, self.all_atoms).float()
-        return codes * values.scales.float().repeat_interleave(values.group_size, dim=1)[:, : self.all_atoms]
+            codes = codes.to(self.storage)
+            return codes.masked_scatter_(bits.bool(), self._values()).view(self.out_features, self.all_atoms)
+        name, group_size = self.formats["values"]
+        stored = unpack(self.values, name, self.n_values).float()
+        codes = codes.masked_scatter_(bits.bool(), stored).view(self.out_features, self.all_atoms)
+        return codes * self.values_scales.float().repeat_interleave(group_size, dim=1)[:, : self.all_atoms]
 
     def _values(self) -> Any:
         """The values, 16 bits each or packed as the kernels take them."""

@@ -26,7 +26,7 @@ from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
 from cospadi.kernels.compiled import compiled
-from cospadi.packing.formats import LANES
+from cospadi.packing.formats import FLOAT8_FORM, INT4_FORM, INT8_FORM, LANES, SIXTEEN_BITS, format_of
 from cospadi.packing.matrix import Packed
 
 BLOCKS = (8, 4, 2, 1)
@@ -40,9 +40,9 @@ AHEAD = 2048
 WORTH = 1 << 19
 """Multiplications that are worth another thread."""
 
-HALF_FORM, BRAIN_FORM, INT8_FORM, INT4_FORM, FLOAT8_FORM = range(5)
-FORMS = {"int8": INT8_FORM, "int4": INT4_FORM, "float8": FLOAT8_FORM}
-"""Formats of codes that the loops read."""
+HALF_FORM = SIXTEEN_BITS
+BRAIN_FORM = -1
+"""16 bits that are bfloat16; the forms of codes are those of their `Format`."""
 WIDTHS = {HALF_FORM: 16, BRAIN_FORM: 16, INT8_FORM: 8, INT4_FORM: 4, FLOAT8_FORM: 8}
 """Bits of a weight."""
 
@@ -82,7 +82,7 @@ def sparse_product(
 def _handed_over(weights: Weights) -> tuple[tuple[int, bool], Tensor, int, int]:
     """Form of the numbers and whether scales are bfloat16; numbers; address of the scales; vectors that have one together."""
     if isinstance(weights, Packed):
-        kind = FORMS[weights.format], weights.scales.dtype is torch.bfloat16
+        kind = format_of(weights.format).form, weights.scales.dtype is torch.bfloat16
         return kind, weights.codes.contiguous(), weights.scales.data_ptr(), weights.group_size // LANES
     numbers = weights.contiguous()
     return (BRAIN_FORM if numbers.dtype is torch.bfloat16 else HALF_FORM, False), numbers, 0, 1
@@ -118,7 +118,7 @@ def unpack(
     mask, offsets = _padded(mask), offsets.contiguous()
     kind, numbers, scales, group = _handed_over(values)
     d_out = len(offsets) - 1
-    out = torch.empty(d_out, atoms)
+    out = torch.empty(d_out, atoms, dtype=torch.float32, device="cpu")
     weight = (mask.data_ptr(), len(mask), numbers.data_ptr(), scales, group, offsets.data_ptr())
     _share(_unpack(*kind), (*weight, out.data_ptr(), atoms), d_out, d_out * atoms)
     return out
@@ -131,7 +131,7 @@ def offsets(mask: UInt8[Tensor, " bytes"], d_out: int, atoms: int) -> Int32[Tens
     [0, 2, 3, 4]
     """
     mask = _padded(mask)
-    starts = torch.zeros(d_out + 1, dtype=torch.int32)
+    starts = torch.zeros(d_out + 1, dtype=torch.int32, device="cpu")
     _count(mask.data_ptr(), len(mask), starts.numpy(), atoms)
     return starts
 

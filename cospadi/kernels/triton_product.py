@@ -22,9 +22,9 @@ import triton.language as tl
 from jaxtyping import Float, Int32, Shaped, UInt8
 from torch import Tensor
 
+from cospadi.packing.formats import SIXTEEN_BITS, format_of
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-FORMS = {"": 0, "int8": 1, "int4": 2, "float8": 3}
-"""Formats of codes that the kernels read; none is 16 bits."""
 ROWS = tl.constexpr(16)
 """Rows a program takes at a time if there are several: the least that tensor cores are made for."""
 
@@ -67,7 +67,7 @@ def sparse_product(
         d_out: outputs.
         scales: of packed codes, float16 or bfloat16.
         group_size: atoms that have a scale together, a multiple of 8.
-        form: one of `FORMS`.
+        form: name of a format with a kernel form; none: 16 bits.
 
     Raises:
         ValueError: when ``mask`` or ``offsets`` have another length than ``d_out`` and ``atoms`` ask for.
@@ -76,7 +76,8 @@ def sparse_product(
     _check_sizes(mask, offsets, d_out, atoms)
     out = z.new_empty(rows, d_out)
     tensors = (z.contiguous(), mask, values, values if scales is None else scales, offsets, out)
-    whole_bytes, how = atoms % 8 == 0, (group_size, FORMS[form])
+    whole_bytes = atoms % 8 == 0
+    how = group_size, _form(form)
     with torch.cuda.device_of(z):
         if rows == 1:
             _one_row[lambda tile: (triton.cdiv(d_out, tile["OUTPUTS"]),)](*tensors, d_out, atoms, whole_bytes, *how)
@@ -128,7 +129,7 @@ def unpack(
     tensors = (mask, values, values if scales is None else scales, offsets, out)
     with torch.cuda.device_of(values):
         _unpack[lambda tile: (triton.cdiv(d_out, tile["OUTPUTS"]),)](
-            *tensors, d_out, atoms, atoms % 8 == 0, group_size, FORMS[form]
+            *tensors, d_out, atoms, atoms % 8 == 0, group_size, _form(form)
         )
     return out
 
@@ -136,6 +137,11 @@ def unpack(
 @unpack.register_fake
 def _(mask, values, offsets, d_out, atoms, scales=None, group_size=32, form=""):
     return values.new_empty(d_out, atoms, dtype=torch.float32 if form else values.dtype)
+
+
+def _form(name: str) -> int:
+    """Number of the branch that reads a format's codes."""
+    return format_of(name).form if name else SIXTEEN_BITS
 
 
 def _check_sizes(mask: Tensor, offsets: Tensor, d_out: int, atoms: int) -> None:

@@ -9,19 +9,19 @@ import torch
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
-from cospadi.packing.formats import FLOAT8, LANES, bits_of, packed_bytes
+from cospadi.packing.formats import LANES, bits_of, format_of, packed_bytes
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Codes as they are stored, and the scales they are multiplied with."""
+    """Codes as they are stored and as the kernels multiply them, and the scales they are multiplied with."""
 
     codes: UInt8[Tensor, "*rows bytes"]
-    """Of a matrix, row by row, each row whole bytes; or of a list of values."""
+    """Codes of a matrix, row by row, each row whole bytes; or of a list of values."""
     scales: Float[Tensor, "_ _"]
     """float16 or bfloat16, contiguous: (groups × columns) of a matrix, whose groups are rows; (d_out × groups) of values."""
     format: str
-    """One of `FORMS`."""
+    """Name of a format with a kernel form."""
     group_size: int
     """Rows of a matrix, or atoms, that have a scale together: a multiple of `LANES`."""
 
@@ -35,9 +35,9 @@ class Quantized:
     """``codes · scales``: every ``group_size`` rows of a column have a scale of their own, the last group maybe fewer."""
 
     codes: Shaped[Tensor, "rows columns"]
-    """int8, or float8 (e4m3); packed only when stored."""
+    """Codes in the dtype of the format; packed only when stored."""
     scales: Float[Tensor, "groups columns"]
-    """In 16 bits."""
+    """Scales in 16 bits."""
     format: str
     """One of `FORMATS`."""
     group_size: int
@@ -48,7 +48,7 @@ class Quantized:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the scales: what is computed from them has that range."""
+        """Dtype of the scales: what is computed from them has its range."""
         return self.scales.dtype
 
     @property
@@ -82,6 +82,22 @@ def groups(rows: int, group_size: int) -> int:
     return -(-rows // group_size)
 
 
+def code_dtype(name: str) -> torch.dtype:
+    """The dtype that holds a code of this format."""
+    return getattr(torch, format_of(name).dtype)
+
+
+def nearest(numbers: Tensor, name: str) -> Tensor:
+    """The nearest numbers that are codes, in place, in the dtype of ``numbers``.
+
+    >>> nearest(torch.tensor([-9.0, 0.4, 3.6]), "int4").tolist()
+    [-8.0, 0.0, 4.0]
+    """
+    format = format_of(name)
+    numbers = numbers.clamp_(format.lowest, format.highest)
+    return numbers.round_() if format.is_whole else numbers.to(code_dtype(name)).to(numbers.dtype)
+
+
 def pack(codes: Shaped[Tensor, "*rows columns"], name: str) -> UInt8[Tensor, "*rows bytes"]:
     """Codes of every row one after another without gaps, the lowest bits of a byte first; rows begin at a byte.
 
@@ -103,11 +119,9 @@ def unpack(packed: UInt8[Tensor, "*rows bytes"], name: str, columns: int) -> Sha
     >>> unpack(pack(torch.tensor([1, -1, 2], dtype=torch.int8), "int4"), "int4", 3).tolist()
     [1, -1, 2]
     """
-    if name == FLOAT8:
-        return packed.view(torch.float8_e4m3fn)
     bits = bits_of(name)
     if bits == 8:
-        return packed.view(torch.int8)
+        return packed.view(code_dtype(name))
     if bits == 4:  # on whatever device it lies: layers do this for every prompt
         codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(start_dim=-2)[..., :columns]
     else:

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from cospadi.errors import UserError
 from cospadi.factorization.solvers.pruning import inverse_factor
-from cospadi.packing.formats import FLOAT8, largest_codes
-from cospadi.packing.matrix import Quantized, by_row, groups
+from cospadi.packing.formats import format_of
+from cospadi.packing.matrix import Quantized, by_row, code_dtype, groups, nearest
 
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
-"""Scales tried, as fractions of the one that just holds the largest number: clipping a few may cost less than coarse steps."""
+"""Scales to try, as fractions of the one that just holds the largest number: clipping may cost less than coarse steps."""
 BLOCK = 64
 """Rows of a matrix whose updates of the others wait for each other, and then are one product."""
 
@@ -38,7 +38,7 @@ class Rounding:
     compensated: bool = True
     """Let later numbers make up for the errors of earlier ones, instead of rounding each to the nearest."""
     damping: float = 0.01
-    """Of the gram in the first pass, as a fraction of its mean diagonal."""
+    """Ridge on the gram in the first pass, as a fraction of its mean diagonal."""
     sweeps: int = 4
     """Rounds of coordinate descent behind the first pass."""
 
@@ -65,7 +65,8 @@ def quantized(
     Raises:
         UserError: a number or a scale does not fit.
     """
-    numbers, gram = numbers.float(), gram.float()
+    numbers = numbers.float()
+    gram = gram.float()
     if not torch.isfinite(numbers).all():
         raise UserError("quantization meets NaN or infinite numbers: the factors are damaged. Factorize again.")
     scales = _searched_scales(numbers, gram.diagonal(), rounding, scale_dtype)
@@ -86,21 +87,29 @@ def _searched_scales(
     Raises:
         UserError: when a scale overflows ``scale_dtype``.
     """
-    (rows, columns), size = numbers.shape, rounding.group_size
+    rows, columns = numbers.shape
+    size = rounding.group_size
+    format = format_of(rounding.format)
+
+    # Every group on its own, the last one filled up with zeros, which any scale rounds without an error.
     count = groups(rows, size)
-    low, high = largest_codes(rounding.format)
     missing = count * size - rows
     cells = torch.nn.functional.pad(numbers, (0, 0, 0, missing)).view(count, size, columns)
     importance = importance.clamp_min(1e-6 * importance.mean().clamp_min(torch.finfo(importance.dtype).tiny))
     weights = torch.nn.functional.pad(importance, (0, missing)).view(count, size, 1)
-    top, bottom = cells.amax(dim=1), cells.amin(dim=1)
+
+    # The number of largest magnitude has to fit: as the lowest code, or as the highest.
+    top = cells.amax(dim=1)
+    bottom = cells.amin(dim=1)
     largest = torch.where(top > -bottom, top, bottom)
-    best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    best = torch.zeros_like(largest)
+    least = torch.full_like(largest, torch.inf)
     smallest = torch.tensor(
         torch.finfo(scale_dtype).smallest_normal * torch.finfo(scale_dtype).eps, device=numbers.device
     )
-    for shrink in SHRINKS if rounding.format != FLOAT8 else SHRINKS[:1]:  # floats are as fine wherever they lie
-        for extreme in (largest / low, largest.abs() / high):
+    # Floating codes have the same relative steps at every scale, so clipping gains nothing.
+    for shrink in SHRINKS if format.is_whole else SHRINKS[:1]:
+        for extreme in (largest / format.lowest, largest.abs() / format.highest):
             scales = (extreme * shrink).to(scale_dtype).float()
             scales = torch.where((scales == 0) & (extreme != 0), smallest.copysign(extreme), scales)
             if not torch.isfinite(scales).all():
@@ -110,7 +119,8 @@ def _searched_scales(
                 )
             errors = (cells - _round(cells, scales[:, None], rounding.format)).square_().mul_(weights).sum(dim=1)
             better = errors < least
-            best, least = torch.where(better, scales, best), torch.where(better, errors, least)
+            best = torch.where(better, scales, best)
+            least = torch.where(better, errors, least)
     return best
 
 
@@ -126,17 +136,24 @@ class _Descent:
         rounding: Rounding,
         scale_dtype: torch.dtype,
     ) -> None:
-        self.numbers, self.gram, self.gradient, self.scales = numbers, gram, gradient, scales
-        self.rounding, self.scale_dtype = rounding, scale_dtype
+        self.numbers = numbers
+        self.gram = gram
+        self.gradient = gradient
+        self.scales = scales
+        self.rounding = rounding
+        self.scale_dtype = scale_dtype
         self.support = (numbers != 0).to(numbers)
         self.diagonal = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)
 
     def run(self, nearest: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers with codes, and the scales they are multiples of."""
+        # A column that the first pass made worse goes back to its nearest codes, so none ends above them.
         values = self._first_pass()
         ahead = self._cost(values) < self._cost(nearest)
         values = torch.where(ahead, values, nearest)
         left = self._left(values)
+
+        # Codes for the scales, then scales for the codes, until neither changes: both only lower the cost.
         for _ in range(self.rounding.sweeps):
             changed = self._sweep(values, left)
             self._refit_scales(values, left)
@@ -149,33 +166,41 @@ class _Descent:
         return torch.addmm(self.gradient, self.gram, self.numbers - values)
 
     def _cost(self, values: Tensor) -> Tensor:
-        """Of every column, but for a constant."""
+        """Cost of every column, but for a constant."""
         ahead = values - self.numbers
         return (ahead * (self.gram @ ahead - 2 * self.gradient)).sum(dim=0)
 
     def _first_pass(self) -> Tensor:
         """Row after row rounded, the rows below moved to make up for it."""
-        unused = torch.diag((self.gram.diagonal() <= 0).to(self.gram))  # nothing is multiplied with these rows
+        # Rows that nothing is multiplied with get a diagonal of 1, so that the gram can be inverted.
+        unused = torch.diag((self.gram.diagonal() <= 0).to(self.gram))
         factor = inverse_factor(self.gram + unused, self.rounding.damping).to(self.gram)
-        rest, values = self.numbers.clone(), torch.empty_like(self.numbers)
-        rows = by_row(self.scales, self.rounding.group_size, len(rest))
+        rest = self.numbers.clone()
+        values = torch.empty_like(self.numbers)
+        scales = by_row(self.scales, self.rounding.group_size, len(rest))
         for block in _blocks(len(rest)):
-            triangle, errors = factor[block, block], torch.empty_like(rest[block])
+            triangle = factor[block, block]
+            errors = torch.empty_like(rest[block])
+            # Within the block the rows below are updated at once: the next one is rounded from what is left.
             for i, row in enumerate(range(block.start, block.stop)):
-                values[row] = _round(rest[row], rows[row], self.rounding.format).mul_(self.support[row])
+                values[row] = _round(rest[row], scales[row], self.rounding.format).mul_(self.support[row])
                 errors[i] = (rest[row] - values[row]) / triangle[i, i]
                 rest[row : block.stop] -= triangle[i, i:, None] * errors[i]
+            # All rows beyond the block take its errors in one product.
             rest[block.stop :] -= factor[block, block.stop :].T @ errors
         return values
 
     def _sweep(self, values: Tensor, left: Tensor) -> bool:
         """Every number to its best code beside the others, in place; whether any changed."""
-        rows, changed = by_row(self.scales, self.rounding.group_size, len(values)), False
+        scales = by_row(self.scales, self.rounding.group_size, len(values))
+        changed = False
         for block in _blocks(len(values)):
-            own, near = self.gram[block, block], left[block].clone()
+            own = self.gram[block, block]
+            near = left[block].clone()
             moved = torch.empty_like(near)
             for i, row in enumerate(range(block.start, block.stop)):
-                best = _round(values[row] + near[i] / self.diagonal[row], rows[row], self.rounding.format)
+                # The minimum over this row alone is a parabola's: the nearest code to it is the best one.
+                best = _round(values[row] + near[i] / self.diagonal[row], scales[row], self.rounding.format)
                 moved[i] = best.mul_(self.support[row]) - values[row]
                 values[row] += moved[i]
                 near[i:] -= own[i:, i, None] * moved[i]
@@ -189,8 +214,11 @@ class _Descent:
             rows = slice(number * self.rounding.group_size, (number + 1) * self.rounding.group_size)
             old = self.scales[number].clone()
             codes = _coded(values[rows], old, self.rounding.format)
-            slope, curvature = (codes * left[rows]).sum(dim=0), (codes * (self.gram[rows, rows] @ codes)).sum(dim=0)
+            # As a function of its scale the cost is a parabola: a step of slope / curvature leads to its minimum.
+            slope = (codes * left[rows]).sum(dim=0)
+            curvature = (codes * (self.gram[rows, rows] @ codes)).sum(dim=0)
             new = torch.where(curvature > 0, old + slope / curvature, old).to(self.scale_dtype).float()
+            # Rounding the new scale to 16 bits may undo the gain: then the old one stays.
             step = new - old
             worth = (step * (2 * slope - step * curvature) > 0) & torch.isfinite(new) & (new != 0)
             self.scales[number] = torch.where(worth, new, old)
@@ -208,12 +236,10 @@ def _round(numbers: Tensor, scales: Tensor, name: str) -> Tensor:
 
 
 def _coded(numbers: Tensor, scales: Tensor, name: str) -> Tensor:
-    low, high = largest_codes(name)
-    codes = torch.where(scales != 0, numbers / scales, 0.0).clamp_(low, high)
-    return codes.to(torch.float8_e4m3fn).float() if name == FLOAT8 else codes.round_()
+    """The nearest codes of numbers over their scales, in float32."""
+    return nearest(torch.where(scales != 0, numbers / scales, 0.0), name)
 
 
 def _codes(values: Tensor, scales: Tensor, name: str) -> Tensor:
-    """The codes of numbers that are multiples of their scales."""
-    codes = _coded(values, scales, name)
-    return codes.to(torch.float8_e4m3fn if name == FLOAT8 else torch.int8)
+    """The codes of numbers that are multiples of their scales, in the dtype of the format."""
+    return _coded(values, scales, name).to(code_dtype(name))

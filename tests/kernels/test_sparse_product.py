@@ -269,3 +269,22 @@ torch.save((sparse_product(z, mask, values, starts), unpack(mask, values, starts
     product, dense = on_a_plain_cpu(script, (z, *packed(columns)), tmp_path)
     close(product, z, columns.T)
     assert torch.equal(dense, columns.float())
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_loops_write_float32_whatever_torchs_default_dtype_is(default):
+    """A buffer of another width would be written beyond its end, or read as something else."""
+    columns = sparse(5, 9, 70, 0.4, torch.float16)
+    form = packed(columns)
+    z = normal(6, 3, 70)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        full = unpack(*form, 70)
+        product = sparse_product(z, *form)
+        starts = offsets(form[0], 9, 70)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(full, columns.float())
+    assert torch.equal(starts, form[2])
+    close(product, z, columns.double().T)

@@ -206,7 +206,7 @@ def test_every_tile_size_compiles_for_an_h100(kernel, whole_bytes, tmp_path, mon
         constants = {
             "WHOLE_BYTES": whole_bytes,
             "GROUP": 128,
-            "FORM": triton_product.FORMS["".join(form)],
+            "FORM": triton_product._form("".join(form)),
             **config.kwargs,
         }
         signature = dict(zip(tuned.arg_names, types.split() + ["constexpr"] * len(constants), strict=True))

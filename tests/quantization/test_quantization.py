@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from cospadi.checkpoint.specs import layer_of
 from cospadi.errors import UserError
 from cospadi.factorization.factors import KINDS, Dense, stored_bits
+from cospadi.factorization.files import FactorsFile, read_factors
 from cospadi.factorization.methods import factorize, factorize_groups
 from cospadi.factorization.problem import Problem
 from cospadi.factorization.settings import CoSpaDiConfig, OATSConfig, PlainConfig, SVDLLMConfig, WandaConfig
 from cospadi.factorization.solvers.whitening import output_error
-from cospadi.packing.formats import FLOAT8, FORMATS, TRUNCATED, bits_of, largest_codes, packed_bytes
+from cospadi.packing.formats import FORMATS, TRUNCATED, Format, bits_of, format_of, packed_bytes
 from cospadi.packing.matrix import Quantized, by_row, pack, unpack
 from cospadi.quantization import methods
 from cospadi.quantization.methods import quantize
@@ -62,9 +63,9 @@ FACTORIZATIONS = {
 
 
 def codes_of(name, seed, *shape):
-    if name == FLOAT8:
+    if name == "float8":
         return (normal(seed, *shape) * 100).to(torch.float8_e4m3fn)
-    low, high = largest_codes(name)
+    low, high = format_of(name).lowest, format_of(name).highest
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(int(low), int(high) + 1, shape, generator=generator).to(torch.int8)
 
@@ -87,7 +88,7 @@ def test_unpacking_gives_back_what_was_packed(name, shape, seed):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_code_survives(name):
-    low, high = map(int, largest_codes(name))
+    low, high = (int(format_of(name).lowest), int(format_of(name).highest))
     codes = torch.arange(low, high + 1, dtype=torch.int8)
     assert torch.equal(unpack(pack(codes, name), name, len(codes)), codes)
 
@@ -120,7 +121,7 @@ def test_bits_of_quantized_values_are_codes_scales_and_the_mask():
 
 roundings = st.builds(
     Rounding,
-    format=st.sampled_from(["int2", "int3", "int4", "int8", FLOAT8]),
+    format=st.sampled_from(["int2", "int3", "int4", "int8", "float8"]),
     group_size=st.sampled_from([32, 64]),
     compensated=st.booleans(),
     sweeps=st.integers(0, 3),
@@ -151,7 +152,7 @@ def test_zeros_stay_zero_and_codes_are_in_range(rounding, size):
     rows, columns, seed = size
     numbers = sparse_numbers(rows, columns, seed)
     found = quantized(numbers, correlated(seed, rows), rounding)
-    low, high = largest_codes(rounding.format)
+    low, high = format_of(rounding.format).lowest, format_of(rounding.format).highest
     assert found.codes.float().min() >= low
     assert found.codes.float().max() <= high
     assert (found.float()[numbers == 0] == 0).all()
@@ -164,7 +165,7 @@ def costs(numbers, rounded, gram):
     return (error * (gram.double() @ error)).sum(dim=0)
 
 
-@given(name=st.sampled_from(["int2", "int3", "int4", FLOAT8]), size=sizes, sweeps=st.integers(0, 4))
+@given(name=st.sampled_from(["int2", "int3", "int4", "float8"]), size=sizes, sweeps=st.integers(0, 4))
 def test_no_column_ends_above_its_nearest_codes(name, size, sweeps):
     rows, columns, seed = size
     numbers, gram = sparse_numbers(rows, columns, seed), correlated(seed, rows)
@@ -173,7 +174,7 @@ def test_no_column_ends_above_its_nearest_codes(name, size, sweeps):
     assert (costs(numbers, found, gram) <= costs(numbers, nearest, gram) * (1 + 1e-4) + 1e-6).all()
 
 
-@pytest.mark.parametrize("name", ["int2", "int4", "int8", FLOAT8])
+@pytest.mark.parametrize("name", ["int2", "int4", "int8", "float8"])
 def test_more_sweeps_never_hurt_and_help_here(name):
     numbers, gram = normal(0, 96, 20), correlated(0, 96)
     found = [quantized(numbers, gram, Rounding(name, 32, sweeps=sweeps)).float() for sweeps in (0, 1, 2, 8)]
@@ -235,7 +236,7 @@ def test_groups_that_do_not_divide_and_groups_of_zeros(name, compensated):
     assert torch.isfinite(found.float()).all()
     assert (found.float()[:32, 1] == 0).all()
     assert (found.float()[:, 2] == 0).all()
-    tolerance = 2.2 / (2 ** (bits_of(name) - 1)) if name != FLOAT8 else 0.1
+    tolerance = 2.2 / (2 ** (bits_of(name) - 1)) if name != "float8" else 0.1
     if not compensated:
         assert ((found.float() - numbers).abs() <= tolerance * numbers.abs().amax(dim=0)).all()
 
@@ -292,7 +293,7 @@ def test_settings_that_cannot_be_are_refused(overrides, words):
 
 
 @pytest.mark.parametrize("kind", FACTORIZATIONS)
-@pytest.mark.parametrize("name", ["int4", FLOAT8])
+@pytest.mark.parametrize("name", ["int4", "float8"])
 def test_a_weight_of_zeros_stays_one(kind, name):
     task = problem()
     zeros = Problem(torch.zeros_like(task.weight), task.whitener, task.absolute_mean)
@@ -300,7 +301,7 @@ def test_a_weight_of_zeros_stays_one(kind, name):
     assert (found.weight() == 0).all()
 
 
-@pytest.mark.parametrize("name", ["int4", "int8", FLOAT8])
+@pytest.mark.parametrize("name", ["int4", "int8", "float8"])
 def test_tiny_weights_do_not_vanish(name):
     numbers = normal(0, 64, 5) * 3e-6
     found = quantized(numbers, torch.eye(64), Rounding(name, 32, compensated=False)).float()
@@ -431,3 +432,31 @@ def test_a_layer_described_wrongly_is_refused():
 def test_an_unknown_format_is_refused_and_not_taken_for_eight_bits():
     with pytest.raises(ValueError, match="The number format nf4 is not known"):
         bits_of("nf4")
+
+
+# --- a format that nobody has heard of
+
+
+@pytest.mark.parametrize("kind", FACTORIZATIONS)
+def test_a_format_that_no_kernel_reads_is_one_declaration(kind, monkeypatch, tmp_path):
+    """Rounded, stored, read again and multiplied, for few rows and for many, without another word about it."""
+    monkeypatch.setitem(FORMATS, "float8_e5m2", Format("float8_e5m2", 8, -57344.0, 57344.0, "float8_e5m2"))
+    task = problem()
+    before = factorize(FACTORIZATIONS[kind], task)
+    (factors,) = quantize(quantization("float8_e5m2"), [before], [task])
+    assert output_error(task.whitener, before.weight(), factors.weight()) < 0.1
+
+    file = FactorsFile(["a"])
+    d_in, d_out = task.weight.shape
+    file.add({"name": "a", "kind": factors.kind, "d_in": d_in, "d_out": d_out, "group": None}, factors)
+    file.write(tmp_path / "factors.safetensors")
+    ((_, read),) = read_factors([tmp_path / "factors.safetensors"])
+    assert torch.equal(read.weight(), factors.weight())
+
+    layer = layer_of(read, None)
+    rows = normal(3, 40, d_in)
+    with torch.no_grad():
+        many = layer(rows)
+        few = torch.cat([layer(part) for part in rows.split(4)])
+    torch.testing.assert_close(many, rows @ factors.weight().float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-4)
