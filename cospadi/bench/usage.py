@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from cospadi.devices import synchronize
-from cospadi.kernels.products import products
+from cospadi.kernels.precision import float32_products
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell when it starts and stops
 PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")}
@@ -58,7 +58,7 @@ def product_peaks(rows: int, inner: int, columns: int, device: torch.device) -> 
     """
     kinds = {
         "float32": (torch.float32, nullcontext()),
-        "fast": (torch.float32, products(exact=False)),
+        "fast": (torch.float32, float32_products(exact=False)),
         "bfloat16": (torch.bfloat16, nullcontext()),
     }
     found = {}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cospadi.errors import UserError
 from cospadi.factorization.budget import mask_bits
 from cospadi.factorization.factors import STORAGE_DTYPES, Dense, LowRank, SparseDictionary, SparsePlusLowRank
-from cospadi.kernels.products import products
+from cospadi.kernels.precision import float32_products
 from cospadi.packing.bits import unpack_bits
 from cospadi.packing.formats import bits_of, format_of, parsed
 from cospadi.packing.matrix import Packed, Quantized, empty_packed, groups, pack, unpack
@@ -101,7 +101,7 @@ class CompressedLinear(nn.Module):
         if few and self._kernels_read_it:
             outputs = self._few(rows)
         elif rows.device.type == "cpu":
-            with products(exact=True):
+            with float32_products(exact=True):
                 outputs = self._many(rows)
         else:
             outputs = self._many(rows)

@@ -66,11 +66,10 @@ def under_own_grams(config: CoSpaDiConfig, group: Sequence[Problem]) -> Solution
     settings = SOLVERS["htp"].settings(config)
     if config.fixed_atoms == IDENTITY:
         settings |= {"identity": True, "fixed_codes": weights.mT.float()}
-    fit = shared_htp(
+    return shared_htp(
         (whiteners @ weights).float(),
         whiteners,
         *atoms_and_sparsity(config, d_in, d_out, len(group)),
         own_rounds=OWN_ROUNDS,
         **settings,
     )
-    return Solution(fit.dictionary, torch.cat(list(fit.coefficients), dim=1), fit.errors)

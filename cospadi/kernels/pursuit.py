@@ -60,26 +60,40 @@ def _pursue(gram, correlations, coefficients, sparsity, rounding, first, last):
     projections = np.empty(sparsity, gram.dtype)
     support = np.empty(sparsity, np.int64)
     for column in range(first, last):
-        live, place, remaining = np.arange(atoms), np.arange(atoms), correlations[column].copy()
+        live = np.arange(atoms)
+        place = np.arange(atoms)
+        remaining = correlations[column].copy()
         vanished = rounding * np.abs(remaining).max()
         taken = 0
         while taken < sparsity:
+            # The atom that correlates most with the residual.
             largest, atom = _first_largest(remaining, live, atoms - taken)
             if not largest > vanished:
                 break
-            at, end = place[atom], atoms - taken - 1
-            new, onto_basis = basis[taken], factor[taken]
-            left = gram[atom, atom]  # squared norm of the atom outside the span
+            # Its row of L, and the squared norm of what is outside the span. On the way its place in every row of the
+            # basis goes to the last atom, so that the atoms still to be had stay side by side.
+            at = place[atom]
+            end = atoms - taken - 1
+            new = basis[taken]
+            onto_basis = factor[taken]
+            left = gram[atom, atom]
             for k in range(taken):
                 onto_basis[k] = onto = basis[k, at]
                 left -= onto * onto
                 basis[k, at] = basis[k, end]
             if not left > rounding * gram[atom, atom]:
                 break
+            # The new basis vector's share of the target, and the atom out of the list.
             length = np.sqrt(left)
             projection = remaining[at] / length
-            onto_basis[taken], projections[taken], support[taken] = length, projection, atom
-            remaining[at], live[at], place[live[end]] = remaining[end], live[end], at
+            onto_basis[taken] = length
+            projections[taken] = projection
+            support[taken] = atom
+            place[live[end]] = at
+            remaining[at] = remaining[end]
+            live[at] = live[end]
+
+            # b_i over the atoms that are left, and the correlations without it.
             row = gram[atom]
             for j in range(end):
                 new[j] = row[live[j]]
@@ -88,6 +102,8 @@ def _pursue(gram, correlations, coefficients, sparsity, rounding, first, last):
                 new[j] /= length
                 remaining[j] -= projection * new[j]
             taken += 1
+
+        # Values of the atoms from projections on the basis: Lᵀ s = Qᵀy.
         _solve_transposed(factor, projections, taken)
         for k in range(taken):
             coefficients[column, support[k]] = projections[k]
@@ -122,9 +138,10 @@ def _subtract_rows(out, weights, rows, count, width):
                 w0 * r0[j] + w1 * r1[j] + w2 * r2[j] + w3 * r3[j] + w4 * r4[j] + w5 * r5[j] + w6 * r6[j] + w7 * r7[j]
             )
     for k in range(count - count % 8, count):
-        w0, r0 = weights[k], rows[k]
+        weight = weights[k]
+        row = rows[k]
         for j in range(width):
-            out[j] -= w0 * r0[j]
+            out[j] -= weight * row[j]
 
 
 @compiled
@@ -132,6 +149,7 @@ def _solve_transposed(factor, values, count):
     """Solve ``Lᵀ x = values`` in place, ``L`` the leading lower triangle of ``factor``; rows are read in order."""
     for i in range(count - 1, -1, -1):
         values[i] /= factor[i, i]
-        value, row = values[i], factor[i]
+        value = values[i]
+        row = factor[i]
         for k in range(i):
             values[k] -= row[k] * value

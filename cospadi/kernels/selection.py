@@ -53,22 +53,31 @@ def _keep_largest(bits, top_bit, count, kept):
     one = bits.dtype.type(1)
     sign = ~(one << (top_bit + one))
     for row in range(len(bits)):
-        given, out = bits[row], kept[row]
+        # Without their sign, floats as integers are in the order of their magnitudes.
+        numbers = bits[row]
+        out = kept[row]
         for j in range(columns):
-            magnitudes[j] = given[j] & sign
-        threshold, enough, bit = bits.dtype.type(0), columns, top_bit
+            magnitudes[j] = numbers[j] & sign
+
+        # The largest threshold that at least ``count`` reach, from the highest bit down; done early when it is exact.
+        threshold = bits.dtype.type(0)
+        enough = columns
+        bit = top_bit
         while bit >= 0 and enough != count:
             higher = threshold | (one << bit)
             reaching = 0
             for j in range(columns):
                 reaching += magnitudes[j] >= higher
             if reaching >= count:
-                threshold, enough = higher, reaching
+                threshold = higher
+                enough = reaching
             bit -= one
+
         for j in range(columns):
             out[j] = magnitudes[j] >= threshold
+        # Too many may be equal to the threshold: the last of them go.
         j = columns - 1
-        while enough > count:  # too many are equal to the threshold: let the last of them go
+        while enough > count:
             if magnitudes[j] == threshold:
                 out[j] = 0
                 enough -= 1

@@ -35,20 +35,24 @@ def sweep(
 def _sweep(residual, dictionary, coefficients, power_iterations):
     direction = np.empty_like(dictionary[0])
     for j in range(len(dictionary)):
-        atom, values = dictionary[j], coefficients[j]
+        atom = dictionary[j]
+        values = coefficients[j]
         users = np.flatnonzero(values)
         if len(users) == 0:
             continue
+        # E = residual + d_j s_jᵀ, in place of the residual of the columns that use the atom.
         for c in users:
             _add(residual[c], values[c], atom)
+        # Power iterations: d becomes the leading direction of E.
         for _ in range(power_iterations):
             direction[:] = 0
             for c in users:
                 _add(direction, _dot(residual[c], atom), residual[c])
             length = np.sqrt(_dot(direction, direction))
-            if not length > 0:  # nothing left to fit: keep the atom
+            if not length > 0:  # nothing is left to fit: the atom stays
                 break
             atom[:] = direction / length
+        # Coefficients are projections on it, and the residual is what they leave.
         for c in users:
             values[c] = _dot(residual[c], atom)
             _add(residual[c], -values[c], atom)

@@ -11,7 +11,7 @@ from cospadi import devices
 from cospadi.devices import synchronize
 from cospadi.errors import AUTO
 from cospadi.factorization.work import EIGEN, Speed
-from cospadi.kernels.products import products
+from cospadi.kernels.precision import float32_products
 
 
 def measure(device: str = AUTO, dtype: str = "float32") -> Speed:
@@ -43,7 +43,7 @@ def measure(device: str = AUTO, dtype: str = "float32") -> Speed:
         return rate(2 * size**3, lambda: left @ left)
 
     with torch.no_grad():
-        with products(exact=False):
+        with float32_products(exact=False):
             product = squares(torch.float32)
         model = squares(getattr(torch, dtype))
         double = squares(torch.float64)

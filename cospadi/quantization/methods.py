@@ -29,7 +29,7 @@ from cospadi.factorization.factors import (
     truncated,
 )
 from cospadi.factorization.solvers.htp import least_squares
-from cospadi.kernels.products import products
+from cospadi.kernels.precision import float32_products
 from cospadi.packing.formats import TRUNCATED, bits_of
 from cospadi.packing.matrix import Quantized
 from cospadi.quantization.rounding import Rounding, quantized
@@ -67,7 +67,7 @@ def quantize(config: QuantizationConfig, factors: Sequence[Factors], problems: S
     Raises:
         UserError: a format that this kind of factors does not have, or numbers that do not fit.
     """
-    with products(exact=True):
+    with float32_products(exact=True):
         factors = [_moved(f, problems[0].weight.device) for f in factors]
         together = [_target(f, problem) for f, problem in zip(factors, problems, strict=True)]
         first = factors[0]

@@ -55,9 +55,9 @@ def test_a_shape_is_measured_without_a_model(tmp_path, monkeypatch, capsys):
     [
         ([], "name checkpoints and --dense"),
         (["--shape", "huge"], "--shape huge does not exist"),
-        (["--shape", "smollm2-135m", "--ratios", "a"], "--ratios a is no list"),
+        (["--shape", "smollm2-135m", "--ratios", "a"], "--ratios a is not a list"),
         (["--shape", "smollm2-135m", "--rounds", "0"], "--rounds 0 is too small"),
-        (["nowhere", "--dense", "nowhere"], "no checkpoint"),
+        (["nowhere", "--dense", "nowhere"], "not a checkpoint"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(words, sentence, capsys):

@@ -1,6 +1,6 @@
 """Dictionary learning by hard-thresholding pursuit: nothing but matrix products.
 
-Everything takes a batch of problems of equal shape, which a GPU solves as one. Coefficients are kept transposed,
+Everything takes a batch of targets of equal shape, which a GPU solves as one. Coefficients are kept transposed,
 ``codes = coefficientsᵀ (d_out × atoms)``, so that choosing the support of a column runs along contiguous memory.
 """
 
@@ -18,7 +18,7 @@ from cospadi.factorization.solvers.low_rank import left_singular_vectors
 from cospadi.factorization.solvers.solution import Solution
 from cospadi.factorization.solvers.sparse_coding import require_finite
 from cospadi.kernels import selection
-from cospadi.kernels.products import products
+from cospadi.kernels.precision import float32_products
 
 CPU_ROWS = 192
 """Rows of codes worked on at once on a CPU: what a round computes between two products stays in its cache."""
@@ -27,7 +27,7 @@ GPU_BYTES = 4 * 2**30
 
 
 def htp(target: Float[Tensor, "d_in d_out"], atoms: int, sparsity: int | float, **settings: Any) -> Solution:
-    """`htp_batch` for one problem; ``fixed``, ``fixed_codes`` and ``start`` without the batch dimension."""
+    """`htp_batch` for one target; ``fixed``, ``fixed_codes`` and ``start`` have no batch dimension."""
     for name in ("fixed", "fixed_codes", "start"):
         if settings.get(name) is not None:
             settings[name] = settings[name][None]
@@ -66,21 +66,21 @@ def htp_batch(
     more and its least squares continued.
 
     On a GPU the products of all rounds but one last coding run in TF32; that one, the last dictionary and least squares and
-    the error that is returned are in full precision, as everything is on a CPU (`products`).
+    the error that is returned are in full precision, as everything is on a CPU (`float32_products`).
 
     Args:
         targets: float32 or float64, the whitened weights ``R W``, scaled to entries near 1.
-        atoms: learned atoms of a problem; 0 with ``fixed`` codes over the fixed atoms alone.
+        atoms: learned atoms of a target; 0 with ``fixed`` codes over the fixed atoms alone.
         sparsity: non-zeros allowed in a column of the coefficients; a mean, and so any number, where not ``balanced``.
         balanced: every column has the same number of non-zeros.
-        n_rounds: after the first coding. From half of them on, a problem is done when its last two rounds together
+        n_rounds: rounds after the first coding. From half of them on, a target is done when its last two rounds together
             gained less than twice ``tolerance`` of its error.
-        first_step: of the ranking, in units of unit atoms.
-        last_step: of the ranking in the last round.
+        first_step: step of the ranking in the first round, for atoms of unit length.
+        last_step: step of the ranking in the last round.
         relaxation: fraction by which the dictionary is moved past its optimum.
-        cg_steps: of a round; atoms of very different length need no more, for they are made unit inside (which is
+        cg_steps: conjugate-gradient steps of a round; atoms of very different length need no more, for they are made unit inside (which is
             Jacobi preconditioning).
-        final_cg_steps: of the last least squares.
+        final_cg_steps: conjugate-gradient steps of the last least squares.
         fixed: atoms that are used but not changed, such as the whitener for identity atoms. Alone, without learned
             ones, a column keeps its old support where a new one does not lower its error (if ``balanced``).
         fixed_codes: coefficients over ``fixed`` to start from, not sparse: such as the weight itself.
@@ -91,56 +91,69 @@ def htp_batch(
     Raises:
         UserError: an input is not finite, or a count is below 1 (``atoms``: below 0).
     """
-    given = {"target": targets, "fixed": fixed, "fixed_codes": fixed_codes, "start": start}
-    for name, tensor in given.items():
+    inputs = {"target": targets, "fixed": fixed, "fixed_codes": fixed_codes, "start": start}
+    for name, tensor in inputs.items():
         if tensor is not None:
             require_finite(name, tensor)
     if atoms < (0 if fixed is not None else 1) or sparsity < 1 or n_rounds < 0:
         raise UserError(f"htp needs at least one atom and one non-zero, not atoms={atoms}, sparsity={sparsity}.")
-    problem = _Problem(targets, fixed, balanced)
-    codes = problem.first_codes(fixed_codes, atoms)
-    with products(exact=True):
+    pursuit = Pursuit(targets, fixed, balanced)
+    codes = pursuit.first_codes(fixed_codes, atoms)
+
+    # Learned atoms start where the fixed ones leave most, or where the eigenbasis of the target is.
+    with float32_products(exact=True):
         if start is None:
-            dictionary = first_atoms(problem.left_by_fixed_atoms(codes, sparsity, cg_steps), atoms, sparsity)
+            dictionary = first_atoms(pursuit.left_by_fixed_atoms(codes, sparsity, cg_steps), atoms, sparsity)
         else:
             dictionary = start.clone()
+
+    # Codes for the dictionary, then the dictionary for the codes. A long step looks for other supports, a short one
+    # settles them, so the step shrinks as the rounds pass.
     best = _Best(dictionary, codes)
     errors: list[list[float]] = []
-    with products(exact=False):
+    with float32_products(exact=False):
         for done in range(n_rounds + 1):
             step = first_step + (last_step - first_step) * done / max(n_rounds, 1)
+            # Without learned atoms the problem does not change from round to round, and no column may get worse.
             keep_better = balanced and atoms == 0 and done > 0
-            error = problem.code(dictionary, codes, step, sparsity, cg_steps, keep_better)
+            error = pursuit.code(dictionary, codes, step, sparsity, cg_steps, keep_better)
             best.take(error, dictionary, codes)
             errors.append(error.tolist())
             if progress is not None:
                 progress(done, max(errors[-1]))
+            # In the first half long steps may raise the error for a while: only after it does a stall mean the end.
             if 2 * done >= n_rounds:
-                best.stop([_stalled([e[i] for e in errors], tolerance) for i in range(len(targets))])
+                best.stop([has_stalled([e[i] for e in errors], tolerance) for i in range(len(targets))])
             if done == n_rounds or best.all_stopped:
                 break
-            dictionary = problem.update(dictionary, codes, 1 + relaxation)
-    with products(exact=True):
-        if targets.is_cuda and targets.dtype == torch.float32:  # what TF32 found, judged and finished in float32
-            dictionary, codes = best.dictionary, best.codes
+            dictionary = pursuit.update(dictionary, codes, 1 + relaxation)
+
+    with float32_products(exact=True):
+        # Errors that TF32 computed are not exact enough to be reported: one coding more, in float32.
+        if targets.is_cuda and targets.dtype == torch.float32:
+            dictionary = best.dictionary
+            codes = best.codes
             best = _Best(dictionary, codes)
-            best.take(problem.code(dictionary, codes, last_step, sparsity, cg_steps), dictionary, codes)
-        del dictionary, codes  # the best ones are kept, and memory counts
-        refined = problem.refine(best, final_cg_steps)
+            best.take(pursuit.code(dictionary, codes, last_step, sparsity, cg_steps), dictionary, codes)
+        del dictionary, codes  # the best ones are kept, and memory is short on a GPU
+        refined = pursuit.refine(best, final_cg_steps)
     return [
         Solution(dictionary, codes.mT, [*(e[i] for e in errors), error])
         for i, (dictionary, codes, error) in enumerate(zip(*refined, strict=True))
     ]
 
 
-class _Problem:
-    """``Y``, the fixed atoms made unit, and the steps of a round."""
+class Pursuit:
+    """The targets ``Y``, the fixed atoms made unit, and the steps of a round."""
 
     def __init__(self, targets: Tensor, fixed: Tensor | None, balanced: bool = True) -> None:
-        self.targets, self.balanced = targets, balanced
-        self.energies = targets.square().sum(dim=1)  # of every column
+        self.targets = targets
+        self.balanced = balanced
+        self.energies = targets.square().sum(dim=1)
+        """``‖y‖²`` of every column."""
+        # Unit atoms precondition the conjugate gradients; the codes are scaled back at the end.
         self.fixed = targets.new_zeros(*targets.shape[:2], 0) if fixed is None else fixed
-        self.fixed_norms = _lengths(self.fixed)
+        self.fixed_norms = norms_of(self.fixed)
         if fixed is not None:
             self.fixed = fixed / self.fixed_norms
         self.n_fixed = self.fixed.shape[2]
@@ -156,8 +169,9 @@ class _Problem:
         """What a sparse code over the fixed atoms alone leaves of the targets."""
         if not self.n_fixed or codes.shape[2] == self.n_fixed:
             return self.targets
-        codes, nothing = codes[..., : self.n_fixed].clone(), self.fixed[..., :0]
-        self.code(nothing, codes, 1.0, sparsity, 2 * cg_steps)
+        codes = codes[..., : self.n_fixed].clone()
+        no_atoms = self.fixed[..., :0]
+        self.code(no_atoms, codes, 1.0, sparsity, 2 * cg_steps)
         return self.targets - self.fixed @ codes.mT
 
     def code(
@@ -169,15 +183,16 @@ class _Problem:
         cg_steps: int,
         keep_better: bool = False,
     ) -> Tensor:
-        """One round of coding, in place; the relative error of every problem."""
+        """One round of coding, in place; the relative error of every target."""
         joint = self._joint(dictionary)
         gram = product(joint.mT, joint)
         explained = torch.zeros_like(self.energies[:, 0], dtype=torch.float64)
         for rows, correlations, gradient, support in self._supports(joint, gram, codes, step, sparsity):
             old = codes[:, rows]
             new, residual = least_squares(gram, gradient, old, support, cg_steps)
-            # ‖y − Ds‖² = ‖y‖² − sᵀ(Dᵀy + r) with r = Dᵀ(y − Ds): no further product
+            # ‖y − Ds‖² = ‖y‖² − sᵀ(Dᵀy + r) with r = Dᵀ(y − Ds), so the error needs no further product.
             gain = (new * residual.add_(correlations)).sum(dim=2)
+            # The same for the old codes, on their old support: a column keeps whichever explains more.
             if keep_better:
                 before = (old * gradient.add_(correlations)).sum(dim=2)
                 new = torch.where((gain > before)[..., None], new, old)
@@ -195,6 +210,7 @@ class _Problem:
             correlations = product(self.targets[:, :, rows].mT, joint)
             return correlations, torch.baddbmm(correlations, codes[:, rows], gram, alpha=-1)
 
+        # As many non-zeros in every column: a piece of the rows needs to know nothing of the others.
         pieces = list(self._rows(joint.shape[2]))
         if self.balanced:
             for rows in pieces:
@@ -202,12 +218,14 @@ class _Problem:
                 candidates = torch.add(codes[:, rows], gradient, alpha=step)
                 yield rows, correlations, gradient, largest(candidates, int(sparsity))
             return
-        found = [piece(rows) for rows in pieces]  # no column's support is known before all candidates are
-        candidates = torch.cat([gradient for _, gradient in found], dim=1).mul_(step).add_(codes)
-        count = int(sparsity * codes.shape[1] + 1e-6)  # a mean of whole numbers is not quite one in floating point
+
+        # Wherever they help most: no column's support is known before the candidates of all columns are.
+        computed = [piece(rows) for rows in pieces]
+        candidates = torch.cat([gradient for _, gradient in computed], dim=1).mul_(step).add_(codes)
+        count = int(sparsity * codes.shape[1] + 1e-6)  # the mean of a whole number may lie just below it
         support = largest(candidates.flatten(1), count).view_as(codes)
         del candidates
-        for rows, (correlations, gradient) in zip(pieces, found, strict=True):
+        for rows, (correlations, gradient) in zip(pieces, computed, strict=True):
             yield rows, correlations, gradient, support[:, rows]
 
     def update(self, dictionary: Tensor, codes: Tensor, way: float) -> Tensor:
@@ -215,15 +233,20 @@ class _Problem:
         if not dictionary.shape[2]:
             return dictionary
         learned = codes[..., self.n_fixed :]
+        # (Y − F S_F) S_Dᵀ and S_D S_Dᵀ: the normal equations of the learned atoms, the fixed ones' share taken off.
         moments = product(codes.mT, learned)
-        products = product(self.targets, learned)
+        cross = product(self.targets, learned)
         if self.n_fixed:
-            products.baddbmm_(self.fixed, moments[:, : self.n_fixed], alpha=-1)
+            cross.baddbmm_(self.fixed, moments[:, : self.n_fixed], alpha=-1)
             moments = moments[:, self.n_fixed :]
+
+        # Past the optimum: alternating least squares creeps along valleys, and over-relaxation shortens the way.
         used = (moments.diagonal(dim1=1, dim2=2) > 0)[:, None]
-        improved = best_dictionary(products, moments, dictionary)
+        improved = best_dictionary(cross, moments, dictionary)
         improved = torch.lerp(dictionary, improved, way, out=improved)
-        lengths = torch.where(used, _lengths(improved), 1.0)
+
+        # Atoms become unit again, and their codes take the lengths. What no column uses stays as it is.
+        lengths = torch.where(used, norms_of(improved), 1.0)
         learned *= lengths
         return torch.where(used, improved.div_(lengths), dictionary, out=improved)
 
@@ -232,7 +255,8 @@ class _Problem:
         codes = best.codes.clone()
         dictionary = self.update(best.dictionary, codes, 1.0)
         squared, squared_before = self.polish(dictionary, codes, best.dictionary, best.codes, cg_steps)
-        worse = (squared > squared_before)[:, None, None]  # rounding: keep the round as it was
+        # Both steps can only lower the error, but for rounding: where they did not, the round stays as it was.
+        worse = (squared > squared_before)[:, None, None]
         torch.where(worse, best.dictionary, dictionary, out=dictionary)
         torch.where(worse, best.codes, codes, out=codes)
         codes[..., : self.n_fixed] /= self.fixed_norms
@@ -242,13 +266,16 @@ class _Problem:
         self, dictionary: Tensor, codes: Tensor, dictionary_before: Tensor, codes_before: Tensor, cg_steps: int
     ) -> tuple[Tensor, Tensor]:
         """Least squares of ``codes`` on their supports, in place; squared errors with them, and of what was before."""
-        joint, before = self._joint(dictionary), self._joint(dictionary_before)
+        joint = self._joint(dictionary)
+        before = self._joint(dictionary_before)
         gram = product(joint.mT, joint)
         squared, squared_before = torch.zeros(2, len(codes), dtype=torch.float64, device=codes.device)
         for rows in self._rows(joint.shape[2]):
-            old, columns = codes[:, rows], self.targets[:, :, rows].mT
+            old = codes[:, rows]
+            columns = self.targets[:, :, rows].mT
             gradient = torch.baddbmm(product(columns, joint), old, gram, alpha=-1)
             codes[:, rows], _ = least_squares(gram, gradient, old, (old != 0).to(old), cg_steps)
+            # The error that is returned is computed from the residual itself, not by the shortcut of the rounds.
             squared += _squared(columns - product(codes[:, rows], joint.mT))
             squared_before += _squared(columns - product(codes_before[:, rows], before.mT))
         return squared, squared_before
@@ -265,21 +292,22 @@ class _Problem:
         return (slice(first, first + rows) for first in range(0, d_out, rows))
 
     def relative(self, squared: Tensor) -> Tensor:
-        """Of squared errors, one for every problem: ``‖Y − DS‖_F / ‖Y‖_F``."""
+        """``‖Y − DS‖_F / ‖Y‖_F`` of every target, from its squared error."""
         energy = self.energies.sum(dim=1, dtype=torch.float64)
         return (squared.clamp_min(0) / torch.where(energy > 0, energy, 1.0)).sqrt()
 
 
 class _Best:
-    """The best round so far of every problem that still goes on."""
+    """The best round so far of every target. One that has stopped is not changed by later rounds of the others."""
 
     def __init__(self, dictionary: Tensor, codes: Tensor) -> None:
         self.error = torch.full_like(codes[:, 0, 0], torch.inf, dtype=torch.float64)
         self.stopped = torch.zeros_like(self.error, dtype=torch.bool)
-        self.dictionary, self.codes = dictionary.clone(), codes.clone()
+        self.dictionary = dictionary.clone()
+        self.codes = codes.clone()
 
     def take(self, error: Tensor, dictionary: Tensor, codes: Tensor) -> None:
-        better = (error <= self.error) & ~self.stopped  # of rounds that rounding makes equal, the last
+        better = (error <= self.error) & ~self.stopped  # of equal rounds the last one
         self.error = torch.where(better, error, self.error)
         torch.where(better[:, None, None], dictionary, self.dictionary, out=self.dictionary)
         torch.where(better[:, None, None], codes, self.codes, out=self.codes)
@@ -300,14 +328,14 @@ def first_atoms(
 ) -> Float[Tensor, "batch d_in atoms"]:
     """The eigenbasis of the target; beyond its size, singular vectors of what a sparse code in it leaves over.
 
-    ``basis`` is the whole eigenbasis where it is known already.
+    ``basis`` is the whole eigenbasis, if it has been computed before.
     """
     shortest = min(targets.shape[1:])
     basis = left_singular_vectors(targets, min(atoms, shortest)) if basis is None else basis[..., :atoms]
     while basis.shape[2] < atoms:
-        problem = _Problem(targets, None)
-        codes = problem.first_codes(None, basis.shape[2])
-        problem.code(basis, codes, 1.0, sparsity, cg_steps=10)
+        pursuit = Pursuit(targets, None)
+        codes = pursuit.first_codes(None, basis.shape[2])
+        pursuit.code(basis, codes, 1.0, sparsity, cg_steps=10)
         extra = left_singular_vectors(targets - basis @ codes.mT, min(atoms - basis.shape[2], shortest))
         basis = torch.cat([basis, extra], dim=2)
     return basis
@@ -336,16 +364,20 @@ def least_squares(
     rounding noise, or points where the atoms of its support are dependent to working precision: a step there would be
     noise over nothing. Returns the codes and the gradient at them on the support.
     """
+    # Cutting the codes down moves the gradient by Dᵀ D (codes − start): no product with the targets is needed.
     start = codes * support
     residual = torch.baddbmm(gradient, codes - start, gram).mul_(support)
     codes = start
     direction = residual
+
+    # Below ``noise`` a residual is rounding; below ``flat`` a curvature is, of atoms that depend on each other.
     length = residual.square().sum(dim=2, keepdim=True)
     epsilon = torch.finfo(gram.dtype).eps
     noise = (4 * epsilon) ** 2 * length
     flat = 64 * epsilon * gram.diagonal(dim1=1, dim2=2).amax(dim=1)[:, None, None]
     going = torch.ones_like(length, dtype=torch.bool)
     for _ in range(steps):
+        # Every row is a system of its own: the support cuts its rows and columns out of the same gram.
         image = direction @ gram
         curvature = (direction * image).sum(dim=2, keepdim=True)
         going = going & (length > noise) & (curvature > flat * length)
@@ -359,7 +391,7 @@ def least_squares(
 
 
 def best_dictionary(
-    products: Float[Tensor, "batch d_in atoms"],
+    cross: Float[Tensor, "batch d_in atoms"],
     moments: Float[Tensor, "batch atoms atoms"],
     dictionary: Float[Tensor, "batch d_in atoms"],
 ) -> Float[Tensor, "batch d_in atoms"]:
@@ -372,8 +404,8 @@ def best_dictionary(
     ridge = 10 * torch.finfo(moments.dtype).eps * moments.shape[1] * diagonal.mean(dim=1, keepdim=True)
     diagonal.add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(moments)
-    products = products.addcmul_(ridge[..., None], dictionary)
-    solved = times_inverse(products, factor, out=products)
+    cross = cross.addcmul_(ridge[..., None], dictionary)
+    solved = times_inverse(cross, factor, out=cross)
     return torch.where((failed > 0)[:, None, None], dictionary, solved, out=solved)
 
 
@@ -393,7 +425,7 @@ def product(left: Float[Tensor, "batch n m"], right: Float[Tensor, "batch m p"])
     return torch.mm(left[0], right[0])[None] if len(left) == 1 else torch.bmm(left, right)
 
 
-def _stalled(errors: Sequence[float], tolerance: float) -> bool:
+def has_stalled(errors: Sequence[float], tolerance: float) -> bool:
     """Whether the last two rounds together gained no more than twice ``tolerance`` of the error."""
     return len(errors) >= 3 and errors[-1] >= (1 - tolerance) ** 2 * errors[-3]
 
@@ -408,7 +440,7 @@ def relative_error(target: Float[Tensor, "d_in d_out"], approximation: Float[Ten
     return (float((target - approximation).square().sum(dtype=torch.float64)) / energy) ** 0.5 if energy else 0.0
 
 
-def _lengths(columns: Float[Tensor, "batch d_in n"]) -> Float[Tensor, "batch 1 n"]:
+def norms_of(columns: Float[Tensor, "batch d_in n"]) -> Float[Tensor, "batch 1 n"]:
     """Norms of the columns, 1 where there is nothing to divide by."""
     norms = columns.norm(dim=1, keepdim=True)
     return torch.where(norms > _tiny(columns), norms, 1.0)

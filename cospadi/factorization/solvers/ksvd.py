@@ -36,8 +36,8 @@ def ksvd(
             random Gaussian directions.
         sparsity: non-zeros allowed in a column of the coefficients.
         n_rounds: rounds of coding and sweep.
-        power_iterations: of each rank-1 approximation in a sweep.
-        seed: of the choice of columns; drawn on the CPU, so it is the same on every device.
+        power_iterations: power iterations of each rank-1 approximation in a sweep.
+        seed: seed of the choice of columns; drawn on the CPU, so it is the same on every device.
         progress: called as ``progress(rounds_done, error)`` after each round.
         compiled: on a CPU; otherwise what a GPU does, in plain torch: the yardstick of ``cospadi bench solver``.
 
@@ -53,7 +53,8 @@ def ksvd(
     require_finite("target", target)
     dictionary = first_atoms(target, atoms, seed)
     scale = target.norm().clamp_min(torch.finfo(target.dtype).tiny)
-    best, errors = None, []
+    best: tuple[float, Tensor, Tensor] | None = None
+    errors: list[float] = []
     for done in range(1, n_rounds + 1):
         coefficients = sparse_code(dictionary, target, sparsity, compiled=compiled)
         dictionary, coefficients, residual = ksvd_sweep(dictionary, coefficients, target, power_iterations, compiled)
@@ -62,6 +63,7 @@ def ksvd(
             best = errors[-1], dictionary, coefficients
         if progress is not None:
             progress(done, errors[-1])
+        # An atom that nothing uses would stay unused: it becomes what the dictionary explains worst.
         if done < n_rounds:
             dictionary = _replace_unused(dictionary, coefficients, target, residual)
     return Solution(best[1], best[2], errors)
@@ -116,21 +118,26 @@ def _sweep(
     power_iterations: int,
 ) -> None:
     """What `cospadi.kernels.sweep.sweep` does, in nothing but torch: for a GPU."""
+    # Whoever uses an atom is known beforehand, since supports are kept: one transfer to the host instead of many.
     used = coefficients != 0
     users = used.nonzero()[:, 1].split(used.sum(1).tolist())
     for j, columns in enumerate(users):
         if not len(columns):
             continue
+        # E = residual + d_j s_jᵀ on the columns that use the atom.
         atom = dictionary[j]
         error = torch.addr(residual[columns], coefficients[j, columns], atom)
         values = error @ atom
         for _ in range(power_iterations):
             direction = values @ error
             length = direction.norm()
-            atom = torch.where(length > 0, direction / length, atom)  # no residual to fit: keep the atom
+            atom = torch.where(length > 0, direction / length, atom)  # nothing is left to fit: the atom stays
             values = error @ atom
+
+        # The next atom is refit against what this one leaves.
         residual[columns] = error.addr_(values, atom, alpha=-1)
-        dictionary[j], coefficients[j, columns] = atom, values
+        dictionary[j] = atom
+        coefficients[j, columns] = values
 
 
 def _replace_unused(
@@ -143,7 +150,8 @@ def _replace_unused(
     unused = (coefficients == 0).all(dim=1).nonzero()[:, 0]
     worst = residual.norm(dim=0).argsort(descending=True, stable=True)[: len(unused)]
     lengths = target[:, worst].norm(dim=0)
-    worst, lengths = worst[lengths > 0], lengths[lengths > 0]
+    worst = worst[lengths > 0]
+    lengths = lengths[lengths > 0]
     dictionary = dictionary.clone()
     dictionary[:, unused[: len(worst)]] = target[:, worst] / lengths
     return dictionary

@@ -15,7 +15,7 @@ from cospadi.factorization.solvers.whitening import unwhiten
 SPARE = 0.005
 """Fraction of all coefficients that is given to whichever column needs them most."""
 RIDGE = 1e-3
-"""Of the dictionary's least squares, in mean diagonals of ``S Sᵀ``."""
+"""Ridge of the dictionary fit, as a fraction of the mean diagonal of ``S Sᵀ``."""
 
 
 @torch.no_grad()
@@ -39,16 +39,22 @@ def one_shot(
         UserError: the target is not finite.
     """
     require_finite("target", target)
+    # Coefficients in the eigenbasis, weighted by what they are worth in the weights as well as at the outputs.
     basis = left_singular_vectors(target, min(atoms, *target.shape))
     codes = target.T @ basis
     importance = codes.abs()
     if whitener is not None:
         importance = importance * unwhiten(whitener, basis).norm(dim=0).to(target) ** balance
     codes = torch.where(_most_important(importance, sparsity), codes, 0.0)
+
+    # One least squares of the dictionary; the eigenbasis stays where the ridge costs more than the fit gains.
     dictionary = _ridge_dictionary(target, codes, basis)
-    errors = [relative_error(target, found @ codes.T) for found in (basis, dictionary)]
-    if errors[1] > errors[0]:  # the ridge costs more than the fit gains: hardly anything was cut
-        dictionary, errors = basis, [errors[0]]
+    errors = [relative_error(target, atoms_of @ codes.T) for atoms_of in (basis, dictionary)]
+    if errors[1] > errors[0]:
+        dictionary = basis
+        errors = errors[:1]
+
+    # Unit atoms, their lengths in the codes; atoms beyond the eigenbasis are zero.
     lengths = dictionary.norm(dim=0)
     lengths = torch.where(lengths > 0, lengths, 1.0)
     missing = atoms - basis.shape[1]

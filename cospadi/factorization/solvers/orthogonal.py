@@ -38,13 +38,15 @@ def orthogonal(
             f"{atoms} atoms of length {len(target)} cannot be orthonormal. Lower factorization.rho, or take another solver."
         )
     dictionary = _completed(left_singular_vectors(target, min(atoms, *target.shape)), atoms)
-    errors = []
+    errors: list[float] = []
     for done in range(n_rounds + 1):
+        # For an orthonormal dictionary, thresholding DᵀY is the exact sparse code.
         codes = target.T @ dictionary
         codes *= largest(codes, sparsity)
         errors.append(relative_error(target, dictionary @ codes.T))
         if progress is not None:
             progress(done, errors[-1])
+        # Procrustes: the orthonormal dictionary nearest to the codes is the polar factor of Y Sᵀ.
         if done < n_rounds:
             left, _, right = torch.linalg.svd(target @ codes, full_matrices=False)
             dictionary = left @ right
@@ -60,6 +62,6 @@ def _completed(basis: Float[Tensor, "d_in n"], atoms: int) -> Float[Tensor, "d_i
 
 
 def _is_orthonormal(basis: Tensor) -> bool:
-    """Not so where the target is singular: its missing singular vectors come out as zeros."""
+    """False where the target is singular: its missing singular vectors come out as zeros."""
     gram = basis.T @ basis
     return bool((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max() < 1e-3)

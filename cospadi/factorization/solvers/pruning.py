@@ -25,7 +25,7 @@ def wanda(
     Args:
         weight: the dense weight.
         input_norms: ``‖x_i‖₂`` of every input over the calibration tokens.
-        nonzeros: of every output; not read with a pattern.
+        nonzeros: non-zeros of every output; not read with a pattern.
         pattern: ``(n, m)``: n of every m consecutive inputs instead.
     """
     scores = (weight.abs() * input_norms[:, None]).T
@@ -56,29 +56,36 @@ def sparsegpt(
     Args:
         weight: the dense weight, in float64.
         gram: ``XᵀX``, positive definite.
-        nonzeros: in all; not read with a pattern.
+        nonzeros: non-zeros of the whole weight; not read with a pattern.
         pattern: ``(n, m)``: n of every m consecutive inputs of an output, chosen when the first of them is reached.
         block_size: a multiple of m.
         damping: ridge on the gram, as a fraction of its mean diagonal.
     """
     d_in = len(weight)
     factor = inverse_factor(gram, damping)
-    left, sparse = weight.clone(), torch.zeros_like(weight)  # what is left to prune, brought up to date
+    left = weight.clone()  # what is left to prune, with all corrections so far
+    sparse = torch.zeros_like(weight)
     for first in range(0, d_in, block_size):
         last = min(first + block_size, d_in)
-        block, triangle = left[first:last], factor[first:last, first:last]
-        errors, kept = torch.empty_like(block), torch.empty_like(block)
+        block = left[first:last]
+        triangle = factor[first:last, first:last]
+        errors = torch.empty_like(block)
+        kept = torch.empty_like(block)
+        # Without a pattern the whole block's mask is chosen now: those go whose removal costs least.
         if pattern is None:
             share = nonzeros * last // d_in - nonzeros * first // d_in
             kept = _largest_anywhere(block / triangle.diagonal()[:, None], share)
         for i in range(last - first):
+            # With a pattern the mask of a group is chosen when it is reached, after all corrections to it.
             if pattern is not None and i % pattern[1] == 0:
                 group = slice(i, i + pattern[1])
                 costs = block[group] / triangle.diagonal()[group, None]
                 kept[group] = largest(costs.T, pattern[0]).T
+            # Prune the input, and let the later inputs of the block make up for it.
             sparse[first + i] = block[i] * kept[i]
             errors[i] = (block[i] - sparse[first + i]) / triangle[i, i]
             block[i:] -= triangle[i, i:, None] * errors[i]
+        # Inputs beyond the block take all of its corrections in one product.
         left[last:] -= factor[first:last, last:].T @ errors
     return sparse
 

@@ -7,26 +7,17 @@ are from being so, which float32 needs and conjugate gradients like.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cospadi.factorization.solvers.htp import _lengths, _Problem, _stalled, htp_batch, product, times_inverse
+from cospadi.factorization.solvers.htp import Pursuit, has_stalled, htp_batch, norms_of, product, times_inverse
+from cospadi.factorization.solvers.solution import Solution
 from cospadi.factorization.solvers.sparse_coding import require_finite
 from cospadi.factorization.solvers.whitening import unwhiten
-from cospadi.kernels.products import products
-
-
-class Shared(NamedTuple):
-    """A dictionary in input space, what every member makes of it, and how the fit went."""
-
-    dictionary: Float[Tensor, "d_in atoms"]
-    coefficients: list[Float[Tensor, "all_atoms d_out"]]
-    """Of every member: those of the identity where it has one, then of the learned atoms."""
-    errors: list[float]
-    """``(Σ_l ‖R_l(W_l − Ŵ_l)‖² / ‖R_l W_l‖² / g)^½`` after the coding of every own round, and last of what is returned."""
+from cospadi.kernels.precision import float32_products
 
 
 @torch.no_grad()
@@ -48,7 +39,7 @@ def shared_htp(
     dictionary_steps: int = 3,
     final_dictionary_steps: int = 12,
     **settings: Any,
-) -> Shared:
+) -> Solution:
     """Minimise ``Σ_l ‖R_l(W_l − D S_l)‖_F² / ‖R_l W_l‖_F²`` over one ``D`` and every ``S_l``, ``sparsity`` non-zeros per column.
 
     Starts from what `htp_batch` makes of all weights side by side under the mean gram, the paper's stand-in for this
@@ -69,25 +60,35 @@ def shared_htp(
         sparsity: non-zeros allowed in a column of the coefficients.
         identity: ``W_l ≈ [I D] S_l``: the inputs themselves are atoms that cost nothing.
         fixed_codes: with ``identity``, coefficients to start from, not sparse: ``W_lᵀ``.
-        own_rounds: after the first coding under the members' own grams.
-        step: of the ranking in these.
+        own_rounds: rounds under the members' own grams, after a first coding.
+        step: step of the ranking in these rounds.
         relaxation, cg_steps, tolerance, final_cg_steps: as of `htp_batch`, here and there.
         dictionary_steps: conjugate-gradient steps on the dictionary in a round, from the previous one.
-        final_dictionary_steps: of the last dictionary.
+        final_dictionary_steps: conjugate-gradient steps on the last dictionary.
         settings: others of `htp_batch`, for the start.
+
+    Returns:
+        The dictionary in input space; the coefficients of all members side by side, those of the identity first, if any;
+        ``(Σ_l ‖R_l(W_l − Ŵ_l)‖² / ‖R_l W_l‖² / g)^½`` after the coding of every own round, and last of what is returned.
 
     Raises:
         UserError: an input is not finite, or a count is below 1 (``atoms`` with ``identity``: below 0).
     """
     require_finite("target", targets)
     require_finite("whitener", whiteners)
-    dtype, members = targets.dtype, len(targets)
+    dtype = targets.dtype
+    members = len(targets)
+
+    # Every member is divided by the size of its target: all count alike, and entries are near 1.
     scales = targets.double().square().mean(dim=(1, 2), keepdim=True).sqrt()
-    scales = torch.where(scales > 0, scales, 1.0)  # all members count alike, entries are near 1
-    targets, whiteners = targets.double() / scales, whiteners.double() / scales
+    scales = torch.where(scales > 0, scales, 1.0)
+    targets = targets.double() / scales
+    whiteners = whiteners.double() / scales
+
+    # The start: all weights side by side under the mean gram, as one target R̄ [W_1 … W_g].
     mean = mean_whitener(whiteners)
     maps = torch.linalg.solve_triangular(mean.expand_as(whiteners), whiteners, upper=True, left=False)
-    under_mean = torch.linalg.solve_triangular(maps, targets, upper=True)  # R̄ W_l
+    under_mean = torch.linalg.solve_triangular(maps, targets, upper=True)
     (start,) = htp_batch(
         torch.cat(list(under_mean), dim=1)[None].to(dtype),
         atoms,
@@ -101,32 +102,41 @@ def shared_htp(
         final_cg_steps=final_cg_steps,
         **settings,
     )
-    maps, targets = maps.to(dtype), targets.to(dtype)
-    problem = _Problem(targets, whiteners.to(dtype) if identity else None, balanced)
-    learned, codes = start.dictionary, torch.stack(start.coefficients.chunk(members, dim=1)).mT.contiguous()
-    codes[..., : problem.n_fixed] *= problem.fixed_norms
-    codes[..., problem.n_fixed :] *= _seen(maps, learned)[1]
+    # From here on every member codes over its own view of the atoms, made unit: the codes take the lengths.
+    maps = maps.to(dtype)
+    targets = targets.to(dtype)
+    pursuit = Pursuit(targets, whiteners.to(dtype) if identity else None, balanced)
+    learned = start.dictionary
+    codes = torch.stack(start.coefficients.chunk(members, dim=1)).mT.contiguous()
+    codes[..., : pursuit.n_fixed] *= pursuit.fixed_norms
+    codes[..., pursuit.n_fixed :] *= _seen(maps, learned)[1]
+
+    # Codes of every member, then the one dictionary that is best for all of them together.
     best = _Best(learned, codes)
     errors: list[float] = []
-    with products(exact=False):
+    with float32_products(exact=False):
         for done in range(own_rounds + 1):
             seen, lengths = _seen(maps, learned)
-            errors.append(_together(problem.code(seen, codes, step, sparsity, cg_steps, keep_better=balanced)))
+            errors.append(_together(pursuit.code(seen, codes, step, sparsity, cg_steps, keep_better=balanced)))
             best.take(errors[-1], learned, codes)
-            if done == own_rounds or _stalled(errors, tolerance):
+            if done == own_rounds or has_stalled(errors, tolerance):
                 break
-            learned = _update(problem, maps, learned, codes, lengths, 1 + relaxation, dictionary_steps)
-    with products(exact=True):
-        if targets.is_cuda and dtype == torch.float32:  # what TF32 found, judged and finished in float32
-            learned, codes = best.learned, best.codes
-            error = problem.code(_seen(maps, learned)[0], codes, step, sparsity, cg_steps, keep_better=balanced)
+            learned = _update(pursuit, maps, learned, codes, lengths, 1 + relaxation, dictionary_steps)
+    with float32_products(exact=True):
+        # Errors that TF32 computed are not exact enough to be reported: one coding more, in float32.
+        if targets.is_cuda and dtype == torch.float32:
+            learned = best.learned
+            codes = best.codes
+            error = pursuit.code(_seen(maps, learned)[0], codes, step, sparsity, cg_steps, keep_better=balanced)
             best = _Best(learned, codes)
             best.take(_together(error), learned, codes)
-        learned, codes, error = _refine(problem, maps, best, final_dictionary_steps, final_cg_steps)
+        learned, codes, error = _refine(pursuit, maps, best, final_dictionary_steps, final_cg_steps)
+    # Back to atoms of the inputs: D = R̄⁻¹ E, and codes over them instead of over unit views.
     coefficients = codes.double()
-    coefficients[..., : problem.n_fixed] /= problem.fixed_norms
-    coefficients[..., problem.n_fixed :] /= _seen(maps, learned)[1]
-    return Shared(unwhiten(mean, learned).to(dtype), list(coefficients.mT.to(dtype)), [*errors, error])
+    coefficients[..., : pursuit.n_fixed] /= pursuit.fixed_norms
+    coefficients[..., pursuit.n_fixed :] /= _seen(maps, learned)[1]
+    side_by_side = torch.cat(list(coefficients.mT.to(dtype)), dim=1)
+    return Solution(unwhiten(mean, learned).to(dtype), side_by_side, [*errors, error])
 
 
 def mean_whitener(whiteners: Float[Tensor, "g d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
@@ -138,7 +148,7 @@ def mean_whitener(whiteners: Float[Tensor, "g d_in d_in"]) -> Float[Tensor, "d_i
 
 def shared_dictionary(
     maps: Float[Tensor, "g d_in d_in"],
-    products: Float[Tensor, "g d_in atoms"],
+    cross: Float[Tensor, "g d_in atoms"],
     moments: Float[Tensor, "g atoms atoms"],
     dictionary: Float[Tensor, "d_in atoms"],
     steps: int,
@@ -160,7 +170,8 @@ def shared_dictionary(
         parts = [a.mT @ (a @ change @ m) for a, m in zip(maps, moments, strict=True)]
         return torch.stack(parts).sum(dim=0) + ridge * change
 
-    pulls = [a.mT @ (p - a @ dictionary @ m) for a, p, m in zip(maps, products, moments, strict=True)]
+    # Preconditioned conjugate gradients on the change: from zero, so that few steps stay near the old dictionary.
+    pulls = [a.mT @ (p - a @ dictionary @ m) for a, p, m in zip(maps, cross, moments, strict=True)]
     residual = torch.stack(pulls).sum(dim=0)
     change = torch.zeros_like(dictionary)
     guess = times_inverse(residual, factor)
@@ -169,7 +180,8 @@ def shared_dictionary(
     for _ in range(0 if failed else steps):
         forward = image(direction)
         curvature = (direction * forward).sum()
-        going = (length > smallest) & (curvature > 0)  # on the device: no step waits for the host
+        # Decided on the device, so that no step waits for the host: a finished system goes on with steps of 0.
+        going = (length > smallest) & (curvature > 0)
         step = torch.where(going, length / curvature, 0.0)
         change = change + step * direction
         residual = residual - step * forward
@@ -183,7 +195,7 @@ def shared_dictionary(
 def _seen(maps: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
     """The atoms as each member sees them, ``A_l E``, made unit; and their lengths before."""
     seen = maps @ learned
-    lengths = _lengths(seen)
+    lengths = norms_of(seen)
     return seen / lengths, lengths
 
 
@@ -192,36 +204,36 @@ def _together(errors: Tensor) -> float:
 
 
 def _update(
-    problem: _Problem, maps: Tensor, learned: Tensor, codes: Tensor, lengths: Tensor, way: float, steps: int
+    pursuit: Pursuit, maps: Tensor, learned: Tensor, codes: Tensor, lengths: Tensor, way: float, steps: int
 ) -> Tensor:
     """Atoms moved ``way`` of the way to the best ones for these codes; the codes are scaled to their new lengths."""
     if not learned.shape[1]:
         return learned
-    free = codes[..., problem.n_fixed :]
+    free = codes[..., pursuit.n_fixed :]
     free /= lengths
-    moments, targets = product(free.mT, free), problem.targets
-    pulled = product(targets, free)
-    if problem.n_fixed:
-        pulled.baddbmm_(problem.fixed, product(codes[..., : problem.n_fixed].mT, free), alpha=-1)
+    moments = product(free.mT, free)
+    cross = product(pursuit.targets, free)
+    if pursuit.n_fixed:
+        cross.baddbmm_(pursuit.fixed, product(codes[..., : pursuit.n_fixed].mT, free), alpha=-1)
     used = (moments.diagonal(dim1=1, dim2=2) > 0).any(dim=0)
-    improved = torch.lerp(learned, shared_dictionary(maps, pulled, moments, learned, steps), way)
-    norms = _lengths(improved[None])[0]
+    improved = torch.lerp(learned, shared_dictionary(maps, cross, moments, learned, steps), way)
+    norms = norms_of(improved[None])[0]
     learned = torch.where(used, improved / norms, learned)
     free *= torch.where(used, norms, 1.0) * _seen(maps, learned)[1]
     return learned
 
 
 def _refine(
-    problem: _Problem, maps: Tensor, best: _Best, dictionary_steps: int, cg_steps: int
+    pursuit: Pursuit, maps: Tensor, best: _Best, dictionary_steps: int, cg_steps: int
 ) -> tuple[Tensor, Tensor, float]:
     """The best round, its dictionary fitted to its codes and its least squares continued; supports stay."""
     codes = best.codes.clone()
     before, lengths = _seen(maps, best.learned)
-    learned = _update(problem, maps, best.learned, codes, lengths, 1.0, dictionary_steps)
+    learned = _update(pursuit, maps, best.learned, codes, lengths, 1.0, dictionary_steps)
     after, _ = _seen(maps, learned)
-    squared = problem.polish(after, codes, before, best.codes, cg_steps)
-    errors, errors_before = (_together(problem.relative(s)) for s in squared)
-    if errors > errors_before:  # rounding: keep the round as it was
+    squared = pursuit.polish(after, codes, before, best.codes, cg_steps)
+    errors, errors_before = (_together(pursuit.relative(s)) for s in squared)
+    if errors > errors_before:  # by rounding: the round stays as it was
         return best.learned, best.codes, errors_before
     return learned, codes, errors
 
@@ -230,9 +242,12 @@ class _Best:
     """The best round so far."""
 
     def __init__(self, learned: Tensor, codes: Tensor) -> None:
-        self.error, self.learned, self.codes = torch.inf, learned, codes.clone()
+        self.error = torch.inf
+        self.learned = learned
+        self.codes = codes.clone()
 
     def take(self, error: float, learned: Tensor, codes: Tensor) -> None:
-        if error <= self.error:  # of rounds that rounding makes equal, the last
-            self.error, self.learned = error, learned
+        if error <= self.error:  # of equal rounds the last one
+            self.error = error
+            self.learned = learned
             self.codes.copy_(codes)

@@ -62,7 +62,8 @@ def sparse_code(
     for name, tensor in (("dictionary", dictionary), ("target", target)):
         require_finite(name, tensor)
     sparsity = min(sparsity, dictionary.shape[1])
-    gram, correlations = dictionary.T @ dictionary, target.T @ dictionary
+    gram = dictionary.T @ dictionary
+    correlations = target.T @ dictionary
     if correlations.numel() == 0:
         return torch.zeros_like(correlations).T
     if compiled and gram.device.type == "cpu":
@@ -126,17 +127,25 @@ def _pursue(
     vanished = rounding * correlations.abs().amax(1)
     is_open = torch.ones(columns, dtype=torch.bool, device=gram.device)
     for i in range(sparsity):
+        # The atom that correlates most with the residual; those taken already carry a penalty of −∞.
         largest, atom = correlations.abs().add_(penalty).max(1)
         onto_basis = basis[:i].index_select(1, offset + atom).T.contiguous()[:, None]
-        left = squared_norms[atom] - onto_basis.square().sum((1, 2))  # squared norm of the atom outside the span
+        # Squared norm of the part of the atom outside the span: 0 where it depends on the support.
+        left = squared_norms[atom] - onto_basis.square().sum((1, 2))
         is_open = is_open & (largest > vanished) & (left > rounding * squared_norms[atom])
         if i % 32 == 0 and not is_open.any():
-            support, steps, inverse = support[:, :i], steps[:, :i], inverse[:, :i, :i]
+            support = support[:, :i]
+            steps = steps[:, :i]
+            inverse = inverse[:, :i, :i]
             break
+
+        # The next row of the inverse Cholesky factor; a closed column is divided by infinity and takes no step.
         scale = torch.where(is_open, left, torch.inf).rsqrt()
         newest = torch.cat([torch.bmm(onto_basis, inverse[:, :i, :i])[:, 0].neg_(), torch.ones_like(scale)[:, None]], 1)
         newest *= scale[:, None]
         inverse[:, i, : i + 1] = newest
+
+        # What the residual has along the new direction, and the correlations without it.
         support[:, i] = atom
         steps[:, i] = scale * correlations.gather(1, atom[:, None])[:, 0]
         penalty.scatter_(1, atom[:, None], -torch.inf)

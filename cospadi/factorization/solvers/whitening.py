@@ -49,7 +49,8 @@ def _barely_definite(factor: Float[Tensor, "d_in d_in"]) -> bool:
         vector = torch.cholesky_solve(vector, factor, upper=True)
         growth = vector.norm()
         vector = vector / growth
-    tolerance = len(factor) * torch.finfo(factor.dtype).eps * factor.square().sum()  # of the trace
+    # The usual tolerance of a numerical rank, with the trace in place of the largest eigenvalue.
+    tolerance = len(factor) * torch.finfo(factor.dtype).eps * factor.square().sum()
     return not bool(growth * tolerance < 1)
 
 
@@ -75,5 +76,6 @@ def output_error(
 def weight_error(weight: Float[Tensor, "d_in d_out"], approximation: Float[Tensor, "d_in d_out"]) -> float:
     """``‖W − Ŵ‖_F / ‖W‖_F``; 0 for a zero weight that stays zero."""
     weight = weight.double()
-    error, scale = torch.linalg.norm(weight - approximation.double()), torch.linalg.norm(weight)
+    error = torch.linalg.norm(weight - approximation.double())
+    scale = torch.linalg.norm(weight)
     return float(error / scale) if scale > 0 else (0.0 if error == 0 else float("inf"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from cospadi import devices, models
 from cospadi.evaluation import measure
 from cospadi.factorization.files import read_factors
-from cospadi.kernels.products import products
+from cospadi.kernels.precision import float32_products
 from cospadi.pipeline.stages.sources import weights_hash
 from cospadi.records import Record, file_hashes, new_path, read_json
 from cospadi.settings import Config
@@ -37,7 +37,7 @@ def evaluate(
     device = devices.pick(config.evaluation.device, "evaluation.device")
     network = models.load(model, config.model.dtype, device)
     models.replace_weights(network, ((name, f.weight()) for name, f in read_factors(factors)))
-    with products(exact=True):
+    with float32_products(exact=True):
         result, rows = measure.evaluate(
             network,
             models.load_tokenizer(model),

@@ -9,7 +9,7 @@ import torch
 
 
 @contextmanager
-def products(exact: bool) -> Iterator[None]:
+def float32_products(exact: bool) -> Iterator[None]:
     """The fastest float32 products there are: with all their bits, or (not ``exact``) in TF32 on an NVIDIA GPU.
 
     On a CPU they are exact either way, but oneDNN's: on AMD's AVX-512 over twice as fast as MKL's, which is torch's choice.
@@ -29,5 +29,6 @@ def products(exact: bool) -> Iterator[None]:
 
 
 def _has_amx() -> bool:
-    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return asked is None or asked()
+    """Whether bfloat16 would really be used: True too where torch does not say."""
+    is_supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return is_supported is None or is_supported()
