@@ -1,8 +1,11 @@
 # make reproduce   install into .venv, run the default study, write tables, figures and results/report.html
 # make notebooks   run notebooks/results.py on the tables of STUDY, into results/notebooks
 # make test        install into .venv and run every test
-# make docs        install into .venv and build the documentation into results/docs
 # make test-fast   install into .venv and run the quick tests, under two minutes
+# make lint        ruff, snakefmt and the import contracts, as the tests also run them
+# make docs        install into .venv and build the documentation into results/docs
+# make install     install everything into .venv
+# make clean       remove .venv, results and what Snakemake keeps
 .DEFAULT_GOAL := help
 .PHONY: help install reproduce report notebooks test test-fast docs lint clean
 
@@ -16,7 +19,7 @@ export TOKENIZERS_PARALLELISM = false
 export NO_MKDOCS_2_WARNING = 1
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 # One resolver call for everything, so that no package is upgraded behind another's back.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import math
 import re
 from collections.abc import Collection, Sequence
 from numbers import Real
+
+from packaging.requirements import Requirement
 
 AUTO = "auto"
 """The value of a setting that leaves the choice to the program."""
@@ -50,8 +53,36 @@ def require_device(setting: str, value: str) -> None:
     Raises:
         UserError: when ``value`` is neither ``auto`` nor a name of torch's that this project runs on.
     """
-    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None
-    require(known, f"{setting}={value} is not known. Choose one of: auto, cpu, cuda, cuda:<number>.")
+    is_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None
+    require(is_device, f"{setting}={value} is not known. Choose one of: auto, cpu, cuda, cuda:<number>.")
+
+
+def require_extra(extra: str, what: str) -> None:
+    """
+    Args:
+        extra: extra of this package: ``study`` or ``track``.
+        what: the command that needs it.
+
+    Raises:
+        UserError: when a package of ``extra`` is not installed, naming it.
+    """
+    for package in packages_of(extra):
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise UserError(
+                f"{what} needs {package}, which is not installed. Install what it needs: pip install 'cospadi[{extra}]'."
+            ) from error
+
+
+def packages_of(extra: str) -> list[str]:
+    """Packages that ``cospadi[extra]`` adds; none where the project runs from its folder without being installed."""
+    try:
+        lines = importlib.metadata.requires("cospadi") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    required = map(Requirement, lines)
+    return [r.name for r in required if r.marker and r.marker.evaluate({"extra": extra}) and not r.marker.evaluate()]
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -1,16 +1,25 @@
 """A mistake of the person typing is one sentence and exit code 1, never a traceback."""
 
+import importlib.metadata
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
+import cospadi
 from cospadi import cli
-from cospadi.errors import UserError
+from cospadi.errors import UserError, packages_of
 from cospadi.factorization.files import read_factors
 from cospadi.records import read_json, write_json
+from cospadi.settings import CONF
 
 TINY = ["study=smoke", "model=tiny_llama"]
 
@@ -164,3 +173,110 @@ def test_the_stages_end_in_factors(checkpoint, tmp_path):
     assert len(record["projections"]) == 7
     assert len(list(read_factors([checkpoint / "out" / "factors"]))) == 7
     assert json.dumps(record)
+
+
+# --- manners
+
+
+def test_help_groups_every_command_by_who_needs_it(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    places = [text.index(f"\n{group}:") for group in ("your model", "studies", "measuring", cli.STAGES)]
+    assert places == sorted(places)
+    for command in cli.COMMANDS:
+        assert re.search(rf"^  {command.name} +{re.escape(command.summary)}$", text, re.MULTILINE)
+
+
+def test_a_mistyped_command_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["compres", "a", "b"])
+    assert ended.value.code == 2
+    assert "compres is not a command. Did you mean compress?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", cli.SHELLS)
+def test_shells_get_their_completion(shell, capsys):
+    assert cli.main(["completion", shell]) == 0
+    assert "cospadi" in capsys.readouterr().out
+
+
+def test_commands_are_completed(tmp_path):
+    """As a shell asks: the line in the environment, the answer in a file."""
+    answer = tmp_path / "answer"
+    asked = {
+        "_ARGCOMPLETE": "1",
+        "COMP_LINE": "cospadi den",
+        "COMP_POINT": "11",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+    }
+    code = "from cospadi.cli import main; main()"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, check=False, capture_output=True)
+    assert answer.read_text().strip() == "densify"
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"),
+    [
+        (["tabulate", "--folder", "t"], "pandas", "study"),
+        (["track", "--folder", "t"], "wandb", "track"),
+        (["evaluate"], "lm-eval", "study"),
+    ],
+)
+def test_a_command_names_the_extra_it_needs_before_it_starts(refused, monkeypatch, command, missing, extra):
+    installed = importlib.metadata.version
+
+    def version(package):
+        if package == missing:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    if command == ["evaluate"]:
+        files = ("model", "documents", "reference", "samples", "record")
+        command = ["evaluate", *(word for name in files for word in (f"--{name}", "x"))]
+    told = refused(*command)
+    assert told.startswith(f"cospadi {command[0]} needs {missing}, which is not installed.")
+    assert told.endswith(f"pip install 'cospadi[{extra}]'.")
+
+
+def test_the_light_install_has_no_package_of_the_extras():
+    light = {Requirement(line).name for line in importlib.metadata.requires("cospadi") if "extra ==" not in line}
+    assert {"torch", "transformers", "numba", "hydra-core"} <= light
+    assert not light & {*packages_of("study"), *packages_of("track")}
+
+
+@pytest.mark.parametrize("program", ["cospadi.pipeline.run", "cospadi.pipeline.sweep"])
+def test_a_study_away_from_the_repository_is_one_sentence(program, tmp_path):
+    package = tmp_path / "site" / "cospadi"
+    shutil.copytree(Path(cospadi.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(CONF, package / "conf")
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-m", program, *(["--cores", "1"] if program.endswith("run") else [])]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: There is no Snakefile in ")
+    assert "Studies need the project's repository" in line
+
+
+def test_a_closed_pipe_is_a_quiet_end(tmp_path):
+    command = f"{sys.executable} -m cospadi plan study=smoke --tflops 100 | head -1"
+    environment = {**os.environ, "PYTHONPATH": str(Path(cospadi.__file__).parents[1])}
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("# ")
+    assert done.stderr == ""
+
+
+def test_ctrl_c_is_a_sentence(monkeypatch, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    commands = [replace(c, run=interrupted) if c.name == "info" else c for c in cli.COMMANDS]
+    monkeypatch.setattr(cli, "COMMANDS", commands)
+    assert cli.main(["info", "x"]) == 130
+    assert "type the same command again" in capsys.readouterr().err

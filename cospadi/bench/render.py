@@ -1,31 +1,16 @@
-"""The measurements as Markdown and as a picture."""
+"""The measurements as Markdown."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
-
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-from cospadi import records
-from cospadi.errors import UserError
-from cospadi.tables.style import STYLE, colours
 
 Row = dict[str, Any]
 NONE = "–"
 YARDSTICKS = {"plain": "ksvd_plain", "ksvd": "ksvd"}
-"""Whose final error everyone else is timed to, by the name it has in ``seconds_to_…`` and ``time_to_…``."""
-PANELS = 12
-"""At most so many problems in the picture, evenly chosen."""
-_AS_METHOD = {"htp": "cospadi", "ksvd": "svd_llm", "ksvd_plain": "svd", "one_shot": "asvd"}
-"""Solvers get the colours that these methods have in the figures of a study."""
+"""Solvers whose final error all others are timed to, by their name in ``seconds_to_…`` and ``time_to_…``."""
 
 
 def report(rows: Sequence[Row], machine: str) -> str:
@@ -208,71 +193,3 @@ def table(header: Sequence[str], lines: Iterable[Sequence[object]], left: Sequen
 
 def _size(row: Row) -> str:
     return f"{row['d_in']}×{row['d_out']}"
-
-
-def check_figure(file: Path, drawn: bool) -> None:
-    """Refuse now what could only fail after everything was measured.
-
-    Raises:
-        UserError: when there is nothing to draw, or nothing to draw it with.
-    """
-    if not drawn:
-        raise UserError("--figure draws errors over seconds, and nothing of that is measured here. Leave it out.")
-    if file.suffix not in (".png", ".svg"):
-        raise UserError(f"--figure {file} is neither .png nor .svg. Give it one of these endings.")
-    for package in ("matplotlib", "pandas"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"--figure needs {package}. Install it, or leave the figure out.")
-
-
-def write_figure(rows: Sequence[Row], file: Path) -> None:
-    """Error over seconds: a panel per problem, a line per solver, its end marked."""
-    solved = [row for row in rows if "curve" in row]
-    names = list(dict.fromkeys(row["solver"] for row in solved))
-    palette = dict(zip(names, colours([_AS_METHOD.get(name, name) for name in names]).values(), strict=True))
-    panels = _evenly(list(dict.fromkeys((row["weight"], row["ratio"]) for row in solved)), PANELS)
-    width = min(len(panels), 4)
-    height = math.ceil(len(panels) / width)
-    with rc_context(STYLE | {"axes.titlesize": 10}):
-        figure = Figure(figsize=(max(5.0, 2.9 * width), 0.7 + 2.4 * height), layout="constrained")
-        axes = figure.subplots(height, width, squeeze=False)
-        for axis, (weight, ratio) in zip(axes.flat, panels, strict=False):
-            _draw(axis, [row for row in solved if (row["weight"], row["ratio"]) == (weight, ratio)], palette)
-            axis.set_title(f"{weight}, ratio {ratio:g}")
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        for i in range(len(panels)):
-            axes.flat[i].set_xlabel("Seconds" if i + width >= len(panels) else "")
-            axes.flat[i].set_ylabel("" if i % width else "Output error ↓")
-        entries = [Line2D([], [], color=palette[name], marker="o", markersize=5, label=name) for name in names]
-        columns = min(len(entries), 3 if width < 3 else 6)
-        figure.legend(handles=entries, loc="outside lower center", ncols=columns)
-        with records.new_path(file) as partial:
-            figure.savefig(partial, format=file.suffix[1:], dpi=150, facecolor="white")
-
-
-def _draw(axis: Any, rows: Sequence[Row], palette: dict[str, str]) -> None:
-    axis.set_xscale("log")
-    for row in rows:
-        times, errors = zip(*row["curve"], strict=True)
-        look = {"color": palette[row["solver"]], "zorder": 4 if row["solver"] == "htp" else 3}
-        axis.plot(times, errors, **look)
-        axis.plot(times[-1], errors[-1], "o", markersize=5, markeredgecolor="white", markeredgewidth=0.8, **look)
-    axis.set_ylim(top=1.2 * max(row["output_error"] for row in rows))  # the ends matter, not where a round started
-    axis.xaxis.set_major_locator(LogLocator(10, (1.0,) if _decades(rows) > 1.5 else (1.0, 2.0, 5.0)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _decades(rows: Sequence[Row]) -> float:
-    """How far the times are apart."""
-    times = [second for row in rows for second, _ in row["curve"]]
-    return math.log10(max(times) / min(times))
-
-
-def _evenly(items: list, count: int) -> list:
-    """
-    >>> _evenly(list(range(10)), 4), _evenly([1, 2], 4)
-    ([0, 2, 5, 7], [1, 2])
-    """
-    return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]

@@ -30,7 +30,7 @@ from cospadi.bench.solvers import (
     timed,
 )
 from cospadi.bench.usage import machine, product_peaks, usage
-from cospadi.errors import UserError
+from cospadi.errors import UserError, require_extra
 from cospadi.factorization.solvers.ksvd import first_atoms
 from cospadi.progress import Progress
 from cospadi.records import write_json, write_text
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     _refuse_counts(options)
     names = named(_list("--solvers", options.solvers or ",".join([*MEASURED, OMP])))
     if options.figure:
-        render.check_figure(options.figure, drawn=not options.shape and names != [OMP])
+        _check_figure(options.figure, drawn=not options.shape and names != [OMP])
     device = devices.pick(options.device, "--device")
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -94,7 +94,9 @@ def _cases(options: argparse.Namespace, names: Sequence[str], device: torch.devi
         rows += measured
         _keep(rows, options.json)
     if options.figure:
-        render.write_figure(rows, options.figure)
+        from cospadi.bench.figure import write_figure  # the one part that needs matplotlib
+
+        write_figure(rows, options.figure)
     return render.report(rows, machine(device))
 
 
@@ -200,6 +202,19 @@ def _keep(rows: list[Row], file: Path | None) -> None:
     """After each case, so that a run that is killed keeps what it has."""
     if file:
         write_json(file, rows)
+
+
+def _check_figure(file: Path, drawn: bool) -> None:
+    """Refuse now what could only fail after everything was measured.
+
+    Raises:
+        UserError: when there is nothing to draw, or nothing to draw it with.
+    """
+    if not drawn:
+        raise UserError("--figure draws errors over seconds, and nothing of that is measured here. Leave it out.")
+    if file.suffix not in (".png", ".svg"):
+        raise UserError(f"--figure {file} is neither .png nor .svg. Give it one of these endings.")
+    require_extra("study", "--figure")
 
 
 def _refuse_irregular(file: Path) -> None:

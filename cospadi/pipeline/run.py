@@ -12,7 +12,9 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from cospadi.errors import UserError, require_extra
 from cospadi.progress import duration
 
 SECONDS = {
@@ -30,6 +32,8 @@ SECONDS = {
     "track": 15,
 }
 """Core-seconds of a job, measured on the default study; only their proportions matter."""
+SNAKEFILES = ("Snakefile", "snakefile", "workflow/Snakefile", "workflow/snakefile")
+"""Where Snakemake looks for its rules."""
 PATIENCE = 120
 """Seconds at the expected pace that are averaged in, so that the first jobs do not decide the estimate alone."""
 
@@ -110,7 +114,13 @@ def narrate(lines: Iterable[str], cores: int) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run snakemake; its exit code."""
+    """Run snakemake; its exit code.
+
+    Raises:
+        UserError: Snakemake is not installed, or there is no Snakefile.
+    """
+    require_extra("study", "A study")
+    require_snakefile(arguments)
     cores = _cores(arguments)
     command = [sys.executable, "-m", "snakemake", *arguments]
     with subprocess.Popen(
@@ -121,6 +131,19 @@ def main(arguments: Sequence[str]) -> int:
         print("\n".join(_relevant(trouble)), file=sys.stderr)
         print("Finished results are kept: mend the cause and type the same command again.", file=sys.stderr)
     return run.returncode
+
+
+def require_snakefile(arguments: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: when ``arguments`` name no Snakefile and there is none in this folder.
+    """
+    is_named = any(re.match(r"(-s|--snakefile)(=|$)", argument) for argument in arguments)
+    if not is_named and not any(Path(file).is_file() for file in SNAKEFILES):
+        raise UserError(
+            f"There is no Snakefile in {Path.cwd()}. Studies need the project's repository, not its package alone: "
+            "change to the folder of your clone, and run this again."
+        )
 
 
 def _relevant(trouble: Sequence[str], most: int = 60) -> list[str]:
@@ -139,6 +162,8 @@ def _cores(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\nStopped. Finished results are kept: type the same command again to go on.", file=sys.stderr)
         sys.exit(130)

@@ -49,6 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         job()
         return 0
     try:
+        run.require_snakefile(["--snakefile"] if (PROJECT / "Snakefile").is_file() else [])
         name, studies = planned(arguments, multirun=bool(flags))
         for study in studies:
             _snakemake(study, _sources(study), os.cpu_count() or 1)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
 
-from cospadi.errors import UserError
+from cospadi.errors import UserError, require_extra
 from cospadi.sources import wheels, wikitext
 from cospadi.sources.addresses import WHEEL, brief, check_hub_id, existing, local_path
 from cospadi.sources.settings import TextConfig
@@ -143,6 +143,7 @@ def _rows(config: TextConfig) -> Iterator[str]:
 
 def _loaded(config: TextConfig, where: dict[str, Any]) -> Any:
     """The split as a ``datasets`` object."""
+    require_extra("study", f"text.source={config.source}")
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
