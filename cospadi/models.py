@@ -130,10 +130,12 @@ def check_loadable(folder: Path, config: ModelConfig) -> None:
             layer = model.get_submodule(p.name)
             if not isinstance(layer, nn.Linear):
                 raise TypeError(f"{p.name} is a {type(layer).__name__}, and only linear layers are compressed")
-            built, stored = tuple(layer.weight.shape), (p.d_out, p.d_in)
+            built = tuple(layer.weight.shape)
+            stored = (p.d_out, p.d_in)
             if built != stored:
                 raise ValueError(f"{p.name}.weight is {stored}, config.json makes it {built}")
-        n_built, n_stored = len(model.get_submodule(config.blocks)), 1 + projections[-1].layer
+        n_built = len(model.get_submodule(config.blocks))
+        n_stored = 1 + projections[-1].layer
         if n_built != n_stored:
             raise ValueError(f"config.json has {n_built} blocks, the weights have {n_stored}")
     except UserError:
@@ -178,7 +180,9 @@ class BlockWalker:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.checkpoint, self.config, self.device = Checkpoint(folder), config, device
+        self.checkpoint = Checkpoint(folder)
+        self.config = config
+        self.device = device
         self.dtype = getattr(torch, config.dtype)
         with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are computed, not stored
             settings = AutoConfig.from_pretrained(folder)
@@ -203,7 +207,8 @@ class BlockWalker:
         Blocks are stood in for by recorders that hand on their input, so that whatever the model computes per layer
         (rotary tables, masks, sliding windows) is taken from the model itself.
         """
-        hidden, arguments = [], []
+        hidden = []
+        arguments = []
         originals = [block.forward for block in self.blocks]
         try:
             for tokens in batches:

@@ -14,8 +14,10 @@ class Progress:
     """
 
     def __init__(self, total: int, title: str, total_weight: Real | None = None):
-        self.total, self.total_weight = total, float(total_weight or total)
-        self.done, self.done_weight = 0, 0.0
+        self.total = total
+        self.total_weight = float(total_weight or total)
+        self.done = 0
+        self.done_weight = 0.0
         self.started = time.perf_counter()
         print(f"{title} ({total} steps)", flush=True)
 

@@ -115,7 +115,8 @@ class Config:
         self._check_quantization()
 
     def _check_quantization(self) -> None:
-        factorization, values = self.factorization, self.quantization.values
+        factorization = self.factorization
+        values = self.quantization.values
         require(
             not isinstance(factorization, PlainConfig) or values is not None or not self.quantization.changes,
             f"quantization={self.quantization.name} has quantization.values=null, which leaves {factorization.name} as it is: "
@@ -196,7 +197,8 @@ def _one_sentence(error: BaseException) -> str:
     place = next((f"{CONF / m[1]}.yaml: " for line in told if (m := re.match(r"In '([^']+)'", line))), "")
     at_fault = [c for c in causes if isinstance(c, OmegaConfBaseException) and not re.search(r"\$[A-Z]", str(c))]
     if at_fault and isinstance(at_fault[-1], ConfigKeyError | ConfigAttributeError):
-        key, schema = str(at_fault[-1].full_key), at_fault[-1].object_type
+        key = str(at_fault[-1].full_key)
+        schema = at_fault[-1].object_type
         if is_dataclass(schema):
             return place + _no_such_setting(key, schema)
     if at_fault:

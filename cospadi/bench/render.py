@@ -98,7 +98,8 @@ def _whole_model_table(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    matrices, total = sum(row["matrices"] for row in rows), sum(row["seconds"] for row in rows)
+    matrices = sum(row["matrices"] for row in rows)
+    total = sum(row["seconds"] for row in rows)
     gflops = sum(row["gflops"] * row["seconds"] for row in rows) / total
     lines.append(["All", matrices, "", "", "", seconds(total), f"{matrices / total:.3g}", "", f"{gflops:.0f}"])
     lines[-1] += [""] * len(_flops_header(rows)[1:]) + [f"{max(row['peak_bytes'] for row in rows) / 2**30:.2f}"]
@@ -119,7 +120,8 @@ def _omp_line(rows: Sequence[Row]) -> list[str]:
     codings = {row["solver"]: row for row in rows if "equal_supports" in row}
     if not codings:
         return []
-    theirs, ours = codings["sklearn_omp"], codings["sparse_code"]
+    theirs = codings["sklearn_omp"]
+    ours = codings["sparse_code"]
     line = (
         f"Orthogonal matching pursuit, {ours['weight']} ({_size(ours)}), {ours['atoms']} atoms, "
         f"{ours['sparsity']} non-zeros: scikit-learn {seconds(theirs['seconds'])} s, sparse_code "

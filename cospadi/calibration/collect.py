@@ -41,7 +41,8 @@ def draw_samples(
         UserError: when the documents hold too few tokens.
     """
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
-    wanted, tokens = n_samples * sample_length, []
+    wanted = n_samples * sample_length
+    tokens = []
     for index in order:
         tokens += tokenizer(documents[index] + "\n\n", add_special_tokens=False)["input_ids"]
         if len(tokens) >= wanted:
@@ -63,7 +64,8 @@ def samples(
 ) -> Int[Tensor, "n_samples sample_length"]:
     """What ``draw_samples`` draws for these settings from a prepared text, ``at_most`` so many of them."""
     n_samples = min(at_most or calibration.n_samples, calibration.n_samples)
-    length, seed = calibration.sample_length, calibration.seed
+    length = calibration.sample_length
+    seed = calibration.seed
     return draw_samples(load_tokenizer(folder), read_json(documents), n_samples, length, seed)
 
 
@@ -127,7 +129,8 @@ def gather(
         for hook in _listen_all(block, model, calibration, statistics)
     ]
     device = next(network.parameters()).device
-    implementation, weighs = network.config._attn_implementation, calibration.attention and bool(model.attended)
+    implementation = network.config._attn_implementation
+    weighs = calibration.attention and bool(model.attended)
     try:
         if weighs:
             network.set_attn_implementation("eager")  # the others do not tell their weights

@@ -54,7 +54,8 @@ class CompressedLinear(nn.Module):
         super().__init__()
         if min(d_in, d_out) < 1:
             raise ValueError(f"a layer of {d_in}×{d_out}")
-        self.in_features, self.out_features = d_in, d_out
+        self.in_features = d_in
+        self.out_features = d_out
         self.storage = _storage(storage_dtype)
         self.formats = parsed(formats)
         self.bias = _frozen(torch.empty(d_out, dtype=dtype)) if bias else None
@@ -152,7 +153,8 @@ class CompressedLinear(nn.Module):
             UserError: it lies on another device.
         """
         for part in self.shared_names:
-            mine, its = getattr(self, part), getattr(owner, part)
+            mine = getattr(self, part)
+            its = getattr(owner, part)
             if mine.device != its.device:
                 raise UserError(
                     f"Layers on {mine.device} and {its.device} would share a tensor. Load the model on one device, or set "
@@ -300,7 +302,9 @@ class SparseDictionaryLinear(CompressedLinear):
         known = [bits_of(self.formats["values"][0])] if "values" in self.formats else [14, 16]
         if fixed_atoms not in (NONE, IDENTITY) or value_bits not in known:
             raise ValueError(f"fixed_atoms={fixed_atoms}, value_bits={value_bits}")
-        self.fixed_atoms, self.value_bits, self.n_values = fixed_atoms, value_bits, n_values
+        self.fixed_atoms = fixed_atoms
+        self.value_bits = value_bits
+        self.n_values = n_values
         self.n_fixed = d_in if fixed_atoms == IDENTITY else 0
         self.atoms, self.all_atoms = atoms, self.n_fixed + atoms
         self._hold("dictionary", d_in, atoms)
@@ -345,7 +349,8 @@ class SparseDictionaryLinear(CompressedLinear):
         """Through the atoms, or through the weight multiplied out: whichever takes fewer operations."""
         codes = self._codes().to(rows.dtype)
         dictionary = self._matrix("dictionary", rows.dtype)
-        (d_in, atoms), d_out = dictionary.shape, self.out_features
+        d_in, atoms = dictionary.shape
+        d_out = self.out_features
         through_atoms = len(rows) * (d_in * atoms + self.all_atoms * d_out)
         through_weight = d_in * d_out * (atoms + len(rows))
         if through_atoms <= through_weight:
@@ -437,7 +442,8 @@ class SparsePlusLowRankLinear(SparseDictionaryLinear):
         return {"rank": self.rank, "n_values": self.n_values}
 
     def dense_weight(self) -> Float[Tensor, "d_in d_out"]:
-        left, right = self._matrix("left", torch.float32), self._matrix("right", torch.float32)
+        left = self._matrix("left", torch.float32)
+        right = self._matrix("right", torch.float32)
         return super().dense_weight() + left @ right
 
     def _few(self, rows: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ def ledger(folder: Path) -> dict[str, Any]:
         dense = budget.dense_bits(spec["d_in"], spec["d_out"]) // 8
         rows.append({"name": name, **spec, "parts": sizes, "bytes": sum(sizes.values()), "dense_bytes": dense})
     files = sorted(folder.glob("*.safetensors"))
-    compressed, dense = sum(r["bytes"] for r in rows), sum(r["dense_bytes"] for r in rows)
+    compressed = sum(r["bytes"] for r in rows)
+    dense = sum(r["dense_bytes"] for r in rows)
     everything = sum(_bytes(checkpoint, name) for name in checkpoint.names)
     return {
         "folder": str(folder),

@@ -45,17 +45,25 @@ def layer_of(factors: Factors, bias: Tensor | None = None) -> CompressedLinear:
     """
     tensors = factors.tensors()
     if isinstance(factors, LowRank):
-        (d_in, rank), d_out, dtype = factors.left.shape, factors.right.shape[1], factors.left.dtype
+        d_in, rank = factors.left.shape
+        d_out = factors.right.shape[1]
+        dtype = factors.left.dtype
         sizes: dict[str, Any] = {"rank": rank}
     elif isinstance(factors, SparseDictionary):
-        (d_in, atoms), d_out = factors.dictionary.shape, factors.coefficients.shape[1]
-        dtype, sizes = factors.dictionary.dtype, {"atoms": atoms, "n_values": int(factors.mask.sum())}
+        d_in, atoms = factors.dictionary.shape
+        d_out = factors.coefficients.shape[1]
+        dtype = factors.dictionary.dtype
+        sizes = {"atoms": atoms, "n_values": int(factors.mask.sum())}
         sizes |= {"value_bits": factors.value_bits, "fixed_atoms": IDENTITY if factors.identity else NONE}
     elif isinstance(factors, SparsePlusLowRank):
-        (d_in, d_out), (_, rank) = factors.sparse.coefficients.shape, factors.low_rank.left.shape
-        dtype, sizes = factors.low_rank.left.dtype, {"rank": rank, "n_values": int(factors.sparse.mask.sum())}
+        d_in, d_out = factors.sparse.coefficients.shape
+        _, rank = factors.low_rank.left.shape
+        dtype = factors.low_rank.left.dtype
+        sizes = {"rank": rank, "n_values": int(factors.sparse.mask.sum())}
     elif factors.formats:
-        (d_in, d_out), dtype, sizes = factors.dense.shape, factors.dense.dtype, {}
+        d_in, d_out = factors.dense.shape
+        dtype = factors.dense.dtype
+        sizes = {}
     else:
         raise TypeError(f"A {type(factors).__name__} projection in 16 bits has no compressed layer.")
     sizes |= {"kind": factors.kind, "d_in": d_in, "d_out": d_out, "storage_dtype": _name(dtype)}

@@ -58,7 +58,9 @@ class CoSpaDiQuantizationConfig(QuantizationConfigMixin):
         **_: Any,
     ) -> None:
         self.quant_method = METHOD
-        self.format_version, self.modules, self.record = format_version, modules or {}, record or {}
+        self.format_version = format_version
+        self.modules = modules or {}
+        self.record = record or {}
         if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
             raise UserError(
                 f"This checkpoint has format_version {format_version}, this cospadi reads up to {FORMAT_VERSION}. "
@@ -140,7 +142,8 @@ def put_empty_layers(model: nn.Module, modules: dict[str, dict[str, Any]]) -> No
                 f"The checkpoint's config.json describes {name} in a way this cospadi does not know ({error}). "
                 "Install a newer cospadi, or write the checkpoint again."
             ) from error
-        sizes, expected = (layer.in_features, layer.out_features), (dense.in_features, dense.out_features)
+        sizes = (layer.in_features, layer.out_features)
+        expected = (dense.in_features, dense.out_features)
         if sizes != expected or (layer.bias is None) != (dense.bias is None):
             raise UserError(
                 f"The checkpoint's config.json makes {name} {sizes[0]}×{sizes[1]}, the model {expected[0]}×{expected[1]}. "

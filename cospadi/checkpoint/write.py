@@ -54,7 +54,8 @@ def write(
     Raises:
         UserError: ``folder`` is not ours to replace, the disk is full, or a name is not in ``source``.
     """
-    checkpoint, modules = Checkpoint(source), {}
+    checkpoint = Checkpoint(source)
+    modules = {}
     with new_path(folder) as partial:
         partial.mkdir()
         _write_shards(partial, _compressed(checkpoint, factors, modules), shard_bytes)
@@ -106,7 +107,8 @@ def _compressed(
         owner = name if shared is None else first.setdefault(shared, name)
         modules[name] = layer.spec | ({SHARES: owner} if owner != name else {})
         replaced |= {f"{name}.weight", f"{name}.bias"}
-        tensors, parts = layer.state_dict(), parts_of(name, modules[name])
+        tensors = layer.state_dict()
+        parts = parts_of(name, modules[name])
         yield from ((full, tensors[part]) for part, full in parts.items() if full == f"{name}.{part}")
     yield from ((name, checkpoint.read(name)) for name in checkpoint.names if name not in replaced)
 
@@ -161,7 +163,8 @@ def densify(folder: Path, out: Path, dtype: str | None = None, shard_bytes: int 
     Raises:
         UserError: see `compression_of`; a shard is damaged or missing; ``out`` cannot be written; a number does not fit.
     """
-    folder, out = Path(folder), Path(out)
+    folder = Path(folder)
+    out = Path(out)
     found = compression_of(folder)
     check_output_folder(out)
     if out.resolve() == folder.resolve():

@@ -56,7 +56,8 @@ def harness_model(model: nn.Module, tokenizer: Callable[..., Any], config: Evalu
 
         def start(self, n_requests: int, tokens: int) -> None:
             steps = max(1, min(10, n_requests // self.batch_size))
-            self.share, self.seen = tokens / steps, 0
+            self.share = tokens / steps
+            self.seen = 0
             self.progress = Progress(steps, f"{self.title}: {n_requests} requests, {tokens} tokens")
 
         def advance(self, tokens: int) -> None:
@@ -136,7 +137,8 @@ def run_harness(
     """One task or group: its entry and the rows of its documents."""
     for leaf in leaves_of(task):
         guard_overflow(leaf)
-    language_model.title, language_model.cut = name, 0
+    language_model.title = name
+    language_model.cut = 0
     result = lm_eval.simple_evaluate(
         model=language_model,
         tasks=[task],
@@ -168,7 +170,8 @@ def run_harness(
         metrics["non_finite_documents"] = {"value": broken, "stderr": None, "higher_is_better": False}
     main = next((m for m in _MAIN_METRICS if m in metrics), None) or next(iter(metrics))
     n_documents = sum(len({row["doc_id"] for row in rows}) for rows in logged.values())
-    version, shots = result["versions"].get(name), {result["n-shot"].get(leaf) for leaf in leaves}
+    version = result["versions"].get(name)
+    shots = {result["n-shot"].get(leaf) for leaf in leaves}
     protocol = [
         f"lm-eval {importlib.metadata.version('lm_eval')}",
         f"{name} version {version if version is not None else 'unknown'}"
@@ -221,7 +224,8 @@ def prompt_facts(task: Any) -> list[str]:
     """What a generating task's protocol says beside the numbers that all have."""
     if task.OUTPUT_TYPE != "generate_until":
         return []
-    settings, told = task.config.generation_kwargs, (task.config.metadata or {}).get("protocol")
+    settings = task.config.generation_kwargs
+    told = (task.config.metadata or {}).get("protocol")
     how = "sampled" if settings.get("do_sample") else "greedy"
     return [f"{how}, at most {new_tokens(settings)} new tokens", *([told] if told else [])]
 
@@ -305,7 +309,8 @@ def quiet() -> Iterator[None]:
     """No moving bars, no notes about what is done on purpose; other warnings stay."""
     loggers = [logging.getLogger(name) for name in ("lm_eval.api.task", "lm_eval.models.huggingface")]
     bars = datasets.are_progress_bars_disabled()
-    bar, environment = lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info
+    bar = lm_eval.api.task.tqdm
+    environment = lm_eval.evaluator.add_env_info
     pools = os.environ.get("DISABLE_MULTIPROC")
     for logger in loggers:
         logger.addFilter(_is_unexpected)
@@ -320,7 +325,8 @@ def quiet() -> Iterator[None]:
             logger.removeFilter(_is_unexpected)
         if not bars:
             datasets.enable_progress_bars()
-        lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info = bar, environment
+        lm_eval.api.task.tqdm = bar
+        lm_eval.evaluator.add_env_info = environment
         if pools is None:
             del os.environ["DISABLE_MULTIPROC"]
         else:

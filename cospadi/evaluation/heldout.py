@@ -64,10 +64,13 @@ def _split(document: str, words: int) -> tuple[str, str]:
 
 def _passages(text: str, words: int) -> list[dict[str, str]]:
     spans = [match.span() for match in _WORD.finditer(text)]
-    passages, first = [], 0
+    passages = []
+    first = 0
     while first + words <= len(spans):
-        start, (word_start, end) = spans[first][0], spans[first + words - 1]
-        word, before_word = text[word_start:end], spans[first + words - 2][1]
+        start = spans[first][0]
+        word_start, end = spans[first + words - 1]
+        word = text[word_start:end]
+        before_word = spans[first + words - 2][1]
         if word.isalpha() and len(word) >= _LEAST_LETTERS and text[before_word:word_start] == " ":
             passages.append({"context": text[start:before_word], "target": f" {word}"})
             first += words

@@ -91,7 +91,8 @@ def ratio_stderr(totals: Sequence[float | int], sizes: Sequence[float | int]) ->
     >>> ratio_stderr([1.0, 3.0], [1, 1])
     (2.0, 1.0)
     """
-    ratio, n = sum(totals) / sum(sizes), len(totals)
+    ratio = sum(totals) / sum(sizes)
+    n = len(totals)
     if n < 2 or not math.isfinite(ratio):
         return ratio, None
     squares = sum((total - ratio * size) ** 2 for total, size in zip(totals, sizes, strict=True))
@@ -151,7 +152,8 @@ def measure_tokens(
     Raises:
         UserError: when the reference is of other tokens or another model, or ``lm_head`` is no longer the dense one.
     """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder = model.get_decoder()
+    head = model.get_output_embeddings()
     device = model.device
     n_windows, window = windows.shape
     n_rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
@@ -258,7 +260,8 @@ class _Reference:
             raise UserError(
                 f"The dense reference {path} cannot be read ({error}). Evaluate the dense model again to write it."
             ) from error
-        found, wanted = self.file.metadata() or {}, _identity(windows, head)
+        found = self.file.metadata() or {}
+        wanted = _identity(windows, head)
         differing = [
             f"{key} {found.get(key, 'missing')} instead of {wanted[key]}"
             for key in wanted

@@ -106,7 +106,8 @@ def atoms_and_sparsity(
     Raises:
         UserError: when the budget holds no atom, or paper accounting is asked for beyond rho = 2.
     """
-    budget, wide = members * budget_bits(d_in, d_out, compression_ratio), members * d_out
+    budget = members * budget_bits(d_in, d_out, compression_ratio)
+    wide = members * d_out
     if accounting == "paper":
         if rho > 2:
             raise UserError(
@@ -118,7 +119,8 @@ def atoms_and_sparsity(
         while sparsity and stored_bits(d_in, d_out, atoms, sparsity, PAPER_VALUE_BITS, members) > budget:
             sparsity -= 1  # odd shapes: filling values and mask up to bytes may cost what was left
     else:
-        per_atom, per_nonzero = DENSE_BITS * d_in + wide, DENSE_BITS * wide
+        per_atom = DENSE_BITS * d_in + wide
+        per_nonzero = DENSE_BITS * wide
         budget -= budget % 8  # the mask is filled up to a byte, so the last bits buy nothing
         budget -= 7 * (members - 1) if d_out % 8 else 0  # and so is every other member's
         atoms = int(budget / (per_atom + per_nonzero / rho))
@@ -140,7 +142,8 @@ def sparsity_for(
     Raises:
         UserError: when there is no room for one.
     """
-    budget, bits = members * budget_bits(d_in, d_out, compression_ratio), value_bits(accounting)
+    budget = members * budget_bits(d_in, d_out, compression_ratio)
+    bits = value_bits(accounting)
     left = budget - DENSE_BITS * d_in * atoms - members * mask_bits(atoms, d_out)
     sparsity = min(left // (members * bits * d_out), atoms)
     while sparsity > 0 and stored_bits(d_in, d_out, atoms, sparsity, bits, members) > budget:

@@ -48,7 +48,8 @@ class LowRank:
 
         Equal norms keep both factors away from the ends of the 16-bit range.
         """
-        column, row = left.norm(dim=0), right.norm(dim=1)
+        column = left.norm(dim=0)
+        row = right.norm(dim=1)
         used = (column > 0) & (row > 0)  # where one side is zero the product is: both become zero
         scale = torch.where(used, (row / column).sqrt(), torch.ones_like(column))
         left = torch.where(used, left * scale, 0.0)
@@ -128,7 +129,8 @@ class SparseDictionary:
         return self.coefficients.nonzero if quantized else self.coefficients != 0
 
     def weight(self) -> Float[Tensor, "d_in d_out"]:
-        n_fixed, coefficients = self.dictionary.shape[0] if self.identity else 0, self.coefficients.float()
+        n_fixed = self.dictionary.shape[0] if self.identity else 0
+        coefficients = self.coefficients.float()
         learned = self.dictionary.float() @ coefficients[n_fixed:]
         return learned + coefficients[:n_fixed] if self.identity else learned
 
@@ -151,8 +153,11 @@ class SparseDictionary:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], formats: Formats | None = None) -> SparseDictionary:
-        dictionary, stored, mask_bytes = _read("dictionary", tensors, formats), tensors["values"], tensors["mask"]
-        (d_in, atoms), d_out = dictionary.shape, int(tensors["d_out"])
+        dictionary = _read("dictionary", tensors, formats)
+        stored = tensors["values"]
+        mask_bytes = tensors["mask"]
+        d_in, atoms = dictionary.shape
+        d_out = int(tensors["d_out"])
         identity = len(mask_bytes) != mask_bits(atoms, d_out) // 8  # the mask is longer by d_in · d_out bits
         atoms += d_in if identity else 0
         bits = np.unpackbits(mask_bytes.numpy(), count=atoms * d_out, bitorder="little").astype(bool)

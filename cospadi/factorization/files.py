@@ -32,7 +32,8 @@ class FactorsFile:
     def add(self, row: dict[str, Any], factors: Factors) -> None:
         """``row``: what the record says of the projection, at least ``name``, ``kind``, ``d_in``, ``d_out``, ``group``."""
         name = row["name"]
-        self._rows[name], self._lines[name] = row, _line(row, factors)
+        self._rows[name] = row
+        self._lines[name] = _line(row, factors)
         self._tensors[name] = private_tensors(factors, shares(row))
 
     @property
@@ -66,14 +67,17 @@ def read_factors(files: Sequence[Path], order: Sequence[str] = ()) -> Iterator[t
                 name, _, part = key.rpartition(".")
                 parts[name].append(part)
             stores = {name: entry.stores or name for name, entry in entries.items()}
-            first, shared = None, {}
+            first = None
+            shared = {}
             for name in sorted(entries, key=lambda n: (place.get(stores[n], 0), stores[n], stores[n] != n)):
-                entry, is_first = entries[name], stores[name] == name
+                entry = entries[name]
+                is_first = stores[name] == name
                 stored = {part: tensors.get_tensor(f"{name}.{part}") for part in parts[name]}
                 stored |= {"d_out": torch.tensor(entry.d_out)} | ({} if is_first else shared)
                 found = KINDS[entry.kind].from_tensors(stored, entry.formats)
                 if is_first:
-                    first, shared = found, {part: stored[part] for part in shared_names(found)}
+                    first = found
+                    shared = {part: stored[part] for part in shared_names(found)}
                 else:
                     found = replace(found, **{found.shared_part: shared_matrix(first)})
                 yield name, found

@@ -67,8 +67,11 @@ def sparse_product(
         values: column by column of ``S``, float16 or bfloat16, or packed.
         offsets: what `offsets` says about this mask.
     """
-    (rows, atoms), d_out = z.shape, len(offsets) - 1
-    z, mask, offsets = z.contiguous(), _padded(mask), offsets.contiguous()
+    rows, atoms = z.shape
+    d_out = len(offsets) - 1
+    z = z.contiguous()
+    mask = _padded(mask)
+    offsets = offsets.contiguous()
     kind, numbers, scales, group = _handed_over(values)
     out = z.new_empty(rows, d_out)
     weight = (mask.data_ptr(), len(mask), numbers.data_ptr(), scales, group, offsets.data_ptr())
@@ -98,7 +101,8 @@ def dense_product(
         dictionary: float16 or bfloat16, or packed; on the CPU.
     """
     packed = isinstance(dictionary, Packed)
-    (rows, d_in), atoms = x.shape, (dictionary.scales if packed else dictionary).shape[1]
+    rows, d_in = x.shape
+    atoms = (dictionary.scales if packed else dictionary).shape[1]
     kind, numbers, scales, group = _handed_over(dictionary)
     x, out = x.contiguous(), x.new_empty(rows, atoms)
     weight = (numbers.data_ptr(), numbers.shape[1] * numbers.element_size(), scales, group * LANES)
@@ -115,7 +119,8 @@ def unpack(
     atoms: int,
 ) -> Float32[Tensor, "d_out atoms"]:
     """``Sᵀ`` in full, from the packed form that `sparse_product` takes."""
-    mask, offsets = _padded(mask), offsets.contiguous()
+    mask = _padded(mask)
+    offsets = offsets.contiguous()
     kind, numbers, scales, group = _handed_over(values)
     d_out = len(offsets) - 1
     out = torch.empty(d_out, atoms, dtype=torch.float32, device="cpu")
@@ -148,7 +153,8 @@ def _blocks(rows: int) -> list[tuple[int, int]]:
     >>> _blocks(11)
     [(8, 0), (2, 8), (1, 10)]
     """
-    blocks, row = [], 0
+    blocks = []
+    row = 0
     for block in BLOCKS:
         while rows - row >= block:
             blocks.append((block, row))
@@ -234,7 +240,8 @@ def _has(context, feature):
 
 def _widened(context, builder, words, brain):
     """float32 from 16 bits, exactly."""
-    whole, floats = ir.VectorType(INT, LANES), ir.VectorType(FLOAT, LANES)
+    whole = ir.VectorType(INT, LANES)
+    floats = ir.VectorType(FLOAT, LANES)
     if not brain and _has(context, "f16c"):
         return builder.fpext(builder.bitcast(words, ir.VectorType(HALF, LANES)), floats)
 
@@ -365,8 +372,10 @@ def _place(builder, base, index, form):
 
 def _nibbles(builder, base, index, count):
     """``count`` codes of four bits from the one with number ``index`` on, a byte each."""
-    bytes_, words = ir.VectorType(BYTE, LANES), ir.VectorType(SHORT, LANES // 2)
-    quads, one = ir.VectorType(ir.IntType(64), LANES // 8), ir.Constant(index.type, 1)
+    bytes_ = ir.VectorType(BYTE, LANES)
+    words = ir.VectorType(SHORT, LANES // 2)
+    quads = ir.VectorType(ir.IntType(64), LANES // 8)
+    one = ir.Constant(index.type, 1)
     second = builder.and_(index, one)  # it begins with the upper half of a byte
     needed = builder.ashr(builder.add(builder.add(count, second), one), one)
     pointer = _pointer(builder, _place(builder, base, index, INT4_FORM), bytes_)
@@ -393,7 +402,8 @@ def _nibbles(builder, base, index, count):
 
 def _numbers(context, builder, codes, form):
     """float32 from codes, or from 16-bit weights."""
-    floats, words = ir.VectorType(FLOAT, LANES), ir.VectorType(SHORT, LANES)
+    floats = ir.VectorType(FLOAT, LANES)
+    words = ir.VectorType(SHORT, LANES)
     if _element(form) == SHORT:
         return _widened(context, builder, codes, form == BRAIN_FORM)
     if form != FLOAT8_FORM:
@@ -416,8 +426,12 @@ def _expand(context, base, index, bits, form):
     def code(context, builder, signature, arguments):
         base, index, given, _ = arguments
         kind = ir.VectorType(_element(form.literal_value), LANES)
-        name, bits, nothing = f"v{LANES}i{kind.element.width}", _chosen(builder, given), ir.Constant(kind, None)
-        count, near, pointer = builder.ctpop(given), None, None
+        name = f"v{LANES}i{kind.element.width}"
+        bits = _chosen(builder, given)
+        nothing = ir.Constant(kind, None)
+        count = builder.ctpop(given)
+        near = None
+        pointer = None
         if form.literal_value == INT4_FORM:
             near = _nibbles(builder, base, index, count)
         else:
@@ -542,7 +556,8 @@ def _store_some(context, address, lanes, count):
 
     def code(context, builder, signature, arguments):
         address, lanes, count = arguments
-        pointer, four = _pointer(builder, address, lanes.type), ir.Constant(INT, 4)
+        pointer = _pointer(builder, address, lanes.type)
+        four = ir.Constant(INT, 4)
         some = _chosen(builder, _first(builder, count))
         _call(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), lanes, pointer, four, some)
 
@@ -624,7 +639,8 @@ def _dense(rows, form, brain):
     One lane's sums over all of its rows would need no stores, but touch another page every few steps. Those `DEPTH` rows
     are of one group: their sum is scaled once.
     """
-    scaled, width = form not in (HALF_FORM, BRAIN_FORM), WIDTHS[form]
+    scaled = form not in (HALF_FORM, BRAIN_FORM)
+    width = WIDTHS[form]
     scale_form = BRAIN_FORM if brain else HALF_FORM
 
     def loop(x, d_in, dictionary, row_bytes, scales, group_rows, out, atoms, first, last):

@@ -106,7 +106,8 @@ def _left(config: QuantizationConfig, left: Tensor, problems: Sequence[_Target])
     """
     if config.dictionary is None:
         return left
-    columns, gram = left.double(), sum(problem.gram for problem in problems).double()
+    columns = left.double()
+    gram = sum(problem.gram for problem in problems).double()
     weighed = gram @ columns
     inner = columns.T @ weighed
     inner.diagonal().mul_(1 + 1e-6).add_(torch.finfo(torch.float32).tiny)
@@ -132,7 +133,8 @@ def _values(config: QuantizationConfig, factors: SparseDictionary, problem: _Tar
     atoms = factors.dictionary.float()
     if factors.identity:
         atoms = torch.cat([torch.eye(len(atoms), dtype=atoms.dtype, device=atoms.device), atoms], dim=1)
-    before, dtype = factors.coefficients, factors.coefficients.dtype
+    before = factors.coefficients
+    dtype = factors.coefficients.dtype
     if factors.value_bits != 16:
         raise UserError(
             "quantization meets values of 14 bits, those of factorization.accounting=paper. Set accounting=mask."
@@ -152,7 +154,8 @@ def _sparse_plus_low_rank(
 ) -> SparsePlusLowRank:
     """The low-rank part to what the sparse one leaves, then the sparse one to what the rounded low-rank part leaves."""
     _refuse_truncation(config, factors)
-    dense, low = factors.sparse.weight(), factors.low_rank
+    dense = factors.sparse.weight()
+    low = factors.low_rank
     left = _left(config, low.left, [problem])
     low = LowRank(left, _second(config, left, low.right, replace(problem, weight=problem.weight - dense)))
     left_over = replace(problem, weight=problem.weight - low.weight())

@@ -31,7 +31,10 @@ class Shape:
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
         """``(d_in, d_out)`` of a block's projections."""
-        h, i, q, k = self.hidden, self.intermediate, self.queries, self.keys
+        h = self.hidden
+        i = self.intermediate
+        q = self.queries
+        k = self.keys
         return {
             "self_attn.q_proj": (h, q),
             "self_attn.k_proj": (h, k),

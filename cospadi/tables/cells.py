@@ -244,7 +244,8 @@ def _row(cell: Cell, tasks: Sequence[str], dense_sizes: dict[str, int]) -> dict[
         }
     diverged = []
     for name, measured in measurements(cell, tasks):
-        row[name], row[f"{name}_stderr"] = number(measured.get("value")), number(measured.get("stderr"))
+        row[name] = number(measured.get("value"))
+        row[f"{name}_stderr"] = number(measured.get("stderr"))
         if measured.get("value") is not None and math.isnan(row[name]):
             diverged.append(name)
     for task in tasks:

@@ -51,7 +51,8 @@ def error_maps(frame: pd.DataFrame, errors: pd.DataFrame):
         grid = grid.loc[list(dict.fromkeys(part["projection"])), sorted(grid.columns)]
         values = grid.where(grid.abs() < math.inf).to_numpy(dtype=float)
         blank |= bool(pd.isna(values).any())
-        left, right = int(grid.columns[0]), int(grid.columns[-1])
+        left = int(grid.columns[0])
+        right = int(grid.columns[-1])
         panel.imshow(
             values,
             cmap=palette,
@@ -110,7 +111,8 @@ def _scale(finite: pd.Series):
     if top < 4 * low:
         return Normalize(0, top), "max" if highest > top else "neither"
     bottom = lowest if lowest > low / 2 else low
-    below, above = bool((finite < bottom).any()), highest > top
+    below = bool((finite < bottom).any())
+    above = highest > top
     return LogNorm(bottom, top), {(1, 1): "both", (1, 0): "min", (0, 1): "max", (0, 0): "neither"}[below, above]
 
 

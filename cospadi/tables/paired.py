@@ -76,7 +76,8 @@ def _task_differences(cell: Cell, other: Cell) -> Iterator[tuple[str, tuple[floa
     for task in _averaged(cell):
         if task not in _averaged(other):
             continue
-        ours, theirs = _scores(cell, task), _scores(other, task)
+        ours = _scores(cell, task)
+        theirs = _scores(other, task)
         if ours and ours.keys() == theirs.keys():
             yield task, paired_difference(list(ours.values()), [theirs[document] for document in ours])
 

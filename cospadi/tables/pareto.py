@@ -26,7 +26,8 @@ def pareto_figure(frame: pd.DataFrame, palette: dict[str, str], ink: str, soft: 
     models = dict(zip(frame["model"], frame["model_title"], strict=True))
     compressed = frame[frame["method"] != DENSE]
     titles = zip(compressed["method"], compressed["method_title"], compressed["quantization_title"], strict=True)
-    bases, bits = {}, {"": "16 bits"}
+    bases = {}
+    bits = {"": "16 bits"}
     for method, title, quantization_title in titles:
         base, _, quantization = method.partition(QUANTIZED)
         bases[base] = title.removesuffix(f", {quantization_title}")

@@ -24,8 +24,11 @@ class Graph:
 
     def path(self, source: str, target: str) -> str:
         """SVG path from a rule's right side to another's left."""
-        (x1, y1), (x2, y2) = self.boxes[source], self.boxes[target]
-        x1, y1, y2 = x1 + self.box[0], y1 + self.box[1] / 2, y2 + self.box[1] / 2
+        x1, y1 = self.boxes[source]
+        x2, y2 = self.boxes[target]
+        x1 = x1 + self.box[0]
+        y1 = y1 + self.box[1] / 2
+        y2 = y2 + self.box[1] / 2
         bend = max(20.0, (x2 - x1) / 2)
         return f"M{x1:g},{y1:g} C{x1 + bend:g},{y1:g} {x2 - bend:g},{y2:g} {x2:g},{y2:g}"
 

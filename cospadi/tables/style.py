@@ -20,7 +20,9 @@ _KNOWN_COLOURS = {
 _COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#117733")
 _COLOURS += ("#CC6677", "#88CCEE", "#661100")
 MARKERS = "osD^v<>phd*8"
-INK, SOFT, LINE = "#1c2024", "#60646c", "#d9d9e0"
+INK = "#1c2024"
+SOFT = "#60646c"
+LINE = "#d9d9e0"
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,

@@ -20,7 +20,9 @@ class Logbook:
     """Runs of a study and a note on each, kept as ``<folder>/<place>/record.json``."""
 
     def __init__(self, runs: Sequence[Run], folder: Path, tracking: TrackingConfig) -> None:
-        self.runs, self.folder, self.tracking = runs, folder, tracking
+        self.runs = runs
+        self.folder = folder
+        self.tracking = tracking
         self._notes = {run.place: self._note_before(run) for run in runs}
 
     @property

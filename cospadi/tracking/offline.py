@@ -24,7 +24,8 @@ def write(runs: Sequence[Run], folder: Path, tracking: TrackingConfig) -> Iterat
     The first run takes seconds, as it starts W&B's own process; each further one some tenths of a second. After a failure
     the others are not tried: each might wait for as long.
     """
-    folder, trouble = Path(folder).absolute(), ""
+    folder = Path(folder).absolute()
+    trouble = ""
     with _quiet_environment(folder):
         for run in runs:
             path = None

@@ -9,7 +9,9 @@ from omegaconf import MISSING
 
 from cospadi.errors import AUTO, require, require_at_least, require_one_of
 
-OFFLINE, ONLINE, DISABLED = "offline", "online", "disabled"
+OFFLINE = "offline"
+ONLINE = "online"
+DISABLED = "disabled"
 
 
 @dataclass

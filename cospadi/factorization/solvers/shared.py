@@ -175,7 +175,8 @@ def shared_dictionary(
     residual = torch.stack(pulls).sum(dim=0)
     change = torch.zeros_like(dictionary)
     guess = times_inverse(residual, factor)
-    direction, length = guess, (residual * guess).sum()
+    direction = guess
+    length = (residual * guess).sum()
     smallest = torch.finfo(moments.dtype).eps ** 2 * length
     for _ in range(0 if failed else steps):
         forward = image(direction)
