@@ -38,8 +38,8 @@ def pick(name: str, setting: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"{setting}={name} is no device. Set it to auto, cpu or cuda.") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise UserError(f"{setting}={name} is set, but torch sees {found} CUDA GPUs here. Set it to auto or cpu.")
+        n_gpus = torch.cuda.device_count()
+        raise UserError(f"{setting}={name} is set, but torch sees {n_gpus} CUDA GPUs here. Set it to auto or cpu.")
     return device
 
 

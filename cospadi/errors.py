@@ -85,11 +85,11 @@ def packages_of(extra: str) -> list[str]:
     return [r.name for r in required if r.marker and r.marker.evaluate({"extra": extra}) and not r.marker.evaluate()]
 
 
-def did_you_mean(name: str, known: Sequence[str]) -> str:
+def did_you_mean(name: str, names: Sequence[str]) -> str:
     """The end of a sentence about a name that does not exist.
 
     >>> did_you_mean("rhoo", ["rho", "solver"]), did_you_mean("x", ["rho"])
     ('. Did you mean rho?', '.')
     """
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, names, n=1)
     return f". Did you mean {close[0]}?" if close else "."

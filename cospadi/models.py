@@ -86,14 +86,14 @@ def find_projections(folder: Path, config: ModelConfig) -> list[Projection]:
     pattern = re.compile(re.escape(config.blocks) + r"\.(\d+)\.(.+)\.weight")
     matches = [m for m in map(pattern.fullmatch, checkpoint.names) if m]
     layers = range(1 + max((int(m[1]) for m in matches), default=-1))  # a block that is missing whole is missing, too
-    wanted = [(group[0], projection) for group in config.shared_inputs for projection in group]
-    found = {(int(m[1]), m[2]) for m in matches}
-    missing = [p for _, p in wanted if any((layer, p) not in found for layer in layers)]
+    expected = [(group[0], projection) for group in config.shared_inputs for projection in group]
+    present = {(int(m[1]), m[2]) for m in matches}
+    missing = [p for _, p in expected if any((layer, p) not in present for layer in layers)]
     if not layers or missing:
-        raise UserError(_nothing_found(checkpoint, config, missing or [p for _, p in wanted]))
+        raise UserError(_nothing_found(checkpoint, config, missing or [p for _, p in expected]))
     projections = []
     for layer in layers:
-        for shared_input, projection in wanted:
+        for shared_input, projection in expected:
             name = f"{config.blocks}.{layer}.{projection}"
             d_out, d_in = checkpoint.shape(f"{name}.weight")
             attended = projection in config.attended

@@ -229,19 +229,19 @@ class Record:
 
 
 def _machine() -> dict[str, Any]:
-    found = {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()}
+    machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()}
     torch = sys.modules.get("torch")
-    return found | ({"threads": torch.get_num_threads()} if torch is not None else {})
+    return machine | ({"threads": torch.get_num_threads()} if torch is not None else {})
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    installed = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue  # a bare GPU box has torch and little else
-    return found
+    return installed
 
 
 def file_hashes(*files: Path) -> dict[str, str]:

@@ -74,14 +74,14 @@ class StudyConfig:
             values = getattr(self, setting)
             require(len(values) > 0, f"study.{setting} is empty: there is nothing to compare.")
             require(len(set(values)) == len(values), f"study.{setting} names an entry twice: {list(values)}.")
-        known = [*self.methods, *(file.stem for file in (CONF / "factorization").glob("*.yaml"))]
+        methods = [*self.methods, *(file.stem for file in (CONF / "factorization").glob("*.yaml"))]
         for setting in ("ratios_of", "quantizations_of"):
             for method, chosen in getattr(
                 self, setting
             ).items():  # of methods that a study is narrowed down not to have, too
                 require(
-                    method in known,
-                    f"study.{setting}.{method} is of no method{did_you_mean(method, known)} "
+                    method in methods,
+                    f"study.{setting}.{method} is of no method{did_you_mean(method, methods)} "
                     f"study.methods are: {', '.join(self.methods)}.",
                 )
                 require(
@@ -105,12 +105,12 @@ class Config:
     tracking: TrackingConfig = MISSING
 
     def __post_init__(self) -> None:
-        known = [projection for shared in self.model.shared_inputs for projection in shared]
+        projections = [projection for shared in self.model.shared_inputs for projection in shared]
         for name in getattr(self.factorization, "grouped", None) or []:
             require(
-                name in known,
-                f"factorization.grouped={name} is no projection of model {self.model.name}{did_you_mean(name, known)} "
-                f"There are: {', '.join(known)}.",
+                name in projections,
+                f"factorization.grouped={name} is no projection of model {self.model.name}{did_you_mean(name, projections)} "
+                f"There are: {', '.join(projections)}.",
             )
         self._check_quantization()
 
@@ -193,8 +193,8 @@ def _one_sentence(error: BaseException) -> str:
             return str(cause)
         if isinstance(cause, MissingConfigException) and cause.options:
             return _no_such_option(cause)
-    told = [line.strip() for line in str(error).splitlines() if line.strip() and not line.strip().startswith(_NOISE)]
-    place = next((f"{CONF / m[1]}.yaml: " for line in told if (m := re.match(r"In '([^']+)'", line))), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.strip().startswith(_NOISE)]
+    place = next((f"{CONF / m[1]}.yaml: " for line in lines if (m := re.match(r"In '([^']+)'", line))), "")
     at_fault = [c for c in causes if isinstance(c, OmegaConfBaseException) and not re.search(r"\$[A-Z]", str(c))]
     if at_fault and isinstance(at_fault[-1], ConfigKeyError | ConfigAttributeError):
         key = str(at_fault[-1].full_key)
@@ -202,14 +202,14 @@ def _one_sentence(error: BaseException) -> str:
         if is_dataclass(schema):
             return place + _no_such_setting(key, schema)
     if at_fault:
-        told += str(at_fault[-1]).splitlines()[:1]
-    given = getattr(error, "override", None)  # of an override that cannot be parsed
+        lines += str(at_fault[-1]).splitlines()[:1]
+    override = getattr(error, "override", None)  # of an override that cannot be parsed
     key = str(at_fault[-1].full_key or "") if at_fault else ""
-    whole = " ".join(dict.fromkeys(line.strip() for line in told))
+    whole = " ".join(dict.fromkeys(line.strip() for line in lines))
     whole = re.sub(r"^In '\S+': \w+ raised while composing config: ", "", whole)
     whole = re.sub(r"^Error merging override (\S+)", r"\1:", whole)
-    named = f"{given}: " if given else place + (f"{key}: " if key not in whole else "")
-    if given:
+    named = f"{override}: " if override else place + (f"{key}: " if key not in whole else "")
+    if override:
         return f"{named}{whole}. Write key=value, and quotes around a value that holds = , [ or {{: key='a=b'."
     return f"{named}{whole.rstrip('.?')}. Correct the setting, or compare with the files in {CONF}."
 

@@ -42,13 +42,13 @@ def usage(run: Callable[[], object], device: torch.device) -> Usage:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with (
         _cuda_peak(device) as cuda_peak,
-        profile(activities=activities, profile_memory=True) as seen,
+        profile(activities=activities, profile_memory=True) as profiled,
         record_function("run"),  # whatever is no operation of torch counts as its own time
     ):
         run()
         synchronize(device)
-    peak = cuda_peak[0] if device.type == "cuda" else _cpu_peak(seen)
-    return Usage(counter.get_total_flops(), _product_share(seen, device), peak)
+    peak = cuda_peak[0] if device.type == "cuda" else _cpu_peak(profiled)
+    return Usage(counter.get_total_flops(), _product_share(profiled, device), peak)
 
 
 def product_peaks(rows: int, inner: int, columns: int, device: torch.device) -> dict[str, float]:
@@ -61,12 +61,12 @@ def product_peaks(rows: int, inner: int, columns: int, device: torch.device) -> 
         "fast": (torch.float32, float32_products(exact=False)),
         "bfloat16": (torch.bfloat16, nullcontext()),
     }
-    found = {}
+    rates = {}
     for name, (dtype, precision) in kinds.items():
         left, right = (torch.randn(size, device=device).to(dtype) for size in ((rows, inner), (inner, columns)))
         with precision:
-            found[name] = 2 * rows * inner * columns / _best_seconds(lambda a=left, b=right: a @ b, device)
-    return found
+            rates[name] = 2 * rows * inner * columns / _best_seconds(lambda a=left, b=right: a @ b, device)
+    return rates
 
 
 def machine(device: torch.device) -> str:
@@ -88,8 +88,8 @@ def _best_seconds(run: Callable[[], object], device: torch.device, trials: int =
     return min(seconds[1:])
 
 
-def _product_share(seen: profile, device: torch.device) -> float:
-    events = seen.key_averages()
+def _product_share(profiled: profile, device: torch.device) -> float:
+    events = profiled.key_averages()
     if device.type != "cuda":
         times = {event.key: event.self_cpu_time_total for event in events}
         return sum(times[name] for name in PRODUCTS & times.keys()) / max(sum(times.values()), 1e-9)
@@ -99,9 +99,9 @@ def _product_share(seen: profile, device: torch.device) -> float:
     return inside / max(busy, 1e-9)
 
 
-def _cpu_peak(seen: profile) -> int:
+def _cpu_peak(profiled: profile) -> int:
     """The highest running sum of what was allocated and freed."""
-    events = (event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]")
+    events = (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
     held = peak = 0
     for _, size in sorted((event.start_ns(), event.nbytes()) for event in events):
         held += size
@@ -120,11 +120,11 @@ _IN_PLACE = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _pr
 @contextmanager
 def _cuda_peak(device: torch.device) -> Iterator[list[int]]:
     """A list that holds the peak once the block is over; empty on a CPU."""
-    found: list[int] = []
+    peaks: list[int] = []
     if device.type != "cuda":
-        yield found
+        yield peaks
         return
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    yield found
-    found.append(torch.cuda.max_memory_allocated(device) - before)
+    yield peaks
+    peaks.append(torch.cuda.max_memory_allocated(device) - before)

@@ -41,12 +41,12 @@ def draw_samples(
         UserError: when the documents hold too few tokens.
     """
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
-    wanted = n_samples * sample_length
+    needed = n_samples * sample_length
     tokens = []
     for index in order:
         tokens += tokenizer(documents[index] + "\n\n", add_special_tokens=False)["input_ids"]
-        if len(tokens) >= wanted:
-            return torch.tensor(tokens[:wanted]).reshape(n_samples, sample_length)
+        if len(tokens) >= needed:
+            return torch.tensor(tokens[:needed]).reshape(n_samples, sample_length)
     few = len(tokens) // sample_length
     shorter = (
         f"calibration.n_samples to {few} or less"
@@ -54,7 +54,7 @@ def draw_samples(
         else "calibration.n_samples and calibration.sample_length lower"
     )
     raise UserError(
-        f"The calibration text has {len(tokens)} tokens, {wanted} are asked for. Set {shorter}"
+        f"The calibration text has {len(tokens)} tokens, {needed} are asked for. Set {shorter}"
         f" (n_samples={n_samples} of sample_length={sample_length} now), or take a longer calibration.text."
     )
 
@@ -90,8 +90,8 @@ def collect(
                 hidden[i] = out[0] if isinstance(out, tuple) else out
         for hook in hooks:
             hook.remove()
-        for shared_input, found in statistics.items():
-            if not all(torch.isfinite(gram).all() for gram in found.grams):
+        for shared_input, of_input in statistics.items():
+            if not all(torch.isfinite(gram).all() for gram in of_input.grams):
                 raise UserError(
                     f"The calibration activations of {model.blocks}.{layer}.{shared_input} are not finite (NaN or "
                     "infinite). Check the checkpoint, or set model.dtype=float32."
@@ -122,10 +122,10 @@ def gather(
         ) from error
     if not all(isinstance(layer, nn.Linear) for group in layers for layer in group):
         raise UserError("A projection is no linear layer: is this model compressed already? Compress the original.")
-    found: list[dict[str, InputStatistics]] = [{} for _ in blocks]
+    of_blocks: list[dict[str, InputStatistics]] = [{} for _ in blocks]
     hooks = [
         hook
-        for block, statistics in zip(blocks, found, strict=True)
+        for block, statistics in zip(blocks, of_blocks, strict=True)
         for hook in _listen_all(block, model, calibration, statistics)
     ]
     device = next(network.parameters()).device
@@ -141,7 +141,7 @@ def gather(
             network.set_attn_implementation(implementation)
         for hook in hooks:
             hook.remove()
-    for layer, statistics in enumerate(found):
+    for layer, statistics in enumerate(of_blocks):
         for group in model.shared_inputs:
             names = [f"{model.blocks}.{layer}.{name}" for name in group]
             if not all(torch.isfinite(gram).all() for gram in statistics[group[0]].grams):

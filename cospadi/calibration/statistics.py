@@ -78,11 +78,11 @@ def statistics_file(grams: Path, layer: int) -> Path:
 def tensors_of(statistics: dict[str, InputStatistics]) -> dict[str, Tensor]:
     """What is written of a layer."""
     tensors = {}
-    for shared_input, found in statistics.items():
-        tensors[f"{shared_input}.gram"] = found.gram
-        tensors[f"{shared_input}.absolute_mean"] = found.absolute_mean
-        if found.attended is not None:
-            tensors[f"{shared_input}.{WEIGHTED_GRAM}"] = found.attended
+    for shared_input, of_input in statistics.items():
+        tensors[f"{shared_input}.gram"] = of_input.gram
+        tensors[f"{shared_input}.absolute_mean"] = of_input.absolute_mean
+        if of_input.attended is not None:
+            tensors[f"{shared_input}.{WEIGHTED_GRAM}"] = of_input.attended
     return tensors
 
 

@@ -188,10 +188,10 @@ class CompressedLinear(nn.Module):
     def _once(self, name: str, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> Tensor:
         """Derived tensors belong to their sources as they are: changed, or on another device, they are made anew."""
         key = tuple((t.data_ptr(), str(t.device), _version(t)) for t in sources)
-        known = self._derived.get(name)
-        if known is None or known[0] != key:
-            known = self._derived[name] = key, make().to(sources[0].device)
-        return known[1]
+        derived = self._derived.get(name)
+        if derived is None or derived[0] != key:
+            derived = self._derived[name] = key, make().to(sources[0].device)
+        return derived[1]
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.spec.items())
@@ -299,8 +299,8 @@ class SparseDictionaryLinear(CompressedLinear):
         formats: Any = None,
     ) -> None:
         super().__init__(d_in, d_out, bias, dtype, storage_dtype, formats)
-        known = [bits_of(self.formats["values"][0])] if "values" in self.formats else [14, 16]
-        if fixed_atoms not in (NONE, IDENTITY) or value_bits not in known:
+        allowed_bits = [bits_of(self.formats["values"][0])] if "values" in self.formats else [14, 16]
+        if fixed_atoms not in (NONE, IDENTITY) or value_bits not in allowed_bits:
             raise ValueError(f"fixed_atoms={fixed_atoms}, value_bits={value_bits}")
         self.fixed_atoms = fixed_atoms
         self.value_bits = value_bits
@@ -404,12 +404,12 @@ class SparseDictionaryLinear(CompressedLinear):
         """Where the values of each output begin: counted once, from the mask."""
 
         def count() -> Tensor:
-            found = _cpu_kernels().offsets(self.mask.cpu(), self.out_features, self.all_atoms)
-            if int(found[-1]) != self.n_values:  # the kernels read where the mask tells them to
+            starts = _cpu_kernels().offsets(self.mask.cpu(), self.out_features, self.all_atoms)
+            if int(starts[-1]) != self.n_values:  # the kernels read where the mask tells them to
                 raise UserError(
-                    f"A mask has {int(found[-1])} bits set for {self.n_values} values. Get the checkpoint again."
+                    f"A mask has {int(starts[-1])} bits set for {self.n_values} values. Get the checkpoint again."
                 )
-            return found
+            return starts
 
         return self._once("offsets", (self.mask,), count)
 

@@ -18,10 +18,10 @@ def ledger(folder: Path) -> dict[str, Any]:
         UserError: see `compression_of`; or a shard is damaged.
     """
     folder = Path(folder)
-    found = compression_of(folder)
+    compression = compression_of(folder)
     rows = []
-    checkpoint = opened(folder, found["modules"])
-    for name, spec in found["modules"].items():
+    checkpoint = opened(folder, compression["modules"])
+    for name, spec in compression["modules"].items():
         parts = {part: full for part, full in parts_of(name, spec).items() if full == f"{name}.{part}"}  # not another's
         sizes = {part: _bytes(checkpoint, full) for part, full in parts.items() if part != "bias"}
         dense = budget.dense_bits(spec["d_in"], spec["d_out"]) // 8
@@ -32,8 +32,8 @@ def ledger(folder: Path) -> dict[str, Any]:
     everything = sum(_bytes(checkpoint, name) for name in checkpoint.names)
     return {
         "folder": str(folder),
-        "format_version": found.get("format_version", 1),
-        "record": found.get("record", {}),
+        "format_version": compression.get("format_version", 1),
+        "record": compression.get("record", {}),
         "projection_bytes": compressed,
         "dense_projection_bytes": dense,
         "removed": 1 - compressed / dense if dense else 0.0,
@@ -43,10 +43,10 @@ def ledger(folder: Path) -> dict[str, Any]:
     }
 
 
-def ledger_text(found: Mapping[str, Any]) -> str:
+def ledger_text(sizes: Mapping[str, Any]) -> str:
     """A ledger as a short table."""
     kinds: dict[str, dict[str, int]] = {}
-    for row in found["projections"]:
+    for row in sizes["projections"]:
         kind = kinds.setdefault(row["name"].rpartition(".")[2], dict.fromkeys(("matrices", "bytes", "dense_bytes"), 0))
         kind["matrices"] += 1
         kind["bytes"] += row["bytes"]
@@ -63,10 +63,10 @@ def ledger_text(found: Mapping[str, Any]) -> str:
         ]
         for name, kind in kinds.items()
     ]
-    removed = f"{found['removed']:.2%}"
+    removed = f"{sizes['removed']:.2%}"
     all_parts = [_megabytes(sum(kind.get(part, 0) for kind in kinds.values())) for part in parts]
-    together = [_megabytes(found["projection_bytes"]), _megabytes(found["dense_projection_bytes"]), removed]
-    rows.append(["all", str(len(found["projections"])), *all_parts, *together])
+    together = [_megabytes(sizes["projection_bytes"]), _megabytes(sizes["dense_projection_bytes"]), removed]
+    rows.append(["all", str(len(sizes["projections"])), *all_parts, *together])
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(
@@ -74,10 +74,10 @@ def ledger_text(found: Mapping[str, Any]) -> str:
         )
         for row in [header, *rows]
     ]
-    dense = found["dense_projection_bytes"] + found["other_bytes"]
+    dense = sizes["dense_projection_bytes"] + sizes["other_bytes"]
     lines.append(
-        f"\n{found['folder']}: {_megabytes(found['file_bytes'])} MB of weights on disk; with dense 16-bit projections "
-        f"{_megabytes(dense)} MB. Embeddings, norms and head take {_megabytes(found['other_bytes'])} MB of either. Sizes in MB."
+        f"\n{sizes['folder']}: {_megabytes(sizes['file_bytes'])} MB of weights on disk; with dense 16-bit projections "
+        f"{_megabytes(dense)} MB. Embeddings, norms and head take {_megabytes(sizes['other_bytes'])} MB of either. Sizes in MB."
     )
     return "\n".join(lines)
 

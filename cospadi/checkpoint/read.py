@@ -35,16 +35,16 @@ def compression_of(folder: Path) -> dict[str, Any]:
     folder = Path(folder)
     try:
         config = read_json(folder / "config.json")
-        found = config.get("quantization_config") or {}
-        method = found.get("quant_method")
+        section = config.get("quantization_config") or {}
+        method = section.get("quant_method")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
             f"{folder} holds no readable config.json, so it is no checkpoint. Name a folder written by cospadi compress."
         ) from error
     if method != METHOD:
         raise UserError(f"{folder} is not compressed by cospadi (quant_method: {method or 'none'}). Compress it first.")
-    CoSpaDiQuantizationConfig(**found)
-    return found
+    CoSpaDiQuantizationConfig(**section)
+    return section
 
 
 def load(folder: Path | str, dtype: str | torch.dtype = "auto", **options: Any) -> PreTrainedModel:
@@ -109,11 +109,11 @@ def opened(folder: Path, modules: Mapping[str, dict[str, Any]]) -> Checkpoint:
         checkpoint = Checkpoint(folder)
     except SafetensorError as error:
         raise UserError(f"A safetensors file of {folder} is damaged or cut short ({error}). Copy it again.") from error
-    wanted = {full for name, spec in modules.items() for full in parts_of(name, spec).values()}
+    names = {full for name, spec in modules.items() for full in parts_of(name, spec).values()}
     ties(modules)  # refuses what cannot be shared
     if (folder / INDEX).is_file():
-        wanted |= set(read_json(folder / INDEX)["weight_map"])
-    gaps = sorted(wanted - set(checkpoint.names))
+        names |= set(read_json(folder / INDEX)["weight_map"])
+    gaps = sorted(names - set(checkpoint.names))
     if gaps:
         raise UserError(f"{folder} lacks the tensors {', '.join(gaps[:3])}. Copy or download it again.")
     return checkpoint

@@ -75,14 +75,14 @@ def layer_of(factors: Factors, bias: Tensor | None = None) -> CompressedLinear:
 
 def specs(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Path -> `CompressedLinear.spec` of every compressed layer, with `SHARES` where an earlier one has its shared part."""
-    found: dict[str, dict[str, Any]] = {}
+    specs_of: dict[str, dict[str, Any]] = {}
     first: dict[int, str] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, CompressedLinear):
             shared = layer if layer.shared_part is None else getattr(layer, layer.shared_part)
             owner = first.setdefault(id(shared), name)
-            found[name] = layer.spec | ({SHARES: owner} if owner != name else {})
-    return found
+            specs_of[name] = layer.spec | ({SHARES: owner} if owner != name else {})
+    return specs_of
 
 
 def ties(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -91,7 +91,7 @@ def ties(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     Raises:
         UserError: when one shares what no layer stores, or what has another size.
     """
-    found = {}
+    of_layers = {}
     for name, spec in modules.items():
         if SHARES not in spec:
             continue
@@ -103,8 +103,8 @@ def ties(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
                 "needs. Get the checkpoint again."
             )
         for tensor in _empty(spec).shared_names:
-            found[f"{name}.{tensor}"] = f"{spec[SHARES]}.{tensor}"
-    return found
+            of_layers[f"{name}.{tensor}"] = f"{spec[SHARES]}.{tensor}"
+    return of_layers
 
 
 def _empty(spec: Mapping[str, Any]) -> CompressedLinear:

@@ -94,16 +94,16 @@ def _compressed(
     replaced = set()
     names = set(checkpoint.names)
     first = WeakTensorKeyDictionary()  # whatever several hold is alive until the last of them has come
-    for name, found in factors:
+    for name, compact in factors:
         if f"{name}.weight" not in names:
             raise UserError(
                 f"The factors are of {name}, which {checkpoint.folder} does not hold. Factorize this model."
             )
-        if isinstance(found, Dense) and not found.formats:
+        if isinstance(compact, Dense) and not compact.formats:
             continue
         bias = checkpoint.read(f"{name}.bias") if f"{name}.bias" in names else None
-        layer = layer_of(found, bias)
-        shared = shared_matrix(found)
+        layer = layer_of(compact, bias)
+        shared = shared_matrix(compact)
         owner = name if shared is None else first.setdefault(shared, name)
         modules[name] = layer.spec | ({SHARES: owner} if owner != name else {})
         replaced |= {f"{name}.weight", f"{name}.bias"}
@@ -146,8 +146,8 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
 def _copy_companions(source: Path, folder: Path) -> None:
     """Tokenizer, generation settings, licence: everything beside the weights that is no code."""
     for file in sorted(Path(source).iterdir()):
-        known = file.suffix in {".json", ".txt", ".model", ".jinja", ".md"} or file.name.startswith("LICENSE")
-        if file.is_file() and known and file.name != "config.json" and not file.name.endswith(".index.json"):
+        is_companion = file.suffix in {".json", ".txt", ".model", ".jinja", ".md"} or file.name.startswith("LICENSE")
+        if file.is_file() and is_companion and file.name != "config.json" and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)
 
 
@@ -165,16 +165,16 @@ def densify(folder: Path, out: Path, dtype: str | None = None, shard_bytes: int 
     """
     folder = Path(folder)
     out = Path(out)
-    found = compression_of(folder)
+    compression = compression_of(folder)
     check_output_folder(out)
     if out.resolve() == folder.resolve():
         raise UserError(f"{out} is the compressed checkpoint itself. Name another folder to write.")
-    checkpoint = opened(folder, found["modules"])
+    checkpoint = opened(folder, compression["modules"])
     verify_files(shard_files(folder))
     dtype = dtype or str(checkpoint.config.get("dtype") or "float32")
     with new_path(out) as partial:
         partial.mkdir()
-        _write_shards(partial, _dense(checkpoint, found["modules"], getattr(torch, dtype)), shard_bytes)
+        _write_shards(partial, _dense(checkpoint, compression["modules"], getattr(torch, dtype)), shard_bytes)
         write_json(partial / "config.json", _plain_config(checkpoint) | {"dtype": dtype})
         _copy_companions(folder, partial)
 

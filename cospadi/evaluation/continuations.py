@@ -29,12 +29,12 @@ def continuations(
         pad_token_id=end[0] if isinstance(end, list) else end,
     )
     progress = Progress(len(prompts), f"Continuing {len(prompts)} prompts by {n_tokens} tokens")
-    found = []
+    texts = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
         with torch.inference_mode():
             written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
         text = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-        found.append({"prompt": prompt, "continuation": text})
+        texts.append({"prompt": prompt, "continuation": text})
         progress.step(prompt[:40])
-    return found
+    return texts

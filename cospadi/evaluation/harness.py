@@ -225,9 +225,9 @@ def prompt_facts(task: Any) -> list[str]:
     if task.OUTPUT_TYPE != "generate_until":
         return []
     settings = task.config.generation_kwargs
-    told = (task.config.metadata or {}).get("protocol")
+    protocol = (task.config.metadata or {}).get("protocol")
     how = "sampled" if settings.get("do_sample") else "greedy"
-    return [f"{how}, at most {new_tokens(settings)} new tokens", *([told] if told else [])]
+    return [f"{how}, at most {new_tokens(settings)} new tokens", *([protocol] if protocol else [])]
 
 
 def guard_overflow(task: Any) -> None:

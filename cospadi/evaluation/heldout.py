@@ -46,14 +46,14 @@ def cloze_passages(
     """
     documents = [d for d in documents if d.strip()]
     parts = [_split(d, skip_words)[1] for d in documents[:skip_documents]] + documents[skip_documents:]
-    found = [passage for part in parts for passage in _passages(part, cloze_words)]
-    if len(found) < n_passages:
+    passages = [passage for part in parts for passage in _passages(part, cloze_words)]
+    if len(passages) < n_passages:
         raise UserError(
-            f"evaluation.n_cloze_documents={n_passages}, but the evaluation text has room for {len(found)} passages of "
+            f"evaluation.n_cloze_documents={n_passages}, but the evaluation text has room for {len(passages)} passages of "
             f"evaluation.cloze_words={cloze_words} words besides the documents of heldout_perplexity. "
             "Lower one of the two, or give a longer evaluation.text."
         )
-    return [found[index * len(found) // n_passages] for index in range(n_passages)]
+    return [passages[index * len(passages) // n_passages] for index in range(n_passages)]
 
 
 def _split(document: str, words: int) -> tuple[str, str]:

@@ -42,9 +42,9 @@ def token_windows(
     ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
     whole = len(ids) // window
     if whole < (n_windows or 1):
-        wanted = f"{n_windows} windows of {window}" if n_windows else f"a single window of {window}"
+        needed = f"{n_windows} windows of {window}" if n_windows else f"a single window of {window}"
         raise UserError(
-            f"The evaluation text has {len(ids)} tokens, too few for {wanted} tokens. "
+            f"The evaluation text has {len(ids)} tokens, too few for {needed} tokens. "
             "Lower evaluation.n_windows or evaluation.window, or give a longer evaluation.text."
         )
     kept = n_windows or whole
@@ -260,12 +260,12 @@ class _Reference:
             raise UserError(
                 f"The dense reference {path} cannot be read ({error}). Evaluate the dense model again to write it."
             ) from error
-        found = self.file.metadata() or {}
-        wanted = _identity(windows, head)
+        stored = self.file.metadata() or {}
+        expected = _identity(windows, head)
         differing = [
-            f"{key} {found.get(key, 'missing')} instead of {wanted[key]}"
-            for key in wanted
-            if found.get(key) != wanted[key]
+            f"{key} {stored.get(key, 'missing')} instead of {expected[key]}"
+            for key in expected
+            if stored.get(key) != expected[key]
         ]
         if differing:
             raise UserError(
@@ -279,10 +279,10 @@ class _Reference:
     def check_nll(self, index: int, nll: Float[Tensor, " tokens"]) -> None:
         """The dense likelihoods seen through this model's ``lm_head`` have to be the ones that were recorded."""
         recorded = self.file.get_slice("token_nll")[index].double().mean().item()
-        found = nll.mean().item()
-        if math.isfinite(recorded) and not abs(found - recorded) <= _HEAD_TOLERANCE * max(1.0, abs(recorded)):
+        mean = nll.mean().item()
+        if math.isfinite(recorded) and not abs(mean - recorded) <= _HEAD_TOLERANCE * max(1.0, abs(recorded)):
             raise UserError(
-                f"The dense model's hidden states in {self.path} give a negative log-likelihood of {found:.4f} through this "
+                f"The dense model's hidden states in {self.path} give a negative log-likelihood of {mean:.4f} through this "
                 f"model's lm_head, but {recorded:.4f} through the dense one: lm_head was changed, or it is another model. "
                 "Leave lm_head out of the compression, or give the reference of the right dense model."
             )

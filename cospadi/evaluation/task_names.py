@@ -32,13 +32,13 @@ def stock_tasks() -> dict[str, Path]:
 def stock_names() -> dict[str, dict[str, Path]]:
     """Names of tasks and of groups that have a file of their own."""
     root = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
-    found: dict[str, dict[str, Path]] = {"task": {}, "group": {}}
+    names: dict[str, dict[str, Path]] = {"task": {}, "group": {}}
     for path in [*sorted(KICK.glob("*.yaml")), *sorted(root.glob("**/*.yaml"), key=Path.as_posix)]:
         named = dict(_NAMED.findall(path.read_bytes()))
         kind = "group" if b"group" in named else "task"
         if name := named.get(kind.encode()):
-            found[kind].setdefault(name.decode(), path)
-    return found
+            names[kind].setdefault(name.decode(), path)
+    return names
 
 
 @functools.cache
@@ -58,8 +58,8 @@ def check_tasks(config: EvaluationConfig) -> None:
     for name in config.tasks:
         if not any(name in names for names in stock_names().values()) and name not in stock_manager().all_tasks:
             near = difflib.get_close_matches(name, {*stock_manager().all_tasks, *stock_tasks(), *EMBEDDED_TASKS}, n=4)
-            told = f" Did you mean {', '.join(near)}?" if near else ""
+            hint = f" Did you mean {', '.join(near)}?" if near else ""
             raise UserError(
-                f"evaluation.tasks: lm-eval {importlib.metadata.version('lm_eval')} has no task {name}.{told} "
+                f"evaluation.tasks: lm-eval {importlib.metadata.version('lm_eval')} has no task {name}.{hint} "
                 "All names: lm-eval ls tasks."
             )

@@ -96,7 +96,7 @@ def average_accuracy(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if not names:
         return {"value": None, "stderr": None, "tasks": [], "protocol": "not measured: no accuracy task was configured"}
     errors = [entries[name]["stderr"] for name in names]
-    told = ", ".join(f"{name} ({entries[name]['metric']})" for name in names)
+    named = ", ".join(f"{name} ({entries[name]['metric']})" for name in names)
     own = "; no stock accuracy task was configured" if all(name in EMBEDDED_TASKS for name in names) else ""
     missing = [name for name, entry in entries.items() if entry["value"] is None]
     own += f"; without {', '.join(missing)}, whose data was not there" if missing else ""
@@ -104,7 +104,7 @@ def average_accuracy(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "value": sum(entries[name]["value"] for name in names) / len(names),
         "stderr": None if None in errors else math.sqrt(sum(e**2 for e in errors)) / len(names),
         "tasks": names,
-        "protocol": f"mean of {told}: acc_norm where lm-eval has it, else acc; stderr of independent tasks{own}",
+        "protocol": f"mean of {named}: acc_norm where lm-eval has it, else acc; stderr of independent tasks{own}",
     }
 
 
@@ -134,9 +134,9 @@ def load_stock(name: str, mirror: str | None) -> list[Any]:
         MissingData: naming task, data set and ``evaluation.mirror`` when the data is not to be had.
         UserError: when the task needs a package that is not installed.
     """
-    wanted: list[str] = []
+    files: list[str] = []
     try:
-        with _data_from(mirror, wanted):
+        with _data_from(mirror, files):
             if name in stock_tasks():
                 built = TaskManager(include_defaults=False).load([str(stock_tasks()[name])])
             else:
@@ -144,7 +144,7 @@ def load_stock(name: str, mirror: str | None) -> list[Any]:
     except ImportError as error:
         raise UserError(f"The task {name} needs a package that is not installed ({first_line(error)}).") from error
     except (OSError, ValueError, DatasetsError, httpx.HTTPError) as error:
-        if not wanted:
+        if not files:
             raise  # not about data
         place = f"in evaluation.mirror={mirror}" if mirror else "on the hub or in its cache"
         mend = (
@@ -153,7 +153,7 @@ def load_stock(name: str, mirror: str | None) -> list[Any]:
             else "Connect to the hub, or set evaluation.mirror to a folder that holds it"
         )
         raise MissingData(
-            f"The data of task {name} ({wanted[-1]}) was not found {place}: {first_line(error)}. "
+            f"The data of task {name} ({files[-1]}) was not found {place}: {first_line(error)}. "
             f"{mend}, or take {name} out of evaluation.tasks."
         ) from error
     children = {child for members in built.get("group_map", {}).values() for child in members}
@@ -209,7 +209,7 @@ def embedded_task(name: str, documents: Sequence[str], config: EvaluationConfig)
 
 
 @contextlib.contextmanager
-def _data_from(mirror: str | None, wanted: list[str]) -> Iterator[None]:
+def _data_from(mirror: str | None, files: list[str]) -> Iterator[None]:
     """Let stock tasks find ``<owner>/<name>`` in the mirror: ``load_dataset`` takes an existing folder before it asks the hub.
 
     ``wanted`` collects the data sets asked for. The working directory of the whole process is the mirror meanwhile.
@@ -221,7 +221,7 @@ def _data_from(mirror: str | None, wanted: list[str]) -> Iterator[None]:
     @functools.wraps(load_dataset)
     def watched(path: str, *args: Any, **kwargs: Any) -> Any:
         config = args[0] if args else kwargs.get("name")
-        wanted.append(f"{path}, {config}" if config else str(path))
+        files.append(f"{path}, {config}" if config else str(path))
         if mirror is not None and not Path(path).is_dir():  # relative to the mirror
             raise FileNotFoundError(f"there is no folder {path}")
         if mirror is None and (path, config) in kick.HUB_SOURCES:

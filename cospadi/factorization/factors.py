@@ -108,8 +108,8 @@ class SparseDictionary:
         else:
             scales = norms
         values = rounded(coefficients * scales[:, None], storage_dtype)
-        found = cls(rounded(dictionary / norms, storage_dtype), values, identity=identity)
-        return truncated(found) if value_bits == PAPER_VALUE_BITS else found
+        factors = cls(rounded(dictionary / norms, storage_dtype), values, identity=identity)
+        return truncated(factors) if value_bits == PAPER_VALUE_BITS else factors
 
     @classmethod
     def of_sparse_weight(cls, weight: Float[Tensor, "d_in d_out"], storage_dtype: torch.dtype) -> SparseDictionary:
@@ -140,11 +140,11 @@ class SparseDictionary:
         return _stored("dictionary", self.dictionary) | self._stored_values(mask) | {"mask": mask_bytes}
 
     def _stored_values(self, mask: Tensor) -> dict[str, Tensor]:
-        found = self.coefficients
-        if isinstance(found, Quantized):
-            codes = found.codes.T.contiguous().cpu().view(torch.uint8)[mask].view(found.codes.dtype)
-            return {"values": pack(codes, found.format), "values_scales": found.scales.T.contiguous()}
-        values = found.T.contiguous().cpu()[mask]
+        numbers = self.coefficients
+        if isinstance(numbers, Quantized):
+            codes = numbers.codes.T.contiguous().cpu().view(torch.uint8)[mask].view(numbers.codes.dtype)
+            return {"values": pack(codes, numbers.format), "values_scales": numbers.scales.T.contiguous()}
+        values = numbers.T.contiguous().cpu()[mask]
         return {"values": values if self.value_bits == 16 else pack_bits(values.view(torch.int16), self.value_bits)}
 
     @property

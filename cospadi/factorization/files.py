@@ -74,13 +74,13 @@ def read_factors(files: Sequence[Path], order: Sequence[str] = ()) -> Iterator[t
                 is_first = stores[name] == name
                 stored = {part: tensors.get_tensor(f"{name}.{part}") for part in parts[name]}
                 stored |= {"d_out": torch.tensor(entry.d_out)} | ({} if is_first else shared)
-                found = KINDS[entry.kind].from_tensors(stored, entry.formats)
+                factors = KINDS[entry.kind].from_tensors(stored, entry.formats)
                 if is_first:
-                    first = found
-                    shared = {part: stored[part] for part in shared_names(found)}
+                    first = factors
+                    shared = {part: stored[part] for part in shared_names(factors)}
                 else:
-                    found = replace(found, **{found.shared_part: shared_matrix(first)})
-                yield name, found
+                    factors = replace(factors, **{factors.shared_part: shared_matrix(first)})
+                yield name, factors
 
 
 def _line(row: dict[str, Any], factors: Factors) -> str:

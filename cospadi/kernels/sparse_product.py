@@ -424,12 +424,12 @@ def _expand(context, base, index, bits, form):
     """The next weights, from the one with number ``index`` on, where a bit is set; zero elsewhere."""
 
     def code(context, builder, signature, arguments):
-        base, index, given, _ = arguments
+        base, index, word, _ = arguments
         kind = ir.VectorType(_element(form.literal_value), LANES)
         name = f"v{LANES}i{kind.element.width}"
-        bits = _chosen(builder, given)
+        bits = _chosen(builder, word)
         nothing = ir.Constant(kind, None)
-        count = builder.ctpop(given)
+        count = builder.ctpop(word)
         near = None
         pointer = None
         if form.literal_value == INT4_FORM:

@@ -220,14 +220,14 @@ def _several_rows(
             mask, values, scales, outputs, bits, place, d_out, first, atoms, WHOLE_BYTES, GROUP, FORM, OUTPUTS, TILE
         )
         columns = first + tl.arange(0, TILE)
-        wanted = (block < rows)[:, None] & (columns < atoms)[None, :]
-        entries = tl.load(z + block[:, None] * atoms + columns[None, :], wanted, 0.0)
+        inside = (block < rows)[:, None] & (columns < atoms)[None, :]
+        entries = tl.load(z + block[:, None] * atoms + columns[None, :], inside, 0.0)
         if entries.dtype == tile.dtype and (tile.dtype == tl.float16 or not INTERPRETED):
             total = tl.dot(entries, tl.trans(tile), total)
         else:  # dtypes that differ; and the interpreter multiplies bfloat16 as if its bits were an integer's
             total = tl.dot(entries.to(tl.float32), tl.trans(tile.to(tl.float32)), total, input_precision="tf32x3")
-    wanted = (block < rows)[:, None] & (outputs < d_out)[None, :]
-    tl.store(out + block[:, None] * d_out + outputs[None, :], total.to(out.dtype.element_ty), wanted)
+    inside = (block < rows)[:, None] & (outputs < d_out)[None, :]
+    tl.store(out + block[:, None] * d_out + outputs[None, :], total.to(out.dtype.element_ty), inside)
 
 
 @triton.autotune(_tiles((2, 1024, 4), (4, 512, 4), (8, 512, 8), (8, 128, 4)), key=["d_out", "atoms", "FORM"])
@@ -254,8 +254,8 @@ def _unpack(
             mask, values, scales, outputs, bits, place, d_out, first, atoms, WHOLE_BYTES, GROUP, FORM, OUTPUTS, TILE
         )
         columns = first + tl.arange(0, TILE)
-        wanted = (outputs < d_out)[:, None] & (columns < atoms)[None, :]
-        tl.store(out + bits[:, None] + columns[None, :], tile, wanted)
+        inside = (outputs < d_out)[:, None] & (columns < atoms)[None, :]
+        tl.store(out + bits[:, None] + columns[None, :], tile, inside)
 
 
 @triton.jit
@@ -297,17 +297,17 @@ def _tile(
 
 @triton.jit
 @no_type_check
-def _numbers(values, index, wanted, FORM: tl.constexpr):
+def _numbers(values, index, inside, FORM: tl.constexpr):
     """The weights with these numbers: as they are, or float32 from their codes; zero where none is wanted."""
     if FORM == 0:
-        weights = tl.load(values + index, wanted, 0.0)
+        weights = tl.load(values + index, inside, 0.0)
     elif FORM == 1:
-        weights = ((tl.load(values + index, wanted, 0).to(tl.int32) ^ 128) - 128).to(tl.float32)
+        weights = ((tl.load(values + index, inside, 0).to(tl.int32) ^ 128) - 128).to(tl.float32)
     elif FORM == 2:
-        pair = tl.load(values + (index >> 1), wanted, 0).to(tl.int32)
+        pair = tl.load(values + (index >> 1), inside, 0).to(tl.int32)
         weights = ((((pair >> (4 * (index & 1))) & 15) ^ 8) - 8).to(tl.float32)
     else:
-        code = tl.load(values + index, wanted, 0).to(tl.int32)
+        code = tl.load(values + index, inside, 0).to(tl.int32)
         half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)  # sign and exponent move up, and exponents begin elsewhere
         weights = half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     return weights
@@ -318,12 +318,12 @@ def _numbers(values, index, wanted, FORM: tl.constexpr):
 def _scales(scales, outputs, columns, live, atoms, GROUP: tl.constexpr, FORM: tl.constexpr):
     """The scale of every output's eight atoms from these columns on; 1 for weights in 16 bits."""
     if FORM == 0:
-        found = tl.full((1, 1), 1.0, tl.float32)
+        scale = tl.full((1, 1), 1.0, tl.float32)
     else:
         groups = (atoms + GROUP - 1) // GROUP
         at = scales + outputs.to(tl.int64)[:, None] * groups + (columns // GROUP)[None, :]
-        found = tl.load(at, live[:, None] & (columns < atoms)[None, :], 0.0).to(tl.float32)
-    return found
+        scale = tl.load(at, live[:, None] & (columns < atoms)[None, :], 0.0).to(tl.float32)
+    return scale
 
 
 @triton.jit
@@ -337,12 +337,12 @@ def _count(mask, bits, place, live, first, atoms, WHOLE_BYTES: tl.constexpr, TIL
     """
     octets = first // 8 + tl.arange(0, TILE // 8)
     inside = tl.minimum(tl.maximum(atoms - 8 * octets, 0), 8)  # bits that are still this output's
-    wanted = live[:, None] & (inside > 0)[None, :]
+    present = live[:, None] & (inside > 0)[None, :]
     at = mask + (bits >> 3)[:, None] + octets[None, :]
-    byte = tl.load(at, wanted, 0).to(tl.uint32)
+    byte = tl.load(at, present, 0).to(tl.uint32)
     if not WHOLE_BYTES:  # the byte lies across two stored ones
         skipped = (bits & 7).to(tl.int32)[:, None]
-        upper = tl.load(at + 1, wanted & (skipped + inside[None, :] > 8), 0).to(tl.uint32)
+        upper = tl.load(at + 1, present & (skipped + inside[None, :] > 8), 0).to(tl.uint32)
         byte = (byte | (upper << 8)) >> skipped.to(tl.uint32)
     byte &= ((1 << inside) - 1).to(tl.uint32)[None, :]
 

@@ -108,10 +108,10 @@ def _left(config: QuantizationConfig, left: Tensor, problems: Sequence[_Target])
         return left
     columns = left.double()
     gram = sum(problem.gram for problem in problems).double()
-    weighed = gram @ columns
-    inner = columns.T @ weighed
+    weighted = gram @ columns
+    inner = columns.T @ weighted
     inner.diagonal().mul_(1 + 1e-6).add_(torch.finfo(torch.float32).tiny)
-    reached = weighed @ torch.linalg.solve(inner, weighed.T)
+    reached = weighted @ torch.linalg.solve(inner, weighted.T)
     gram = gram - (1 - WITHIN_SPAN) / 2 * (reached + reached.T)
     return quantized(left, gram.float(), _rounding(config, config.dictionary), left.dtype)
 
@@ -166,17 +166,17 @@ def _fitted(
     atoms: Float[Tensor, "d_in atoms"], codes: Float[Tensor, "atoms d_out"], problem: _Target
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``H = Bᵀ G B`` of the atoms ``B``, codes fitted again on their support, and what is left of ``Bᵀ G (W − B S)``."""
-    weighed = problem.gram @ atoms
-    gram = atoms.T @ weighed
-    gradient = weighed.T @ problem.weight - gram @ codes
+    weighted = problem.gram @ atoms
+    gram = atoms.T @ weighted
+    gradient = weighted.T @ problem.weight - gram @ codes
     lengths = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()  # Jacobi preconditioning: unit atoms
     support = (codes != 0).to(codes).T[None]
     unit = gram / lengths / lengths[:, None]
-    found, _ = least_squares(
+    over_unit_atoms, _ = least_squares(
         unit[None], (gradient / lengths[:, None]).T[None], (codes * lengths[:, None]).T[None], support, REFIT_STEPS
     )
-    refitted = (found[0].T / lengths[:, None]) * (codes != 0)
-    return gram, refitted, (weighed.T @ problem.weight - gram @ refitted) * (codes != 0)
+    refitted = (over_unit_atoms[0].T / lengths[:, None]) * (codes != 0)
+    return gram, refitted, (weighted.T @ problem.weight - gram @ refitted) * (codes != 0)
 
 
 def _target(factors: Factors, problem: Problem) -> _Target:

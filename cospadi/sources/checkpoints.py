@@ -55,25 +55,25 @@ def n_layers(config: ModelConfig) -> int:
     Raises:
         UserError: when it is nowhere to be found, or when two places disagree.
     """
-    known = {"model.n_layers": config.n_layers}
+    depths = {"model.n_layers": config.n_layers}
     if not config.source.startswith((RANDOM, WHEEL)) and local_path(config.source) is None:
         check_hub_id(config.source, "model.source")
     if config.source.startswith(RANDOM):
         depth = config.architecture.get("num_hidden_layers")
-        known["model.architecture.num_hidden_layers"] = None if depth is None else int(depth)
+        depths["model.architecture.num_hidden_layers"] = None if depth is None else int(depth)
     elif not config.source.startswith(WHEEL) and (path := local_path(config.source)) is not None:
         settings = existing(path, "model.source") / "config.json"
-        known[str(settings)] = _depth(_read_settings(settings, "model.source"))
-    known = {place: depth for place, depth in known.items() if depth is not None}
-    if not known:
+        depths[str(settings)] = _depth(_read_settings(settings, "model.source"))
+    depths = {place: depth for place, depth in depths.items() if depth is not None}
+    if not depths:
         raise UserError(
             f"The number of blocks of model.source={config.source} is not known before it is fetched. "
             "Set model.n_layers to num_hidden_layers of its config.json."
         )
-    if len(set(known.values())) > 1:
-        told = ", ".join(f"{place} says {depth}" for place, depth in known.items())
-        raise UserError(f"The number of blocks is not clear: {told}. Correct or remove model.n_layers.")
-    return next(iter(known.values()))
+    if len(set(depths.values())) > 1:
+        said = ", ".join(f"{place} says {depth}" for place, depth in depths.items())
+        raise UserError(f"The number of blocks is not clear: {said}. Correct or remove model.n_layers.")
+    return next(iter(depths.values()))
 
 
 def _preparation(config: ModelConfig) -> tuple[str, Callable[[ModelConfig, Path], dict[str, Any]]]:
@@ -206,9 +206,9 @@ def _random_settings(config: ModelConfig, tokenizer: Any) -> Any:
     if unknown:
         raise UserError(f"model.architecture.{unknown[0]} is no field of a {model_type} config. Correct its name.")
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    given = {"vocab_size": len(tokenizer), "num_hidden_layers": n_layers(config), **ends, **config.architecture}
+    settings = {"vocab_size": len(tokenizer), "num_hidden_layers": n_layers(config), **ends, **config.architecture}
     try:
-        return AutoConfig.for_model(model_type, **given)
+        return AutoConfig.for_model(model_type, **settings)
     except (ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
         raise _bad_architecture(config, error) from error
     except Exception as error:
@@ -218,8 +218,8 @@ def _random_settings(config: ModelConfig, tokenizer: Any) -> Any:
 
 
 def _bad_architecture(config: ModelConfig, error: Exception) -> UserError:
-    told = " ".join(str(error).split())[:300].rstrip(".")
-    return UserError(f"model.architecture does not make a {config.source.removeprefix(RANDOM)} model: {told}.")
+    reason = " ".join(str(error).split())[:300].rstrip(".")
+    return UserError(f"model.architecture does not make a {config.source.removeprefix(RANDOM)} model: {reason}.")
 
 
 def _byte_tokenizer() -> Any:

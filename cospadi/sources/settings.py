@@ -102,11 +102,11 @@ class ModelConfig:
             len(self.shared_inputs) > 0 and all(self.shared_inputs),
             "model.shared_inputs names no projection. List those that read the same input together.",
         )
-        known = [name for group in self.shared_inputs for name in group]
+        projections = [name for group in self.shared_inputs for name in group]
         for name in self.attended:
             require(
-                name in known or name in ATTENDED,  # some of the usual ones may be left as they are
-                f"model.attended={name} is none of model.shared_inputs{did_you_mean(name, known)} There are: {', '.join(known)}.",
+                name in projections or name in ATTENDED,  # some of the usual ones may be left as they are
+                f"model.attended={name} is none of model.shared_inputs{did_you_mean(name, projections)} There are: {', '.join(projections)}.",
             )
         require(
             not self.source.startswith("wheel:") or len(self.sha256) == 64,

@@ -94,15 +94,15 @@ def shape_of(model: ModelConfig) -> Shape:
     return KNOWN[model.source]
 
 
-def _shape(found: dict[str, Any]) -> Shape:
-    heads = found["num_attention_heads"]
-    width = found.get("head_dim") or found["hidden_size"] // heads
+def _shape(config: dict[str, Any]) -> Shape:
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
     return Shape(
-        found["hidden_size"],
-        found["intermediate_size"],
+        config["hidden_size"],
+        config["intermediate_size"],
         heads * width,
-        (found.get("num_key_value_heads") or heads) * width,
-        found["num_hidden_layers"],
-        found["vocab_size"],
-        bool(found.get("tie_word_embeddings", False)),
+        (config.get("num_key_value_heads") or heads) * width,
+        config["num_hidden_layers"],
+        config["vocab_size"],
+        bool(config.get("tie_word_embeddings", False)),
     )

@@ -163,9 +163,9 @@ def _loaded(config: TextConfig, where: dict[str, Any]) -> Any:
     except UnicodeDecodeError:
         raise
     except (ValueError, RuntimeError, FileNotFoundError) as error:
-        told = " ".join(str(error).split())[:400].rstrip(".")
+        reason = " ".join(str(error).split())[:400].rstrip(".")
         raise UserError(
-            f"{named} has no text.dataset_config={config.dataset_config} with text.split={config.split}: {told}."
+            f"{named} has no text.dataset_config={config.dataset_config} with text.split={config.split}: {reason}."
         ) from error
 
 

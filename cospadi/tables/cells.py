@@ -159,7 +159,7 @@ def summary(cells: Sequence[Cell]) -> pd.DataFrame:
     taken = sorted(set(tasks) & {*LEADING_COLUMNS, *_COUNTS, *_TEXTS})
     if taken:
         raise UserError(f"A task is named like a column of the table: {', '.join(taken)}. Rename the task.")
-    known = {cell.model: _dense_sizes(cells, cell.model) for cell in cells}
+    dense_sizes = {cell.model: _dense_sizes(cells, cell.model) for cell in cells}
     columns = [
         *LEADING_COLUMNS,
         *tasks,
@@ -169,7 +169,7 @@ def summary(cells: Sequence[Cell]) -> pd.DataFrame:
         *(f"{task}_{detail}" for task in tasks for detail in ("metric", "higher_is_better")),
         *("fallback_reasons", "diverged", "second_text", "model_title", "method_title", "quantization_title"),
     ]
-    frame = pd.DataFrame([_row(cell, tasks, known[cell.model]) for cell in cells], columns=columns)
+    frame = pd.DataFrame([_row(cell, tasks, dense_sizes[cell.model]) for cell in cells], columns=columns)
     return _typed(frame, tasks)
 
 
@@ -289,8 +289,12 @@ def _dense_sizes(cells: Iterable[Cell], model: str) -> dict[str, int]:
 
 
 def _mean(values: Iterable[object]) -> float:
-    found = [number(value) for value in values if value is not None]
-    return math.fsum(found) / len(found) if found and all(map(math.isfinite, found)) else sum(found or [math.nan])
+    numbers = [number(value) for value in values if value is not None]
+    return (
+        math.fsum(numbers) / len(numbers)
+        if numbers and all(map(math.isfinite, numbers))
+        else sum(numbers or [math.nan])
+    )
 
 
 def _typed(frame: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:

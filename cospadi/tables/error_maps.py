@@ -40,11 +40,11 @@ def error_maps(frame: pd.DataFrame, errors: pd.DataFrame):
     norm, extend = _scale(finite)
     palette = colormaps["viridis"].with_extremes(bad="#e4e4e8")
     blank = False
-    for panel, found in itertools.zip_longest(panels.flat, parts):
-        if found is None:
+    for panel, named_part in itertools.zip_longest(panels.flat, parts):
+        if named_part is None:
             panel.set_visible(False)
             continue
-        (model, method), part = found
+        (model, method), part = named_part
         grid = part.pivot_table(
             index="projection", columns="layer", values="output_error", sort=False, aggfunc="mean", dropna=False
         )
@@ -97,8 +97,8 @@ def middle(ratios: pd.Series) -> float:
     >>> middle(pd.Series([0.2, 0.5, 0.3, 0.4, 0.2]))
     0.3
     """
-    found = sorted(set(ratios.dropna()))
-    return float(found[(len(found) - 1) // 2]) if found else math.nan
+    measured = sorted(set(ratios.dropna()))
+    return float(measured[(len(measured) - 1) // 2]) if measured else math.nan
 
 
 def _scale(finite: pd.Series):

@@ -39,12 +39,12 @@ def differences(cells: Sequence[Cell], against: str) -> pd.DataFrame:
     """
     rows = []
     for cell, other in _pairs(ordered(cells), against):
-        found = list(_task_differences(cell, other))
-        if average := _average(cell, other, dict(found)):
-            found.append(("average_accuracy", average))
-        found += _window_differences(cell, other)
+        measures = list(_task_differences(cell, other))
+        if average := _average(cell, other, dict(measures)):
+            measures.append(("average_accuracy", average))
+        measures += _window_differences(cell, other)
         head = (cell.model, cell.compression_ratio, cell.method, other.method)
-        rows += [(*head, measure, *measured) for measure, measured in found]
+        rows += [(*head, measure, *measured) for measure, measured in measures]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -60,14 +60,14 @@ def paired_difference(ours: Sequence[float | int], theirs: Sequence[float | int]
 
 
 def _pairs(cells: Sequence[Cell], against: str) -> Iterator[tuple[Cell, Cell]]:
-    known = {(cell.model, cell.compression_ratio, cell.method): cell for cell in cells}
+    by_place = {(cell.model, cell.compression_ratio, cell.method): cell for cell in cells}
     for cell in cells:
         if cell.is_dense:
             continue
         quantization = quantization_of(cell.method)
         counterpart = f"{against}{QUANTIZED}{quantization}" if quantization else against
         for key in ((None, DENSE), (cell.compression_ratio, counterpart)):
-            other = known.get((cell.model, *key))
+            other = by_place.get((cell.model, *key))
             if other is not None and other is not cell:
                 yield cell, other
 
@@ -82,12 +82,12 @@ def _task_differences(cell: Cell, other: Cell) -> Iterator[tuple[str, tuple[floa
             yield task, paired_difference(list(ours.values()), [theirs[document] for document in ours])
 
 
-def _average(cell: Cell, other: Cell, found: dict[str, tuple[float, float, int]]) -> tuple[float, float, int] | None:
+def _average(cell: Cell, other: Cell, of_tasks: dict[str, tuple[float, float, int]]) -> tuple[float, float, int] | None:
     """Only of all tasks of the average: one that is missing would make it another average."""
     tasks = _averaged(cell)
-    if not tasks or tasks != _averaged(other) or set(tasks) - set(found):
+    if not tasks or tasks != _averaged(other) or set(tasks) - set(of_tasks):
         return None
-    values, errors, documents = zip(*(found[task] for task in tasks), strict=True)
+    values, errors, documents = zip(*(of_tasks[task] for task in tasks), strict=True)
     return math.fsum(values) / len(tasks), math.sqrt(math.fsum(e**2 for e in errors)) / len(tasks), sum(documents)
 
 

@@ -84,16 +84,16 @@ def results(model: str, named: Sequence[str]) -> list[Result]:
 
 def with_published(table: PaperTable, named: Sequence[str]) -> PaperTable:
     """``table`` with reference rows below the rows of the same ratio, and a note on every source that has any."""
-    found = results(table.name, named)
-    if not found:
+    published = results(table.name, named)
+    if not published:
         return table
     groups = [list(group) for group in table.groups]
-    for result in found:
+    for result in published:
         row = _row(result, table.columns)
         place = next((group for group in groups if _ratio(group[0]) == _ratio(row)), None)
         groups.append([row]) if place is None else place.append(row)
     groups.sort(key=lambda group: _ratio(group[0]))  # stable: groups of one ratio stay in their order
-    notes = [about.note for name, about in sources().items() if any(result.source == name for result in found)]
+    notes = [about.note for name, about in sources().items() if any(result.source == name for result in published)]
     return replace(table, groups=groups, notes=[*table.notes, *notes])
 
 

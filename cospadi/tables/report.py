@@ -35,7 +35,7 @@ def write_report(cells: Sequence[Cell], folder: Path, study_title: str, printed:
         title=study_title,
         tables=printed,
         figures=[(name, caption, _data(folder / f"{name}.png")) for name, caption in FIGURES.items()],
-        written=[(title, found) for model, title in _titles(cells).items() if (found := written(cells, model))],
+        written=[(title, texts) for model, title in _titles(cells).items() if (texts := written(cells, model))],
         graph=drawn(rulegraph.read_text(encoding="utf-8")) if rulegraph.is_file() else None,
         made=_made(cells),
         ratio_label=ratio_label,
@@ -54,9 +54,9 @@ def written(cells: Sequence[Cell], model: str) -> list[tuple[str, list[str], lis
     ratios = sorted({cell.compression_ratio for cell in cells if not cell.is_dense})
     texts: dict[str, dict[str, dict[float | int | None, str]]] = {}
     for cell in cells:
-        for found in cell.evaluation.get("continuations") or []:
-            rows = texts.setdefault(found["prompt"], {})
-            rows.setdefault(cell.method_title, {})[cell.compression_ratio] = found["continuation"]
+        for entry in cell.evaluation.get("continuations") or []:
+            rows = texts.setdefault(entry["prompt"], {})
+            rows.setdefault(cell.method_title, {})[cell.compression_ratio] = entry["continuation"]
     return [
         (
             prompt,
@@ -84,15 +84,15 @@ def _data(picture: Path) -> str:
 
 def _made(cells: Sequence[Cell]) -> list[tuple[str, str]]:
     """Versions, machine and time behind the numbers, as the records have them."""
-    found = [record for cell in cells for record in (*cell.factorizations, *cell.earlier, cell.evaluation)]
+    records = [record for cell in cells for record in (*cell.factorizations, *cell.earlier, cell.evaluation)]
     versions: dict[str, set[str]] = {}
-    for record in found:
+    for record in records:
         for package, version in (record.get("versions") or {}).items():
             versions.setdefault(package, set()).add(str(version))
-    seconds = sum(float(record.get("seconds") or 0) for record in found)
+    seconds = sum(float(record.get("seconds") or 0) for record in records)
     facts: list[tuple[str, Any]] = [
         ("Software", ", ".join(f"{package} {' or '.join(sorted(v))}" for package, v in versions.items())),
-        ("Machine", "; ".join(dict.fromkeys(_machine(r["machine"]) for r in found if r.get("machine")))),
-        ("Work", f"{seconds / 3600:.1f} hours over {len(found)} jobs" if seconds else ""),
+        ("Machine", "; ".join(dict.fromkeys(_machine(r["machine"]) for r in records if r.get("machine")))),
+        ("Work", f"{seconds / 3600:.1f} hours over {len(records)} jobs" if seconds else ""),
     ]
     return [(name, text) for name, text in facts if text]

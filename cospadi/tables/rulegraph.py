@@ -52,8 +52,8 @@ def drawn(dot: str) -> Graph:
     places: dict[str, tuple[float, float]] = {}
     for number, column in enumerate(columns):
         above = (tallest - len(column)) / 2
-        wanted = {rule: _middle([places[r][1] for r in rules.predecessors(rule)]) for rule in column}
-        for row, rule in enumerate(sorted(column, key=lambda rule: (wanted[rule], rule))):
+        ideal = {rule: _middle([places[r][1] for r in rules.predecessors(rule)]) for rule in column}
+        for row, rule in enumerate(sorted(column, key=lambda rule: (ideal[rule], rule))):
             places[rule] = (float(number * _STEP[0]), (above + row) * _STEP[1])
     arrows = sorted(nx.transitive_reduction(rules).edges)
     width = (len(columns) - 1) * _STEP[0] + _BOX[0] if columns else 0

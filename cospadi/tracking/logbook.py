@@ -70,13 +70,13 @@ class Logbook:
 
     def _told(self, why: str) -> str:
         count = Counter(note["mode"] for note in self.notes)
-        told = f"W&B: {count[ONLINE]} of {len(self.runs)} runs are uploaded."
+        outcome = f"W&B: {count[ONLINE]} of {len(self.runs)} runs are uploaded."
         if count[OFFLINE]:
             kept = self.folder / "wandb"
-            told += f" {count[OFFLINE]} are kept as files, as {why}: `wandb sync {kept}` uploads them."
+            outcome += f" {count[OFFLINE]} are kept as files, as {why}: `wandb sync {kept}` uploads them."
         if failed := [note["why"] for note in self.notes if note["mode"] == NOT_WRITTEN]:
-            told += f" {len(failed)} were not written: {failed[0]}."
-        return told
+            outcome += f" {len(failed)} were not written: {failed[0]}."
+        return outcome
 
     def _content(self, run: Run) -> str:
         """A hash of all that is logged, and of where it goes."""

@@ -42,9 +42,9 @@ def reach(tracking: TrackingConfig) -> Reach:
     """Ask the server who the key belongs to, for at most ``tracking.timeout`` seconds, name lookup and proxies included."""
     if tracking.mode == OFFLINE:
         return Reach(False, "tracking.mode=offline")
-    wanted = os.environ.get("WANDB_MODE", ONLINE)
-    if wanted != ONLINE:  # the person's word for everything that uses W&B
-        return Reach(False, f"WANDB_MODE={wanted}")
+    asked_for = os.environ.get("WANDB_MODE", ONLINE)
+    if asked_for != ONLINE:  # the person's word for everything that uses W&B
+        return Reach(False, f"WANDB_MODE={asked_for}")
     key = api_key()
     if key is None:
         return Reach(False, f"there is no API key for {base_url()}")
@@ -81,8 +81,8 @@ def base_url() -> str:
         noted.read(Path(folder).expanduser() / "settings")
     except (configparser.Error, OSError, UnicodeDecodeError):
         pass  # W&B warns of it itself
-    found = os.environ.get("WANDB_BASE_URL") or noted.get("default", "base_url", fallback="") or CLOUD
-    return found.rstrip("/")
+    url = os.environ.get("WANDB_BASE_URL") or noted.get("default", "base_url", fallback="") or CLOUD
+    return url.rstrip("/")
 
 
 def api_key() -> str | None:
@@ -92,10 +92,10 @@ def api_key() -> str | None:
     places = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
     file = next((path for place in places if place and (path := Path(place).expanduser()).is_file()), None)
     try:
-        found = netrc.netrc(file).authenticators(urlsplit(base_url()).netloc) if file else None
+        login = netrc.netrc(file).authenticators(urlsplit(base_url()).netloc) if file else None
     except (netrc.NetrcParseError, OSError, UnicodeDecodeError):
         return None
-    return found[2] or None if found else None
+    return login[2] or None if login else None
 
 
 def page(entity: str | None, project: str, run: str) -> str | None:

@@ -131,14 +131,18 @@ def _settings(cell: Cell) -> dict[str, Any]:
 
 
 def _protocols(cell: Cell) -> dict[str, str]:
-    return {name: found["protocol"] for name, found in measurements(cell, task_names([cell])) if found.get("protocol")}
+    return {
+        name: measured["protocol"]
+        for name, measured in measurements(cell, task_names([cell]))
+        if measured.get("protocol")
+    }
 
 
 def _numbers(row: pd.Series) -> dict[str, Any]:
     """What the table's row holds of numbers, and of trouble."""
-    found = {name: _plain(value) for name, value in row.items() if name not in _NAMING}
-    numbers = {k: v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    numbers |= {name: found[name] for name in ("diverged", "fallback_reasons") if found.get(name)}
+    values = {name: _plain(value) for name, value in row.items() if name not in _NAMING}
+    numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    numbers |= {name: values[name] for name in ("diverged", "fallback_reasons") if values.get(name)}
     if "stored_bits" in numbers:
         numbers["stored_mb"] = numbers["stored_bits"] / 8e6
     return numbers
@@ -149,12 +153,12 @@ def _layers(cell: Cell) -> list[dict[str, int | float]]:
     if not cell.projections:
         return []
     rows = []
-    for layer, found in projection_errors([cell]).groupby("layer"):
+    for layer, of_layer in projection_errors([cell]).groupby("layer"):
         errors = {
             f"output_error/{p.rpartition('.')[2]}": e
-            for p, e in zip(found["projection"], found["output_error"], strict=True)
+            for p, e in zip(of_layer["projection"], of_layer["output_error"], strict=True)
         }
-        rows.append({"layer": int(layer), "output_error/mean": float(found["output_error"].mean()), **errors})
+        rows.append({"layer": int(layer), "output_error/mean": float(of_layer["output_error"].mean()), **errors})
     return rows
 
 

@@ -73,18 +73,18 @@ def score_answer(answer: str, aliases: Sequence[str]) -> dict[str, float]:
     {'contains': 1.0, 'exact_match': 0.0, 'f1': 0.5}
     """
     said = normalized(answer)
-    known = [name for alias in aliases if (name := normalized(alias))]  # nothing is part of everything
+    answers = [name for alias in aliases if (name := normalized(alias))]  # nothing is part of everything
     return {
-        "contains": float(any(name in said for name in known)),
-        "exact_match": float(said in known),
-        "f1": max((_token_f1(said.split(), name.split()) for name in known), default=0.0),
+        "contains": float(any(name in said for name in answers)),
+        "exact_match": float(said in answers),
+        "f1": max((_token_f1(said.split(), name.split()) for name in answers), default=0.0),
     }
 
 
 def score_summary(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """F1 of ROUGE-L, -1 and -2 against the highlights, words stemmed."""
-    found = _rouge().score(doc["highlights"], results[0])
-    return {name: float(found[name].fmeasure) for name in ("rougeL", "rouge1", "rouge2")}
+    scores = _rouge().score(doc["highlights"], results[0])
+    return {name: float(scores[name].fmeasure) for name in ("rougeL", "rouge1", "rouge2")}
 
 
 @functools.cache
@@ -94,9 +94,9 @@ def _rouge() -> Any:
     return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
 
-def _token_f1(said: list[str], wanted: list[str]) -> float:
-    common = (Counter(said) & Counter(wanted)).total()
-    return 2 * common / (len(said) + len(wanted)) if common else 0.0
+def _token_f1(said: list[str], answer: list[str]) -> float:
+    common = (Counter(said) & Counter(answer)).total()
+    return 2 * common / (len(said) + len(answer)) if common else 0.0
 
 
 def _under(key: str, value: Any, inside: bool = False) -> Iterator[str]:
