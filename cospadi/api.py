@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from cospadi.calibration.collect import draw_samples, gather
 from cospadi.calibration.statistics import InputStatistics
-from cospadi.checkpoint.layers import CompressedLinear
 from cospadi.checkpoint.ledger import ledger
+from cospadi.checkpoint.linear import CompressedLinear
 from cospadi.checkpoint.specs import layer_of
 from cospadi.checkpoint.transformers_plugin import attach
 from cospadi.checkpoint.write import write

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 Row = dict[str, Any]
-NONE = "–"
+MISSING = "–"
 YARDSTICKS = {"plain": "ksvd_plain", "ksvd": "ksvd"}
 """Solvers whose final error all others are timed to, by their name in ``seconds_to_…`` and ``time_to_…``."""
 
@@ -72,7 +72,7 @@ def _solved_table(rows: Sequence[Row]) -> str:
     if yardsticks:
         note += (
             f" To {YARDSTICKS[yardsticks[0]]}'s error: seconds until the error was as low as the one that "
-            f"{YARDSTICKS[yardsticks[0]]} ended with, and these as a part of all of its seconds; {NONE}: never."
+            f"{YARDSTICKS[yardsticks[0]]} ended with, and these as a part of all of its seconds; {MISSING}: never."
         )
     return table(header, lines, left=(0, 1, 3)) + "\n" + note + "\n"
 
@@ -182,7 +182,7 @@ def seconds(value: float | None) -> str:
     ['0.0123', '1.00', '123', '4321', '–']
     """
     if value is None:
-        return NONE
+        return MISSING
     digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
     return f"{value:.{max(digits, 0)}f}"
 

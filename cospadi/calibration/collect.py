@@ -130,14 +130,14 @@ def gather(
     ]
     device = next(network.parameters()).device
     implementation = network.config._attn_implementation
-    weighs = calibration.attention and bool(model.attended)
+    weights_tokens = calibration.attention and bool(model.attended)
     try:
-        if weighs:
+        if weights_tokens:
             network.set_attn_implementation("eager")  # the others do not tell their weights
         for batch in tokens.split(calibration.batch_size):
             network(input_ids=batch.to(device), use_cache=False)
     finally:
-        if weighs:
+        if weights_tokens:
             network.set_attn_implementation(implementation)
         for hook in hooks:
             hook.remove()
@@ -182,7 +182,7 @@ def _listen_to_attention(
         if weights is None:
             raise UserError(
                 f"{type(attention).__name__} does not tell its attention weights, by which the inputs of {', '.join(model.attended)} "
-                "are weighed. Set calibration.attention=false."
+                "are weighted. Set calibration.attention=false."
             )
         received = weights.float().mean(dim=1).sum(dim=1).flatten()  # batch × heads × queries × keys
         for shared_input in attended:

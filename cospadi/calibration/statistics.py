@@ -54,8 +54,8 @@ class InputStatistics:
         if self.attended is None:
             self.attended = torch.zeros_like(self.gram)
         for chunk, weights in zip(inputs.split(1024), received.split(1024), strict=True):
-            weighed = chunk.to(dtype) * weights.to(dtype).sqrt()[:, None]
-            self.attended += (weighed.T @ weighed).double()
+            weighted = chunk.to(dtype) * weights.to(dtype).sqrt()[:, None]
+            self.attended += (weighted.T @ weighted).double()
 
     @property
     def grams(self) -> list[Tensor]:
@@ -91,7 +91,7 @@ def read_statistics(
 ) -> tuple[Float[Tensor, "d_in d_in"], Float[Tensor, " d_in"]]:
     """Gram and mean absolute activation of one shared input, from the folder that calibration left.
 
-    Of an ``attended`` projection the gram is the one weighed by attention, where calibration made one.
+    Of an ``attended`` projection the gram is the one weighted by attention, where calibration made one.
 
     Raises:
         UserError: when the layer's file is missing.
@@ -100,7 +100,7 @@ def read_statistics(
     if not file.is_file():
         raise UserError(f"{file} is missing. Collect the grams again: run calibrate for this model.")
     with safe_open(file, framework="pt") as tensors:
-        weighed = f"{shared_input}.{WEIGHTED_GRAM}"
-        name = weighed if attended and weighed in tensors.keys() else f"{shared_input}.gram"  # noqa: SIM118
+        weighted = f"{shared_input}.{WEIGHTED_GRAM}"
+        name = weighted if attended and weighted in tensors.keys() else f"{shared_input}.gram"  # noqa: SIM118
         gram = tensors.get_tensor(name).to(device)
         return gram, tensors.get_tensor(f"{shared_input}.absolute_mean").to(device)

@@ -9,18 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from cospadi.checkpoint.layers import (
-    IDENTITY,
-    NONE,
     SHARES,
-    CompressedLinear,
     LowRankLinear,
     QuantizedLinear,
     SparseDictionaryLinear,
     SparsePlusLowRankLinear,
-    _name,
 )
+from cospadi.checkpoint.linear import CompressedLinear, dtype_name
 from cospadi.errors import UserError
 from cospadi.factorization.factors import Factors, LowRank, SparseDictionary, SparsePlusLowRank
+from cospadi.factorization.settings import IDENTITY, NO_FIXED_ATOMS
 
 LAYER_KINDS: dict[str, type[CompressedLinear]] = {
     c.kind: c for c in (LowRankLinear, SparseDictionaryLinear, SparsePlusLowRankLinear, QuantizedLinear)
@@ -54,7 +52,7 @@ def layer_of(factors: Factors, bias: Tensor | None = None) -> CompressedLinear:
         d_out = factors.coefficients.shape[1]
         dtype = factors.dictionary.dtype
         sizes = {"atoms": atoms, "n_values": int(factors.mask.sum())}
-        sizes |= {"value_bits": factors.value_bits, "fixed_atoms": IDENTITY if factors.identity else NONE}
+        sizes |= {"value_bits": factors.value_bits, "fixed_atoms": IDENTITY if factors.identity else NO_FIXED_ATOMS}
     elif isinstance(factors, SparsePlusLowRank):
         d_in, d_out = factors.sparse.coefficients.shape
         _, rank = factors.low_rank.left.shape
@@ -66,7 +64,7 @@ def layer_of(factors: Factors, bias: Tensor | None = None) -> CompressedLinear:
         sizes = {}
     else:
         raise TypeError(f"A {type(factors).__name__} projection in 16 bits has no compressed layer.")
-    sizes |= {"kind": factors.kind, "d_in": d_in, "d_out": d_out, "storage_dtype": _name(dtype)}
+    sizes |= {"kind": factors.kind, "d_in": d_in, "d_out": d_out, "storage_dtype": dtype_name(dtype)}
     sizes |= {"formats": factors.formats} if factors.formats else {}
     layer = empty_layer(sizes | {"bias": bias is not None}, bias.dtype if bias is not None else None)
     layer.load_state_dict(tensors | ({"bias": bias} if bias is not None else {}))

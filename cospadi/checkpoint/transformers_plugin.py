@@ -17,7 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cospadi.checkpoint.checksums import CHECKSUMS, checksum, verify_files
-from cospadi.checkpoint.layers import SHARES, CompressedLinear
+from cospadi.checkpoint.layers import SHARES
+from cospadi.checkpoint.linear import CompressedLinear
 from cospadi.checkpoint.specs import empty_layer, specs, ties
 from cospadi.errors import UserError
 

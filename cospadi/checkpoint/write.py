@@ -14,7 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cospadi.checkpoint.checksums import CHECKSUMS, checksum, verify_files
-from cospadi.checkpoint.layers import SHARES, CompressedLinear
+from cospadi.checkpoint.layers import SHARES
+from cospadi.checkpoint.linear import CompressedLinear
 from cospadi.checkpoint.read import INDEX, compression_of, opened, parts_of, shard_files
 from cospadi.checkpoint.specs import empty_layer, layer_of
 from cospadi.checkpoint.transformers_plugin import METHOD, format_version

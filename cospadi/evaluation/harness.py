@@ -45,78 +45,78 @@ _EXPECTED_WARNINGS = (
 )
 
 
-def harness_model(model: nn.Module, tokenizer: Callable[..., Any], config: EvaluationConfig) -> Any:
-    class Reporting(HFLM):
-        """HFLM that prints lines with the time left instead of moving bars; what it computes is untouched."""
+class ReportingModel(HFLM):
+    """HFLM that prints lines with the time left instead of moving bars; what it computes is untouched."""
 
-        progress: Progress | None = None
-        title = ""
-        rolling = False
-        cut = 0
+    progress: Progress | None = None
+    title = ""
+    rolling = False
+    cut = 0
 
-        def start(self, n_requests: int, tokens: int) -> None:
-            steps = max(1, min(10, n_requests // self.batch_size))
-            self.share = tokens / steps
-            self.seen = 0
-            self.progress = Progress(steps, f"{self.title}: {n_requests} requests, {tokens} tokens")
+    def start(self, n_requests: int, tokens: int) -> None:
+        steps = max(1, min(10, n_requests // self.batch_size))
+        self.share = tokens / steps
+        self.seen = 0
+        self.progress = Progress(steps, f"{self.title}: {n_requests} requests, {tokens} tokens")
 
-        def advance(self, tokens: int) -> None:
-            if self.progress is not None:
-                self.seen += tokens
-                while self.progress.done < self.progress.total and self.seen >= (self.progress.done + 1) * self.share:
-                    self.progress.step(f"{self.seen} tokens")
+    def advance(self, tokens: int) -> None:
+        if self.progress is not None:
+            self.seen += tokens
+            while self.progress.done < self.progress.total and self.seen >= (self.progress.done + 1) * self.share:
+                self.progress.step(f"{self.seen} tokens")
 
-        def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-            return super().loglikelihood(requests, disable_tqdm=True)
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)
 
-        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-            self.start(len(requests), sum(len(self.tok_encode(request.args[0])) for request in requests))
-            self.rolling = True
-            try:
-                return super().loglikelihood_rolling(requests, disable_tqdm=True)
-            finally:
-                self.rolling = False
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
+        self.start(len(requests), sum(len(self.tok_encode(request.args[0])) for request in requests))
+        self.rolling = True
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+        finally:
+            self.rolling = False
 
-        def _loglikelihood_tokens(
-            self, requests: Sequence[Any], disable_tqdm: bool = True, override_bs: int | None = None
-        ):
-            if not self.rolling:  # requests that differ in their last token alone share one forward pass
-                longest = max(len(continuation) for _, _, continuation in requests)
-                if longest > self.max_length:
-                    raise UserError(
-                        f"Task {self.title} has an answer of {longest} tokens, longer than evaluation.max_length="
-                        f"{self.max_length}. Set evaluation.max_length to {longest} or more."
-                    )
-                self.cut = sum(
-                    len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests
-                )
-                distinct = {tuple(context + continuation[:-1]) for _, context, continuation in requests}
-                self.start(len(requests), sum(min(len(key), self.max_length) for key in distinct))
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-
-        def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            logits = super()._model_call(inps, *args, **kwargs)
-            self.advance(inps.numel())
-            return logits
-
-        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-            room = self.max_length - max(new_tokens(request.args[1]) for request in requests)
-            if room < 1:
+    def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = True, override_bs: int | None = None):
+        if not self.rolling:  # requests that differ in their last token alone share one forward pass
+            longest = max(len(continuation) for _, _, continuation in requests)
+            if longest > self.max_length:
                 raise UserError(
-                    f"Task {self.title} writes {self.max_length - room} tokens, and evaluation.max_length={self.max_length} "
-                    f"leaves none for its prompt. Set evaluation.max_length to more than {self.max_length - room}."
+                    f"Task {self.title} has an answer of {longest} tokens, longer than evaluation.max_length="
+                    f"{self.max_length}. Set evaluation.max_length to {longest} or more."
                 )
-            lengths = [len(self.tok_encode(request.args[0])) for request in requests]
-            self.cut = sum(length > room for length in lengths)
-            self.start(len(requests), sum(min(length, room) for length in lengths))
-            return super().generate_until(requests, disable_tqdm=True)
+            self.cut = sum(
+                len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests
+            )
+            distinct = {tuple(context + continuation[:-1]) for _, context, continuation in requests}
+            self.start(len(requests), sum(min(len(key), self.max_length) for key in distinct))
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
-        def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            written = super()._model_generate(context, *args, **kwargs)
-            self.advance(int(kwargs["attention_mask"].sum()))
-            return written
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = super()._model_call(inps, *args, **kwargs)
+        self.advance(inps.numel())
+        return logits
 
-    return Reporting(
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        room = self.max_length - max(new_tokens(request.args[1]) for request in requests)
+        if room < 1:
+            raise UserError(
+                f"Task {self.title} writes {self.max_length - room} tokens, and evaluation.max_length={self.max_length} "
+                f"leaves none for its prompt. Set evaluation.max_length to more than {self.max_length - room}."
+            )
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        self.cut = sum(length > room for length in lengths)
+        self.start(len(requests), sum(min(length, room) for length in lengths))
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        written = super()._model_generate(context, *args, **kwargs)
+        self.advance(int(kwargs["attention_mask"].sum()))
+        return written
+
+
+def harness_model(model: nn.Module, tokenizer: Callable[..., Any], config: EvaluationConfig) -> ReportingModel:
+    """The model as lm-eval takes it."""
+    return ReportingModel(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=config.batch_size,
@@ -132,7 +132,7 @@ def new_tokens(settings: dict[str, Any]) -> int:
 
 
 def run_harness(
-    language_model: Any, name: str, task: Any, limit: int | None, config: EvaluationConfig
+    language_model: ReportingModel, name: str, task: Any, limit: int | None, config: EvaluationConfig
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """One task or group: its entry and the rows of its documents."""
     for leaf in leaves_of(task):
@@ -150,14 +150,34 @@ def run_harness(
     )
     leaves = [leaf.task_name for leaf in leaves_of(task)]
     logged = {leaf: result["samples"][leaf] for leaf in leaves}
-    better = result["higher_is_better"].get(name) or result["higher_is_better"].get(leaves[0]) or {}  # a group has none
+    metrics = _metrics(result, name, logged)
+    main = next((m for m in _MAIN_METRICS if m in metrics), None) or next(iter(metrics))
+    entry = {
+        "metric": main,
+        "value": metrics[main]["value"],
+        "stderr": metrics[main]["stderr"],
+        "n_documents": sum(len({row["doc_id"] for row in rows}) for rows in logged.values()),
+        "higher_is_better": metrics[main]["higher_is_better"],
+        "in_average": False,
+        "protocol": _protocol(language_model, name, task, result, metrics, main, limit, config),
+        "all_metrics": metrics,
+        "logged_as": leaves,
+    }
+    return entry, {leaf: [_row(row) for row in rows] for leaf, rows in logged.items()}
+
+
+def _metrics(result: dict[str, Any], name: str, logged: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Every metric of a task, and how many documents have likelihoods that are not finite, if any."""
+    of_leaves = result["higher_is_better"]
+    better = of_leaves.get(name) or of_leaves.get(next(iter(logged))) or {}  # a group has none of its own
     metrics: dict[str, dict[str, Any]] = {}
     for key, value in result["results"][name].items():
         metric, comma, filtered = key.partition(",")
         if not comma or metric.endswith("_stderr"):
             continue
+        # lm-eval writes "N/A" where it has no formula: then the error is that of a mean over documents.
         stderr = result["results"][name].get(f"{metric}_stderr,{filtered}")
-        if not isinstance(stderr, float | int):  # "N/A"
+        if not isinstance(stderr, float | int):
             stderr = document_stderr(metric, logged[name]) if name in logged else None
         value = float(value)
         metrics[metric if filtered == "none" else f"{metric},{filtered}"] = {
@@ -168,14 +188,27 @@ def run_harness(
     broken = sum(_is_broken(row) for rows in logged.values() for row in rows)
     if broken:
         metrics["non_finite_documents"] = {"value": broken, "stderr": None, "higher_is_better": False}
-    main = next((m for m in _MAIN_METRICS if m in metrics), None) or next(iter(metrics))
-    n_documents = sum(len({row["doc_id"] for row in rows}) for rows in logged.values())
+    return metrics
+
+
+def _protocol(
+    language_model: ReportingModel,
+    name: str,
+    task: Any,
+    result: dict[str, Any],
+    metrics: dict[str, dict[str, Any]],
+    main: str,
+    limit: int | None,
+    config: EvaluationConfig,
+) -> str:
+    """How a task was measured, in one line."""
     version = result["versions"].get(name)
-    shots = {result["n-shot"].get(leaf) for leaf in leaves}
-    protocol = [
+    is_own = name in EMBEDDED_TASKS or (KICK / f"{name}.yaml").is_file()
+    shots = {result["n-shot"].get(leaf.task_name) for leaf in leaves_of(task)}
+    broken = metrics.get("non_finite_documents", {"value": 0})["value"]
+    facts = [
         f"lm-eval {importlib.metadata.version('lm_eval')}",
-        f"{name} version {version if version is not None else 'unknown'}"
-        + (" (own task)" if name in EMBEDDED_TASKS or (KICK / f"{name}.yaml").is_file() else ""),
+        f"{name} version {version if version is not None else 'unknown'}" + (" (own task)" if is_own else ""),
         f"{'/'.join(str(s or 0) for s in sorted(shots, key=str))}-shot",
         main,
         *prompt_facts(leaves_of(task)[0]),
@@ -187,18 +220,7 @@ def run_harness(
         *([f"{language_model.cut} requests cut from the left"] if language_model.cut else []),
         *([f"{broken} documents with non-finite likelihoods"] if broken else []),
     ]
-    entry = {
-        "metric": main,
-        "value": metrics[main]["value"],
-        "stderr": metrics[main]["stderr"],
-        "n_documents": n_documents,
-        "higher_is_better": metrics[main]["higher_is_better"],
-        "in_average": False,
-        "protocol": ", ".join(protocol),
-        "all_metrics": metrics,
-        "logged_as": leaves,
-    }
-    return entry, {leaf: [_row(row) for row in rows] for leaf, rows in logged.items()}
+    return ", ".join(facts)
 
 
 def first_token(language_model: Any, rolling: bool) -> str:
@@ -212,7 +234,7 @@ def first_token(language_model: Any, rolling: bool) -> str:
 
 
 def task_name(task: Any) -> str:
-    """Of a task or a group."""
+    """Name of a task or a group."""
     return task.name if hasattr(task, "get_all_tasks") else task.task_name
 
 

@@ -19,8 +19,9 @@ PROBE_ROUNDS = 6
 """Rounds of each of these trials: enough to tell which of them ends lowest, to about a percent of the error."""
 OWN_ROUNDS = 16
 """Rounds under every projection's own gram with ``metric=own``."""
+NO_FIXED_ATOMS = "none"
 IDENTITY = "identity"
-FIXED_ATOMS = ("none", IDENTITY)
+FIXED_ATOMS = (NO_FIXED_ATOMS, IDENTITY)
 SUPPORTS = ("column", "matrix")
 ACCOUNTINGS = ("mask", "paper")
 METRICS = ("own", "mean")
@@ -176,7 +177,7 @@ class CoSpaDiConfig(GroupedConfig):
 
     solver: str = "htp"
     """``htp`` (default), ``ksvd`` (the paper's), ``orthogonal`` (COMPOT's) or ``one_shot`` (ROCKET's)."""
-    fixed_atoms: str = "none"
+    fixed_atoms: str = NO_FIXED_ATOMS
     """``identity``: the inputs themselves are atoms, too, and cost nothing but their mask; htp only."""
     learned_atoms: int | float | str = "auto"
     """With ``fixed_atoms=identity``: stored atoms as a fraction of the matrix' shorter side; ``auto`` tries several and keeps
@@ -238,7 +239,7 @@ class CoSpaDiConfig(GroupedConfig):
         return (self.learned_atoms if self.fixed_atoms == IDENTITY else self.rho) != AUTO
 
     def _check_fixed_atoms(self) -> None:
-        for setting, plain in (("fixed_atoms", "none"), ("support", "column")):
+        for setting, plain in (("fixed_atoms", NO_FIXED_ATOMS), ("support", "column")):
             value = getattr(self, setting)
             require(
                 value == plain or (self.solver == "htp" and self.accounting == "mask"),

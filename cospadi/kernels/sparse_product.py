@@ -19,32 +19,42 @@ from functools import cache
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int32, UInt8
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
 from cospadi.kernels.compiled import compiled
-from cospadi.packing.formats import FLOAT8_FORM, INT4_FORM, INT8_FORM, LANES, SIXTEEN_BITS, format_of
+from cospadi.kernels.lanes import (
+    AHEAD,
+    BRAIN_FORM,
+    HALF_FORM,
+    LINE,
+    WIDTHS,
+    address,
+    broadcast_rows,
+    expand,
+    load_int32,
+    load_rows,
+    load_scale,
+    load_weights,
+    mask_bits,
+    multiply,
+    multiply_add,
+    popcount,
+    prefetch,
+    prefetch_weights,
+    store,
+    store_some,
+    store_sums,
+    zeros,
+)
+from cospadi.packing.formats import LANES, format_of
 from cospadi.packing.matrix import Packed
 
 BLOCKS = (8, 4, 2, 1)
 """Rows multiplied at a time: as many as there are registers for their sums."""
 DEPTH = 8
 """Rows of a dictionary read side by side, for each load and store of the sums."""
-LINE = 64
-"""Bytes of a cache line. A load across two of them takes twice as long."""
-AHEAD = 2048
-"""Bytes by which values and bits are asked for before their turn: these streams are too slow for a CPU to foresee."""
 WORTH = 1 << 19
-"""Multiplications that are worth another thread."""
-
-HALF_FORM = SIXTEEN_BITS
-BRAIN_FORM = -1
-"""16 bits that are bfloat16; the forms of codes are those of their `Format`."""
-WIDTHS = {HALF_FORM: 16, BRAIN_FORM: 16, INT8_FORM: 8, INT4_FORM: 4, FLOAT8_FORM: 8}
-"""Bits of a weight."""
+"""Minimum multiplications per thread; below this, starting a thread costs more than it saves."""
 
 Weights = Float[Tensor, "..."] | Packed
 
@@ -104,7 +114,8 @@ def dense_product(
     rows, d_in = x.shape
     atoms = (dictionary.scales if packed else dictionary).shape[1]
     kind, numbers, scales, group = _handed_over(dictionary)
-    x, out = x.contiguous(), x.new_empty(rows, atoms)
+    out = x.new_empty(rows, atoms)
+    x = x.contiguous()
     weight = (numbers.data_ptr(), numbers.shape[1] * numbers.element_size(), scales, group * LANES)
     for block, row in _blocks(rows):
         there = (x.data_ptr() + 4 * d_in * row, d_in, *weight, out.data_ptr() + 4 * atoms * row, atoms)
@@ -164,6 +175,7 @@ def _blocks(rows: int) -> list[tuple[int, int]]:
 
 def _share(loop: Callable, there: tuple[int, ...], count: int, work: int, unit: int = 1) -> None:
     """``loop`` over ``count`` outputs, in pieces of whole ``unit``: one here, the others in threads of their own."""
+    # A thread has to be worth its start.
     units = -(-count // unit)
     pieces = min(torch.get_num_threads(), work // WORTH, units)
     if pieces <= 1:
@@ -179,419 +191,23 @@ def _share(loop: Callable, there: tuple[int, ...], count: int, work: int, unit: 
 
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
-    """Kept for the life of the process: a call here is shorter than the start of a thread."""
+    """Threads that live as long as the process: a call here is shorter than the start of one."""
     return ThreadPoolExecutor(count)
 
 
-# --- LLVM's vectors -----------------------------------------------------------------------------------------------------
-
-FLOAT, HALF, BYTE, SHORT, INT = ir.FloatType(), ir.HalfType(), *map(ir.IntType, (8, 16, 32))
-
-
-class Lanes(types.Type):
-    """``rows`` times `LANES` float32 in registers."""
-
-    def __init__(self, rows):
-        self.rows = rows
-        super().__init__(f"Lanes({rows})")
-
-
-@register_model(Lanes)
-class _LanesModel(models.PrimitiveModel):
-    def __init__(self, manager, lanes):
-        super().__init__(manager, lanes, ir.VectorType(FLOAT, lanes.rows * LANES))
-
-
-# Helpers of the intrinsics below: they write LLVM instructions, ``builder`` says where.
-
-
-def _pointer(builder, address, kind):
-    return builder.inttoptr(address, kind.as_pointer())
-
-
-def _call(builder, name, result, *arguments, fastmath=()):
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(function, arguments, fastmath=fastmath)
-
-
-def _chosen(builder, bits):
-    """The lanes whose bit is set."""
-    return builder.bitcast(builder.trunc(bits, INT), ir.VectorType(ir.IntType(1), LANES))
-
-
-def _first(builder, count):
-    """A bit for each of the first ``count`` lanes."""
-    one = ir.Constant(count.type, 1)
-    return builder.sub(builder.shl(one, count), one)
-
-
-def _masked_load(builder, pointer, lanes, kind):
-    """The chosen lanes from memory, zero in the others, whose memory is not touched."""
-    name, size = {FLOAT: ("f32", 4), SHORT: ("i16", 2), BYTE: ("i8", 1)}[kind.element]
-    name = f"llvm.masked.load.v{LANES}{name}.p0"
-    return _call(builder, name, kind, pointer, ir.Constant(INT, size), lanes, ir.Constant(kind, None))
-
-
-def _has(context, feature):
-    """Whether the CPU that the code is for has an instruction set."""
-    return f"+{feature}" in context.codegen().magic_tuple()[2].split(",")
-
-
-def _widened(context, builder, words, brain):
-    """float32 from 16 bits, exactly."""
-    whole = ir.VectorType(INT, LANES)
-    floats = ir.VectorType(FLOAT, LANES)
-    if not brain and _has(context, "f16c"):
-        return builder.fpext(builder.bitcast(words, ir.VectorType(HALF, LANES)), floats)
-
-    def constant(number):
-        return ir.Constant(whole, [number] * LANES)
-
-    wide = builder.zext(words, whole)
-    if brain:  # bfloat16 is the upper half
-        return builder.bitcast(builder.shl(wide, constant(16)), floats)
-    sign = builder.shl(builder.and_(wide, constant(0x8000)), constant(16))
-    size = builder.shl(builder.and_(wide, constant(0x7FFF)), constant(13))
-    endless = builder.icmp_signed(">=", size, constant(0x7C00 << 13))  # infinite, or not a number
-    size = builder.fmul(
-        builder.bitcast(size, floats), ir.Constant(floats, [2.0**112] * LANES)
-    )  # exponents begin elsewhere
-    size = builder.bitcast(size, whole)
-    size = builder.select(endless, builder.or_(size, constant(0x7F800000)), size)
-    return builder.bitcast(builder.or_(sign, size), floats)
-
-
-def _shuffled(builder, left, right, picks):
-    return builder.shuffle_vector(left, right, ir.Constant(ir.VectorType(INT, len(picks)), list(picks)))
-
-
-def _joined(builder, parts):
-    """Vectors of one length one behind the other; their number is a power of two."""
-    while len(parts) > 1:
-        picks = range(2 * parts[0].type.count)
-        parts = [_shuffled(builder, *pair, picks) for pair in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
-
-
-def _is(kind, value):
-    """Whether an argument is known when a loop is compiled, and to be ``value``."""
-    return isinstance(kind, types.Literal) and kind.literal_value == value
-
-
-@intrinsic(prefer_literal=True)
-def _zeros(context, rows):
-    def code(context, builder, signature, arguments):
-        return ir.Constant(context.get_value_type(signature.return_type), None)
-
-    return Lanes(rows.literal_value)(rows), code
-
-
-@intrinsic(prefer_literal=True)
-def _address(context, array):
-    """The first cache line that begins in an array. Ask again at each use: numba frees what it sees no more use of."""
-
-    def code(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        last = ir.Constant(ir.IntType(64), LINE - 1)
-        return builder.and_(builder.add(builder.ptrtoint(data, last.type), last), builder.not_(last))
-
-    return types.int64(array), code
-
-
-@intrinsic(prefer_literal=True)
-def _prefetch(context, address):
-    """Ask for a cache line. No address is wrong here."""
-
-    def code(context, builder, signature, arguments):
-        read, keep, data = (ir.Constant(INT, number) for number in (0, 3, 1))
-        pointer = _pointer(builder, arguments[0], SHORT)
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
-
-    return types.void(types.int64), code
-
-
-@intrinsic(prefer_literal=True)
-def _prefetch_weights(context, base, index, form):
-    """Ask for the weights `AHEAD` bytes behind the one with a number."""
-
-    def code(context, builder, signature, arguments):
-        base, index, _ = arguments
-        place = builder.add(_place(builder, base, index, form.literal_value), ir.Constant(base.type, AHEAD))
-        read, keep, data = (ir.Constant(INT, number) for number in (0, 3, 1))
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), _pointer(builder, place, SHORT), read, keep, data)
-
-    return types.void(types.int64, types.int64, form), code
-
-
-@intrinsic(prefer_literal=True)
-def _int32(context, address):
-    def code(context, builder, signature, arguments):
-        return builder.sext(builder.load(_pointer(builder, arguments[0], INT), align=4, typ=INT), ir.IntType(64))
-
-    return types.int64(address), code
-
-
-@intrinsic(prefer_literal=True)
-def _popcount(context, bits):
-    def code(context, builder, signature, arguments):
-        return builder.ctpop(arguments[0])
-
-    return types.int64(bits), code
-
-
-@intrinsic(prefer_literal=True)
-def _bits(context, mask, n_bytes, bit, count):
-    """The ``count`` bits of the mask from ``bit`` on, read from eight bytes that lie within it."""
-
-    def code(context, builder, signature, arguments):
-        mask, n_bytes, bit, count = arguments
-        start = builder.ashr(bit, ir.Constant(bit.type, 3))
-        latest = builder.sub(n_bytes, ir.Constant(bit.type, 8))
-        start = builder.select(builder.icmp_signed("<", start, latest), start, latest)
-        word = builder.load(_pointer(builder, builder.add(mask, start), bit.type), align=1, typ=bit.type)
-        skipped = builder.sub(bit, builder.shl(start, ir.Constant(bit.type, 3)))
-        return builder.and_(builder.lshr(word, skipped), _first(builder, count))
-
-    return types.int64(types.int64, types.int64, types.int64, types.int64), code
-
-
-def _element(form):
-    """The integer that holds a code, or the bits of a 16-bit weight."""
-    return SHORT if WIDTHS[form] == 16 else BYTE
-
-
-def _place(builder, base, index, form):
-    """The address of the weight with a number; of two in one byte the byte's."""
-    one = ir.Constant(index.type, 1)
-    offset = {16: lambda: builder.shl(index, one), 8: lambda: index, 4: lambda: builder.ashr(index, one)}[
-        WIDTHS[form]
-    ]()
-    return builder.add(base, offset)
-
-
-def _nibbles(builder, base, index, count):
-    """``count`` codes of four bits from the one with number ``index`` on, a byte each."""
-    bytes_ = ir.VectorType(BYTE, LANES)
-    words = ir.VectorType(SHORT, LANES // 2)
-    quads = ir.VectorType(ir.IntType(64), LANES // 8)
-    one = ir.Constant(index.type, 1)
-    second = builder.and_(index, one)  # it begins with the upper half of a byte
-    needed = builder.ashr(builder.add(builder.add(count, second), one), one)
-    pointer = _pointer(builder, _place(builder, base, index, INT4_FORM), bytes_)
-    taken = _masked_load(builder, pointer, _chosen(builder, _first(builder, needed)), bytes_)
-    quad = builder.bitcast(taken, quads)
-    following = _shuffled(builder, quad, ir.Constant(quads, None), range(1, LANES // 8 + 1))
-    four = builder.insert_element(
-        ir.Constant(ir.VectorType(quads.element, 1), None),
-        builder.shl(second, ir.Constant(second.type, 2)),
-        ir.Constant(INT, 0),
-    )
-    shift = _shuffled(builder, four, four, [0] * (LANES // 8))
-    quad = _call(builder, f"llvm.fshr.v{LANES // 8}i64", quads, following, quad, shift)
-    sixteen = _shuffled(builder, builder.bitcast(quad, bytes_), ir.Constant(bytes_, None), range(LANES // 2))
-    wide = builder.zext(sixteen, words)  # 0x00BA, and then 0x0B0A
-
-    def constant(kind, number):
-        return ir.Constant(kind, [number] * kind.count)
-
-    wide = builder.and_(builder.or_(wide, builder.shl(wide, constant(words, 4))), constant(words, 0x0F0F))
-    codes = builder.bitcast(wide, bytes_)
-    return builder.sub(builder.xor(codes, constant(bytes_, 8)), constant(bytes_, 8))  # the sign
-
-
-def _numbers(context, builder, codes, form):
-    """float32 from codes, or from 16-bit weights."""
-    floats = ir.VectorType(FLOAT, LANES)
-    words = ir.VectorType(SHORT, LANES)
-    if _element(form) == SHORT:
-        return _widened(context, builder, codes, form == BRAIN_FORM)
-    if form != FLOAT8_FORM:
-        return builder.sitofp(builder.sext(codes, ir.VectorType(INT, LANES)), floats)
-
-    def constant(number):
-        return ir.Constant(words, [number] * LANES)
-
-    wide = builder.zext(codes, words)  # as a half: sign and exponent move up, and exponents begin elsewhere
-    sign = builder.shl(builder.and_(wide, constant(0x80)), constant(8))
-    size = builder.shl(builder.and_(wide, constant(0x7F)), constant(7))
-    halves = _widened(context, builder, builder.or_(sign, size), False)
-    return builder.fmul(halves, ir.Constant(floats, [2.0**8] * LANES))
-
-
-@intrinsic(prefer_literal=True)
-def _expand(context, base, index, bits, form):
-    """The next weights, from the one with number ``index`` on, where a bit is set; zero elsewhere."""
-
-    def code(context, builder, signature, arguments):
-        base, index, word, _ = arguments
-        kind = ir.VectorType(_element(form.literal_value), LANES)
-        name = f"v{LANES}i{kind.element.width}"
-        bits = _chosen(builder, word)
-        nothing = ir.Constant(kind, None)
-        count = builder.ctpop(word)
-        near = None
-        pointer = None
-        if form.literal_value == INT4_FORM:
-            near = _nibbles(builder, base, index, count)
-        else:
-            pointer = _pointer(builder, _place(builder, base, index, form.literal_value), kind)
-        if _has(context, "avx512vbmi2"):  # `expandload` itself takes twice as long
-            if near is None:
-                near = _masked_load(builder, pointer, _chosen(builder, _first(builder, count)), kind)
-            taken = _call(builder, f"llvm.x86.avx512.mask.expand.{name}", kind, near, nothing, bits)
-        else:
-            if pointer is None:
-                pointer = cgutils.alloca_once(builder, kind)
-                builder.store(near, pointer)
-            taken = _call(builder, f"llvm.masked.expandload.{name}", kind, pointer, bits, nothing)
-        return _numbers(context, builder, taken, form.literal_value)
-
-    return Lanes(1)(types.int64, types.int64, types.int64, form), code
-
-
-@intrinsic(prefer_literal=True)
-def _load(context, row, column, count, form):
-    """The first ``count`` of `LANES` weights of a row from an even column on."""
-
-    def code(context, builder, signature, arguments):
-        row, column, number, _ = arguments
-        number = ir.Constant(column.type, LANES) if _is(count, LANES) else number
-        if form.literal_value == INT4_FORM:
-            return _numbers(context, builder, _nibbles(builder, row, column, number), INT4_FORM)
-        kind = ir.VectorType(_element(form.literal_value), LANES)
-        pointer = _pointer(builder, _place(builder, row, column, form.literal_value), kind)
-        if _is(count, LANES):
-            taken = builder.load(pointer, align=kind.element.width // 8, typ=kind)
-        else:
-            taken = _masked_load(builder, pointer, _chosen(builder, _first(builder, number)), kind)
-        return _numbers(context, builder, taken, form.literal_value)
-
-    count_type = count if _is(count, LANES) else types.int64
-    return Lanes(1)(types.int64, types.int64, count_type, form), code
-
-
-@intrinsic(prefer_literal=True)
-def _scale(context, address, brain):
-    """A scale in all lanes."""
-
-    def code(context, builder, signature, arguments):
-        word = builder.load(_pointer(builder, arguments[0], SHORT), align=2, typ=SHORT)
-        one = builder.insert_element(ir.Constant(ir.VectorType(SHORT, 1), None), word, ir.Constant(INT, 0))
-        return _widened(context, builder, _shuffled(builder, one, one, [0] * LANES), brain.literal_value)
-
-    return Lanes(1)(types.int64, brain), code
-
-
-@intrinsic(prefer_literal=True)
-def _times(context, left, right):
-    def code(context, builder, signature, arguments):
-        return builder.fmul(*arguments)
-
-    return left(left, right), code
-
-
-@intrinsic(prefer_literal=True)
-def _stack(context, address, stride, count, rows):
-    """The first ``count`` of `LANES` numbers of each row, rows ``stride`` bytes apart."""
-
-    def code(context, builder, signature, arguments):
-        floats = ir.VectorType(FLOAT, LANES)
-        address, stride, number, _ = arguments
-        parts = []
-        for _ in range(rows.literal_value):
-            pointer = _pointer(builder, address, floats)
-            if _is(count, LANES):
-                parts.append(builder.load(pointer, align=4, typ=floats))
-            else:
-                parts.append(_masked_load(builder, pointer, _chosen(builder, _first(builder, number)), floats))
-            address = builder.add(address, stride)
-        return _joined(builder, parts)
-
-    count_type = count if _is(count, LANES) else types.int64
-    return Lanes(rows.literal_value)(types.int64, types.int64, count_type, rows), code
-
-
-@intrinsic(prefer_literal=True)
-def _spread(context, address, stride, rows):
-    """A number of every row, in all lanes of its row."""
-
-    def code(context, builder, signature, arguments):
-        address, stride, _ = arguments
-        parts = []
-        for _ in range(rows.literal_value):
-            number = builder.load(_pointer(builder, address, FLOAT), align=4, typ=FLOAT)
-            one = builder.insert_element(ir.Constant(ir.VectorType(FLOAT, 1), None), number, ir.Constant(INT, 0))
-            parts.append(_shuffled(builder, one, one, [0] * LANES))
-            address = builder.add(address, stride)
-        return _joined(builder, parts)
-
-    return Lanes(rows.literal_value)(types.int64, types.int64, rows), code
-
-
-@intrinsic(prefer_literal=True)
-def _add(context, total, weights, others):
-    """``total + weights · others``, the same weights for every row."""
-
-    def code(context, builder, signature, arguments):
-        total, weights, others = arguments
-        repeated = _shuffled(builder, weights, weights, list(range(LANES)) * signature.args[0].rows)
-        name = f"llvm.fmuladd.v{total.type.count}f32"
-        return _call(builder, name, total.type, repeated, others, total)
-
-    return total(total, weights, others), code
-
-
-@intrinsic(prefer_literal=True)
-def _store(context, address, lanes):
-    def code(context, builder, signature, arguments):
-        builder.store(arguments[1], _pointer(builder, arguments[0], arguments[1].type), align=4)
-
-    return types.void(types.int64, lanes), code
-
-
-@intrinsic(prefer_literal=True)
-def _store_some(context, address, lanes, count):
-    """The first ``count`` lanes to memory."""
-
-    def code(context, builder, signature, arguments):
-        address, lanes, count = arguments
-        pointer = _pointer(builder, address, lanes.type)
-        four = ir.Constant(INT, 4)
-        some = _chosen(builder, _first(builder, count))
-        _call(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), lanes, pointer, four, some)
-
-    return types.void(types.int64, lanes, types.int64), code
-
-
-@intrinsic(prefer_literal=True)
-def _store_sums(context, address, stride, lanes):
-    """The sum over its lanes for each row, ``stride`` bytes apart."""
-
-    def code(context, builder, signature, arguments):
-        address, stride, total = arguments
-        for row in range(lanes.rows):
-            part = _shuffled(builder, total, total, range(LANES * row, LANES * row + LANES))
-            name = f"llvm.vector.reduce.fadd.v{LANES}f32"
-            number = _call(builder, name, FLOAT, ir.Constant(FLOAT, 0.0), part, fastmath=["reassoc"])
-            builder.store(number, _pointer(builder, address, FLOAT), align=4)
-            address = builder.add(address, stride)
-
-    return types.void(types.int64, types.int64, lanes), code
+# --- loops --------------------------------------------------------------------------------------------------------------
 
 
 @compiled
 def _count(mask, n_bytes, starts, atoms):
     """Bits in front of every output."""
+    # 56 bits at a time: eight bytes hold them wherever they begin.
     count = 0
     for j in range(len(starts) - 1):
         starts[j] = count
         for column in range(0, atoms, 56):
-            count += _popcount(_bits(mask, n_bytes, j * atoms + column, min(56, atoms - column)))
+            count += popcount(mask_bits(mask, n_bytes, j * atoms + column, min(56, atoms - column)))
     starts[-1] = count
-
-
-# --- loops --------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -604,30 +220,37 @@ def _sparse(rows, form, brain):
         if not scaled:
             group = max(words, 1)
         groups = (words + group - 1) // group
+
+        # The rows of z, each from a cache line on and filled up to whole vectors, so that the loop below needs no tails.
         padded = np.empty(rows * words * LANES + LINE // 4, np.float32)
         stride = 4 * words * LANES
         for row in range(rows):
             for word in range(words):
-                part = _stack(z + 4 * (row * atoms + LANES * word), 0, min(LANES, atoms - LANES * word), 1)
-                _store(_address(padded) + row * stride + 4 * LANES * word, part)
+                part = load_rows(z + 4 * (row * atoms + LANES * word), 0, min(LANES, atoms - LANES * word), 1)
+                store(address(padded) + row * stride + 4 * LANES * word, part)
+
+        # Output by output: its values lie one behind the other, so the place of the next one is a running count.
         for j in range(first, last):
-            total = _zeros(rows)
-            value = _int32(starts + 4 * j)
+            total = zeros(rows)
+            value = load_int32(starts + 4 * j)
             for number in range(groups):
                 if scaled:
-                    scale = _scale(scales + 2 * (j * groups + number), brain)
+                    scale = load_scale(scales + 2 * (j * groups + number), brain)
                 else:
-                    scale = _zeros(1)
+                    scale = zeros(1)
                 for word in range(number * group, min(words, (number + 1) * group)):
-                    bits = _bits(mask, n_bytes, j * atoms + LANES * word, min(LANES, atoms - LANES * word))
-                    weights = _expand(values, value, bits, form)
+                    bits = mask_bits(mask, n_bytes, j * atoms + LANES * word, min(LANES, atoms - LANES * word))
+                    weights = expand(values, value, bits, form)
                     if scaled:
-                        weights = _times(weights, scale)
-                    total = _add(total, weights, _stack(_address(padded) + 4 * LANES * word, stride, LANES, rows))
-                    value += _popcount(bits)
-                    _prefetch_weights(values, value, form)
-            _prefetch(mask + j * atoms // 8 + AHEAD)
-            _store_sums(out + 4 * j, 4 * d_out, total)
+                        weights = multiply(weights, scale)
+                    # Decoded once, used for all rows of the block.
+                    total = multiply_add(
+                        total, weights, load_rows(address(padded) + 4 * LANES * word, stride, LANES, rows)
+                    )
+                    value += popcount(bits)
+                    prefetch_weights(values, value, form)
+            prefetch(mask + j * atoms // 8 + AHEAD)
+            store_sums(out + 4 * j, 4 * d_out, total)
 
     return compiled(loop)
 
@@ -646,35 +269,40 @@ def _dense(rows, form, brain):
     def loop(x, d_in, dictionary, row_bytes, scales, group_rows, out, atoms, first, last):
         words = (last - first + LANES - 1) // LANES
         sums = np.zeros(words * rows * LANES + LINE // 4, np.float32)
+        # Sums of all outputs stay in cache, while `DEPTH` rows of the dictionary pass by in the order of memory.
         for top in range(0, d_in, DEPTH):
             bottom = min(top + DEPTH, d_in)
             group = scales + 2 * (top // group_rows) * atoms
             for word in range(words):
-                place = _address(sums) + 4 * LANES * rows * word
+                place = address(sums) + 4 * LANES * rows * word
                 column = first + LANES * word
                 count = min(LANES, last - column)
-                before = _stack(place, 4 * LANES, LANES, rows)
-                total = _zeros(rows) if scaled else before
+                before = load_rows(place, 4 * LANES, LANES, rows)
+                total = zeros(rows) if scaled else before
+                # The rows that come after these are asked for now: the next visit to this column needs them.
                 for i in range(bottom, bottom + DEPTH):
-                    _prefetch(dictionary + i * row_bytes + column * width // 8)
+                    prefetch(dictionary + i * row_bytes + column * width // 8)
+                # Whole vectors without a mask: the compiler keeps their loads short. The last few columns have one.
                 if count == LANES:
                     for i in range(top, bottom):
-                        weights = _load(dictionary + i * row_bytes, column, LANES, form)
-                        total = _add(total, weights, _spread(x + 4 * i, 4 * d_in, rows))
+                        weights = load_weights(dictionary + i * row_bytes, column, LANES, form)
+                        total = multiply_add(total, weights, broadcast_rows(x + 4 * i, 4 * d_in, rows))
                     if scaled:
-                        total = _add(before, _load(group, column, LANES, scale_form), total)
+                        total = multiply_add(before, load_weights(group, column, LANES, scale_form), total)
                 else:
                     for i in range(top, bottom):
-                        weights = _load(dictionary + i * row_bytes, column, count, form)
-                        total = _add(total, weights, _spread(x + 4 * i, 4 * d_in, rows))
+                        weights = load_weights(dictionary + i * row_bytes, column, count, form)
+                        total = multiply_add(total, weights, broadcast_rows(x + 4 * i, 4 * d_in, rows))
                     if scaled:
-                        total = _add(before, _load(group, column, count, scale_form), total)
-                _store(place, total)
+                        total = multiply_add(before, load_weights(group, column, count, scale_form), total)
+                store(place, total)
+
+        # Sums were kept vector by vector, all rows side by side; outputs are row by row.
         for row in range(rows):
             for word in range(words):
                 column = first + LANES * word
-                part = _stack(_address(sums) + 4 * LANES * (rows * word + row), 0, LANES, 1)
-                _store_some(out + 4 * (row * atoms + column), part, min(LANES, last - column))
+                part = load_rows(address(sums) + 4 * LANES * (rows * word + row), 0, LANES, 1)
+                store_some(out + 4 * (row * atoms + column), part, min(LANES, last - column))
 
     return compiled(loop)
 
@@ -688,16 +316,16 @@ def _unpack(form, brain):
         words = (atoms + LANES - 1) // LANES
         groups = (words + group - 1) // group
         for j in range(first, last):
-            value = _int32(starts + 4 * j)
+            value = load_int32(starts + 4 * j)
             for word in range(words):
                 column = LANES * word
                 count = min(LANES, atoms - column)
-                bits = _bits(mask, n_bytes, j * atoms + column, count)
-                weights = _expand(values, value, bits, form)
+                bits = mask_bits(mask, n_bytes, j * atoms + column, count)
+                weights = expand(values, value, bits, form)
                 if scaled:
-                    weights = _times(weights, _scale(scales + 2 * (j * groups + word // group), brain))
-                _store_some(out + 4 * (j * atoms + column), weights, count)
-                value += _popcount(bits)
-                _prefetch_weights(values, value, form)
+                    weights = multiply(weights, load_scale(scales + 2 * (j * groups + word // group), brain))
+                store_some(out + 4 * (j * atoms + column), weights, count)
+                value += popcount(bits)
+                prefetch_weights(values, value, form)
 
     return compiled(loop)

@@ -180,6 +180,7 @@ def _one_row(
     total = tl.zeros((OUTPUTS, TILE // 8), tl.float32)
     for first in range(0, atoms, TILE):
         spread, before, start, place = _count(mask, bits, place, outputs < d_out, first, atoms, WHOLE_BYTES, TILE)
+        # Bit by bit over all bytes of the tile: a thread's values lie side by side in memory.
         columns = first + 8 * tl.arange(0, TILE // 8)
         part = tl.zeros((OUTPUTS, TILE // 8), tl.float32)
         for bit in tl.static_range(8):
@@ -224,7 +225,8 @@ def _several_rows(
         entries = tl.load(z + block[:, None] * atoms + columns[None, :], inside, 0.0)
         if entries.dtype == tile.dtype and (tile.dtype == tl.float16 or not INTERPRETED):
             total = tl.dot(entries, tl.trans(tile), total)
-        else:  # dtypes that differ; and the interpreter multiplies bfloat16 as if its bits were an integer's
+        else:
+            # Dtypes that differ; and the interpreter takes the bits of bfloat16 for an integer's.
             total = tl.dot(entries.to(tl.float32), tl.trans(tile.to(tl.float32)), total, input_precision="tf32x3")
     inside = (block < rows)[:, None] & (outputs < d_out)[None, :]
     tl.store(out + block[:, None] * d_out + outputs[None, :], total.to(out.dtype.element_ty), inside)
@@ -346,9 +348,11 @@ def _count(mask, bits, place, live, first, atoms, WHOLE_BYTES: tl.constexpr, TIL
         byte = (byte | (upper << 8)) >> skipped.to(tl.uint32)
     byte &= ((1 << inside) - 1).to(tl.uint32)[None, :]
 
+    # Eight bits into eight nibbles, by halves: 4 + 4, 2 + 2 + 2 + 2, and one each.
     spread = (byte | (byte << 12)) & 0x000F000F
     spread = (spread | (spread << 6)) & 0x03030303
     spread = (spread | (spread << 3)) & 0x11111111
+    # Running counts of ones in one product; the last nibble counts the whole byte.
     upto = spread * 0x11111111
     ones = (upto >> 28).to(tl.int32)
     return spread, upto - spread, place[:, None] + tl.cumsum(ones, 1) - ones, place + tl.sum(ones, 1)

@@ -23,7 +23,7 @@ from cospadi.checkpoint import ledger
 from cospadi.checkpoint import write as checkpoint
 from cospadi.checkpoint.checksums import CHECKSUMS
 from cospadi.checkpoint.checksums import checksum as checksum_of
-from cospadi.checkpoint.layers import CompressedLinear
+from cospadi.checkpoint.linear import CompressedLinear
 from cospadi.checkpoint.specs import layer_of
 from cospadi.checkpoint.transformers_plugin import CoSpaDiQuantizer
 from cospadi.errors import UserError

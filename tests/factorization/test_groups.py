@@ -22,7 +22,7 @@ from cospadi.api import compress_to
 from cospadi.checkpoint import ledger
 from cospadi.checkpoint import write as checkpoint
 from cospadi.checkpoint.checksums import CHECKSUMS
-from cospadi.checkpoint.layers import CompressedLinear
+from cospadi.checkpoint.linear import CompressedLinear
 from cospadi.errors import UserError
 from cospadi.factorization import budget, groups
 from cospadi.factorization.factors import stored_bits
