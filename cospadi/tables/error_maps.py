@@ -7,15 +7,16 @@ import math
 
 import pandas as pd
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from cospadi.tables.style import SOFT
 
 
-def error_maps(frame: pd.DataFrame, errors: pd.DataFrame):
+def error_maps(frame: pd.DataFrame, errors: pd.DataFrame) -> Figure:
     """A panel per model and method at the middle ratio that most have: projections down, layers across, one colour scale."""
     at = middle(most_shared(errors))
     errors = errors[errors["compression_ratio"] == at]
@@ -45,35 +46,8 @@ def error_maps(frame: pd.DataFrame, errors: pd.DataFrame):
             panel.set_visible(False)
             continue
         (model, method), part = named_part
-        grid = part.pivot_table(
-            index="projection", columns="layer", values="output_error", sort=False, aggfunc="mean", dropna=False
-        )
-        grid = grid.loc[list(dict.fromkeys(part["projection"])), sorted(grid.columns)]
-        values = grid.where(grid.abs() < math.inf).to_numpy(dtype=float)
-        blank |= bool(pd.isna(values).any())
-        left = int(grid.columns[0])
-        right = int(grid.columns[-1])
-        panel.imshow(
-            values,
-            cmap=palette,
-            norm=norm,
-            aspect="auto",
-            interpolation="nearest",
-            extent=(left - 0.5, right + 0.5, len(grid) - 0.5, -0.5),
-        )
-        panel.grid(False)
-        for spine in panel.spines.values():
-            spine.set_visible(False)
-        panel.tick_params(length=0)
-        panel.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
-        labels = [name.rpartition(".")[2].removesuffix("_proj") for name in grid.index]
-        panel.set_yticks(range(len(labels)), labels, fontsize=9)
         whole = f"{models[model]}, " if len(models) > 1 else ""
-        mean = part["output_error"].mean()
-        panel.set_title(f"{whole}{titles[method]}", fontsize=10)
-        panel.set_title(
-            f"mean {mean:.3f}" if math.isfinite(mean) else "", fontsize=9, loc="right", color=SOFT, weight="normal"
-        )
+        blank |= _draw_map(panel, part, f"{whole}{titles[method]}", norm, palette)
     figure.supxlabel("Layer", fontsize=10)
     bar = figure.colorbar(
         ScalarMappable(norm, palette), ax=panels, extend=extend, aspect=max(12, 7 * height), shrink=0.9, pad=0.015
@@ -82,6 +56,37 @@ def error_maps(frame: pd.DataFrame, errors: pd.DataFrame):
     bar.outline.set_visible(False)
     bar.set_label(f"Output error at ratio {at:g} ↓" + ("\n(grey: none or not finite)" if blank else ""))
     return figure
+
+
+def _draw_map(panel: Axes, part: pd.DataFrame, title: str, norm: Normalize, palette: Colormap) -> bool:
+    """The map of one model and method; whether it has blanks."""
+    grid = part.pivot_table(
+        index="projection", columns="layer", values="output_error", sort=False, aggfunc="mean", dropna=False
+    )
+    grid = grid.loc[list(dict.fromkeys(part["projection"])), sorted(grid.columns)]
+    values = grid.where(grid.abs() < math.inf).to_numpy(dtype=float)
+    left = int(grid.columns[0])
+    right = int(grid.columns[-1])
+    panel.imshow(
+        values,
+        cmap=palette,
+        norm=norm,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(left - 0.5, right + 0.5, len(grid) - 0.5, -0.5),
+    )
+    panel.grid(False)
+    for spine in panel.spines.values():
+        spine.set_visible(False)
+    panel.tick_params(length=0)
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+    labels = [name.rpartition(".")[2].removesuffix("_proj") for name in grid.index]
+    panel.set_yticks(range(len(labels)), labels, fontsize=9)
+    mean = part["output_error"].mean()
+    aside = f"mean {mean:.3f}" if math.isfinite(mean) else ""
+    panel.set_title(title, fontsize=10)
+    panel.set_title(aside, fontsize=9, loc="right", color=SOFT, weight="normal")
+    return bool(pd.isna(values).any())
 
 
 def most_shared(errors: pd.DataFrame) -> pd.Series:

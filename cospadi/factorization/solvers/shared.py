@@ -89,19 +89,15 @@ def shared_htp(
     mean = mean_whitener(whiteners)
     maps = torch.linalg.solve_triangular(mean.expand_as(whiteners), whiteners, upper=True, left=False)
     under_mean = torch.linalg.solve_triangular(maps, targets, upper=True)
-    (start,) = htp_batch(
-        torch.cat(list(under_mean), dim=1)[None].to(dtype),
-        atoms,
-        sparsity,
-        fixed=mean[None].to(dtype) if identity else None,
-        fixed_codes=None if fixed_codes is None else fixed_codes.flatten(end_dim=1)[None],
-        balanced=balanced,
-        relaxation=relaxation,
-        cg_steps=cg_steps,
-        tolerance=tolerance,
-        final_cg_steps=final_cg_steps,
-        **settings,
-    )
+    coding = {"balanced": balanced, "relaxation": relaxation, "cg_steps": cg_steps}
+    if identity:
+        coding |= {"fixed": mean[None].to(dtype)}
+    if fixed_codes is not None:
+        coding |= {"fixed_codes": fixed_codes.flatten(end_dim=1)[None]}
+    side_by_side = torch.cat(list(under_mean), dim=1)[None].to(dtype)
+    stopping = {"tolerance": tolerance, "final_cg_steps": final_cg_steps}
+    (start,) = htp_batch(side_by_side, atoms, sparsity, **coding, **stopping, **settings)
+
     # From here on every member codes over its own view of the atoms, made unit: the codes take the lengths.
     maps = maps.to(dtype)
     targets = targets.to(dtype)
@@ -135,8 +131,8 @@ def shared_htp(
     coefficients = codes.double()
     coefficients[..., : pursuit.n_fixed] /= pursuit.fixed_norms
     coefficients[..., pursuit.n_fixed :] /= _seen(maps, learned)[1]
-    side_by_side = torch.cat(list(coefficients.mT.to(dtype)), dim=1)
-    return Solution(unwhiten(mean, learned).to(dtype), side_by_side, [*errors, error])
+    of_members = coefficients.mT.to(dtype)
+    return Solution(unwhiten(mean, learned).to(dtype), torch.cat(list(of_members), dim=1), [*errors, error])
 
 
 def mean_whitener(whiteners: Float[Tensor, "g d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
