@@ -100,7 +100,7 @@ def configured(source: str, overrides: Sequence[str], text: str | None) -> Confi
 
 
 def _set(setting: str, value: str) -> str:
-    """A Hydra override whose value is taken as it stands."""
+    """A Hydra override whose value is taken literally."""
     quoted = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"{setting}='{quoted}'"
 

@@ -36,7 +36,7 @@ def pick(name: str, setting: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"{setting}={name} is no device. Set it to auto, cpu or cuda.") from error
+        raise UserError(f"{setting}={name} is not a device. Set it to auto, cpu or cuda.") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         n_gpus = torch.cuda.device_count()
         raise UserError(f"{setting}={name} is set, but torch sees {n_gpus} CUDA GPUs here. Set it to auto or cpu.")

@@ -51,7 +51,7 @@ class Checkpoint:
         files = sorted(self.folder.glob("*.safetensors"))
         if not files:
             raise UserError(
-                f"{self.folder} holds no *.safetensors file, so it is no checkpoint. "
+                f"{self.folder} holds no *.safetensors file, so it is not a checkpoint. "
                 "Point model.source at a folder written by save_pretrained."
             )
         self._open = [safe_open(file, framework="pt") for file in files]

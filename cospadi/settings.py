@@ -62,7 +62,7 @@ class StudyConfig:
     against: str | None = None
     """The method that all others of a ratio are compared with, document by document; ``null``: the last of ``methods``."""
     published: list[str] = field(default_factory=list)
-    """Papers whose numbers stand beside ours, as reference rows: sources in ``cospadi/tables/published.yaml``."""
+    """Papers whose numbers are printed below ours, as reference rows: sources in ``cospadi/tables/published.yaml``."""
 
     def __post_init__(self) -> None:
         require_at_least("study.layers_per_job", self.layers_per_job, 1)
@@ -109,7 +109,7 @@ class Config:
         for name in getattr(self.factorization, "grouped", None) or []:
             require(
                 name in projections,
-                f"factorization.grouped={name} is no projection of model {self.model.name}{did_you_mean(name, projections)} "
+                f"factorization.grouped={name} is not a projection of model {self.model.name}{did_you_mean(name, projections)} "
                 f"There are: {', '.join(projections)}.",
             )
         self._check_quantization()

@@ -9,7 +9,7 @@ from cospadi.errors import UserError
 
 def test_names():
     assert devices.pick("cpu", "calibration.device") == torch.device("cpu")
-    with pytest.raises(UserError, match=r"calibration\.device=gpu is no device"):
+    with pytest.raises(UserError, match=r"calibration\.device=gpu is not a device"):
         devices.pick("gpu", "calibration.device")
 
 

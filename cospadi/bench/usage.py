@@ -25,7 +25,7 @@ PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbm
 
 @dataclass(frozen=True)
 class Usage:
-    """Of one run."""
+    """Operations, time and memory of one run."""
 
     flops: int
     """In matrix products; a multiplication and an addition are two."""
@@ -43,7 +43,7 @@ def usage(run: Callable[[], object], device: torch.device) -> Usage:
     with (
         _cuda_peak(device) as cuda_peak,
         profile(activities=activities, profile_memory=True) as profiled,
-        record_function("run"),  # whatever is no operation of torch counts as its own time
+        record_function("run"),  # whatever is not an operation of torch counts as its own time
     ):
         run()
         synchronize(device)

@@ -121,7 +121,7 @@ def gather(
             f"This {type(network).__name__} lacks a projection: {error}. Set model.blocks and model.shared_inputs to match."
         ) from error
     if not all(isinstance(layer, nn.Linear) for group in layers for layer in group):
-        raise UserError("A projection is no linear layer: is this model compressed already? Compress the original.")
+        raise UserError("A projection is not a linear layer: is this model compressed already? Compress the original.")
     of_blocks: list[dict[str, InputStatistics]] = [{} for _ in blocks]
     hooks = [
         hook

@@ -24,9 +24,9 @@ class CalibrationConfig:
     batch_size: int = 4
     """Sequences that run through a block at once."""
     gram_dtype: str = "float32"
-    """Of the product of one batch; sums are always float64. ``float64`` halves the speed."""
+    """Dtype of the products of one batch; sums are always float64. ``float64`` halves the speed."""
     attention: bool = True
-    """Of the inputs of ``model.attended``, weigh every token by the attention it receives: the first token of a text counts
+    """Whether the inputs of ``model.attended`` are weighted, token by token, by the attention they receive: the first token of a text counts
     as much as hundreds of others, as nearly all look at it. ``false``: every token alike, as in the papers."""
     damping: float = 1e-6
     """Ridge on the gram, as a fraction of its mean diagonal."""

@@ -71,7 +71,7 @@ class InputStatistics:
 
 
 def statistics_file(grams: Path, layer: int) -> Path:
-    """Where a layer's statistics lie."""
+    """File of a layer's statistics."""
     return grams / f"{layer:03d}.safetensors"
 
 

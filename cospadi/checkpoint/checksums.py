@@ -18,7 +18,7 @@ CHECKSUMS = "cospadi_checksums"
 
 
 def checksum(tensor: Tensor) -> str:
-    """The first 16 hexadecimal digits of the sha256 of a tensor's dtype, shape and bytes, wherever it lies.
+    """The first 16 hexadecimal digits of the sha256 of a tensor's dtype, shape and bytes, on any device.
 
     >>> checksum(torch.zeros(3)) == checksum(torch.zeros(3)[None]), checksum(torch.zeros(2)) == checksum(torch.zeros(2))
     (False, True)

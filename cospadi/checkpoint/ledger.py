@@ -87,7 +87,7 @@ def _megabytes(size: int) -> str:
 
 
 def _bytes(checkpoint: Checkpoint, name: str) -> int:
-    """Of a tensor, without reading it."""
+    """Bytes of a tensor, without reading it."""
     piece = checkpoint._where[name].get_slice(name)
     widths = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
     size = widths[piece.get_dtype()]

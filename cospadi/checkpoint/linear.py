@@ -159,7 +159,7 @@ class CompressedLinear(nn.Module):
         return [self.shared_part, *([f"{self.shared_part}_scales"] if self.shared_part in self.formats else [])]
 
     def check(self) -> None:
-        """That the tensors fit each other.
+        """Check that the tensors fit each other.
 
         Raises:
             UserError: when they do not.

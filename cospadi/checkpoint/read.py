@@ -30,7 +30,7 @@ def compression_of(folder: Path) -> dict[str, Any]:
     """The ``quantization_config`` of a compressed checkpoint, checked.
 
     Raises:
-        UserError: when ``folder`` is no folder, no checkpoint, not compressed by cospadi, or of a newer format.
+        UserError: when ``folder`` is not a folder, not a checkpoint, not compressed by cospadi, or of a newer format.
     """
     folder = Path(folder)
     try:
@@ -39,7 +39,7 @@ def compression_of(folder: Path) -> dict[str, Any]:
         method = section.get("quant_method")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{folder} holds no readable config.json, so it is no checkpoint. Name a folder written by cospadi compress."
+            f"{folder} holds no readable config.json, so it is not a checkpoint. Name a folder written by cospadi compress."
         ) from error
     if method != METHOD:
         raise UserError(f"{folder} is not compressed by cospadi (quant_method: {method or 'none'}). Compress it first.")

@@ -24,7 +24,7 @@ from cospadi.errors import UserError
 
 METHOD = "cospadi"
 FORMAT_VERSION = 3
-"""Of what a checkpoint's config and tensors mean: the newest that is read. Layers that share need 2, quantized ones 3."""
+"""Newest format version of checkpoints that is read. Layers that share need 2, quantized ones 3."""
 
 
 def format_version(modules: Mapping[str, Mapping[str, Any]]) -> int:
@@ -121,7 +121,7 @@ def put_empty_layers(model: nn.Module, modules: dict[str, dict[str, Any]]) -> No
     """Compressed layers without numbers, on the meta device, where the config names them.
 
     Raises:
-        UserError: a name that is no linear layer of this model, a size that does not match, or a broken description.
+        UserError: a name that is not a linear layer of this model, a size that does not match, or a broken description.
     """
     for name, spec in modules.items():
         try:

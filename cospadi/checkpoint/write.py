@@ -145,7 +145,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, generation settings, licence: everything beside the weights that is no code."""
+    """Tokenizer, generation settings, licence: everything beside the weights that is not code."""
     for file in sorted(Path(source).iterdir()):
         is_companion = file.suffix in {".json", ".txt", ".model", ".jinja", ".md"} or file.name.startswith("LICENSE")
         if file.is_file() and is_companion and file.name != "config.json" and not file.name.endswith(".index.json"):

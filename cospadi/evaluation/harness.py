@@ -224,7 +224,7 @@ def _protocol(
 
 
 def first_token(language_model: Any, rolling: bool) -> str:
-    """What stands before every text: perplexities by document start from lm-eval's prefix token, whatever the tokenizer."""
+    """The token before every text: perplexities by document start from lm-eval's prefix token, whatever the tokenizer."""
     tokenizer = language_model.tokenizer
     if rolling:
         return f"starting from {tokenizer.convert_ids_to_tokens(language_model.prefix_token_id)}"

@@ -78,7 +78,7 @@ class EvaluationConfig:
         self._use_mirror()
 
     def _use_mirror(self) -> None:
-        """Read texts from the mirror too, when they are data sets that lie there."""
+        """Read texts from the mirror too, when they are data sets that are there."""
         if self.mirror is None:
             return
         folder = Path(self.mirror).expanduser().absolute()

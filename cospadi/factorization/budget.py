@@ -232,7 +232,7 @@ def pattern_nonzeros(d_in: int, d_out: int, compression_ratio: float, kept: int,
     288
 
     Raises:
-        UserError: when ``d_in`` is no multiple of ``group``, or the pattern takes more bits than there are.
+        UserError: when ``d_in`` is not a multiple of ``group``, or the pattern takes more bits than there are.
     """
     if d_in % group:
         raise UserError(

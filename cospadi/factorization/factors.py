@@ -86,7 +86,7 @@ class SparseDictionary:
     dictionary: Float[Tensor, "d_in atoms"] | Quantized
     coefficients: Float[Tensor, "all_atoms d_out"] | Quantized
     value_bits: int = 16
-    """Of values in 16 bits, those that are stored: 14 under the paper's accounting. Of quantized ones, of their codes."""
+    """Bits stored per value: 16, 14 under the paper's accounting, or the width of the codes when quantized."""
     identity: bool = False
     kind = "sparse_dictionary"
     shared_part = "dictionary"

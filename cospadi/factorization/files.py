@@ -38,7 +38,7 @@ class FactorsFile:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Those of the record, in the order of the file."""
+        """Rows of the record, in the order of the file."""
         return [self._rows[name] for name in self.names]
 
     def write(self, file: Path) -> None:

@@ -17,8 +17,7 @@ LINE = 64
 AHEAD = 2048
 """Bytes by which values and bits are asked for before their turn: these streams are too slow for a CPU to foresee."""
 HALF_FORM = SIXTEEN_BITS
-BRAIN_FORM = -1
-"""16 bits that are bfloat16; the forms of codes are those of their `Format`."""
+BRAIN_FORM = -1  # 16 bits that are bfloat16; the forms of codes are those of their `Format`
 WIDTHS = {HALF_FORM: 16, BRAIN_FORM: 16, INT8_FORM: 8, INT4_FORM: 4, FLOAT8_FORM: 8}
 """Bits of a weight."""
 

@@ -1,1 +1,1 @@
-"""Number formats of few bits, and how their codes lie in bytes."""
+"""Number formats of few bits, and how their codes are packed into bytes."""

@@ -346,7 +346,7 @@ class Study:
         return f"{RESULTS}/tables/{self.name}/summary.csv"
 
     def place(self, model: str, cell: CellId | None = None) -> str:
-        """Where a cell's results lie below a room's folder; without a cell, the dense model's."""
+        """Where a cell's results are below a room's folder; without a cell, the dense model's."""
         return f"{model}/{f'{self.calibration}/{cell.folder}' if cell else DENSE}/{self.evaluation}"
 
     @property

@@ -53,7 +53,7 @@ class _Target:
     weight: Float[Tensor, "d_in d_out"]
     """The factors multiplied out."""
     gram: Float[Tensor, "d_in d_in"]
-    """Of its inputs, its mean diagonal 1."""
+    """Gram of its inputs, with a mean diagonal of 1."""
 
 
 def quantize(config: QuantizationConfig, factors: Sequence[Factors], problems: Sequence[Problem]) -> list[Factors]:

@@ -46,7 +46,7 @@ class QuantizationConfig:
         require_known("quantization.values", self.values, (TRUNCATED,))
         require(
             self.group_size > 0 and self.group_size % LANES == 0,
-            f"quantization.group_size={self.group_size} is no multiple of {LANES}, and the kernels take so many weights at a "
+            f"quantization.group_size={self.group_size} is not a multiple of {LANES}, and the kernels take so many weights at a "
             f"time. Set it to {max(LANES, self.group_size // LANES * LANES)}.",
         )
         require_one_of("quantization.rounding", self.rounding, ROUNDINGS)

@@ -135,7 +135,7 @@ def _snapshot(config: ModelConfig) -> Path:
             "or download it elsewhere and set model.source to the local directory."
         ) from error
     except errors.HFValidationError as error:
-        raise UserError(f"{named} is no valid hub id: {brief(error)}. Write <owner>/<name>.") from error
+        raise UserError(f"{named} is not a valid hub id: {brief(error)}. Write <owner>/<name>.") from error
     except errors.HfHubHTTPError as error:
         raise UserError(
             f"{named} could not be fetched: {brief(error)}. Try again, or use a local directory."
@@ -199,12 +199,12 @@ def _random_settings(config: ModelConfig, tokenizer: Any) -> Any:
         default = None
     if type(default) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"model.source={config.source}: {model_type or 'nothing'} is no model_type of a causal language model in "
+            f"model.source={config.source}: {model_type or 'nothing'} is not a model_type of a causal language model in "
             "transformers. Use for instance random:llama or random:qwen3."
         )
     unknown = [name for name in config.architecture if not hasattr(default, name)]
     if unknown:
-        raise UserError(f"model.architecture.{unknown[0]} is no field of a {model_type} config. Correct its name.")
+        raise UserError(f"model.architecture.{unknown[0]} is not a field of a {model_type} config. Correct its name.")
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     settings = {"vocab_size": len(tokenizer), "num_hidden_layers": n_layers(config), **ends, **config.architecture}
     try:
@@ -261,7 +261,7 @@ def _link_files(origin: Path, folder: Path, named: str) -> None:
         raise UserError(f"{named} is also where the prepared model goes. Choose another place for one of them.")
     names = sorted(path.name for path in origin.iterdir() if path.is_file())
     if "config.json" not in names:
-        raise UserError(f"{named} has no config.json, so it is no transformers checkpoint. Correct the path or id.")
+        raise UserError(f"{named} has no config.json, so it is not a transformers checkpoint. Correct the path or id.")
     if not any(_matches(name, ("*.safetensors",)) for name in names):
         only = " (only pickled ones, which can run code)" if any(_matches(name, _PICKLED) for name in names) else ""
         raise UserError(
@@ -338,7 +338,9 @@ def _read_settings(path: Path, setting: str) -> dict[str, Any]:
     try:
         content = records.read_json(path)
     except FileNotFoundError as error:
-        raise UserError(f"{setting}: {path.parent} has no {path.name}, so it is no transformers checkpoint.") from error
+        raise UserError(
+            f"{setting}: {path.parent} has no {path.name}, so it is not a transformers checkpoint."
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:
         raise UserError(f"{setting}: {path} cannot be read as JSON ({brief(error)}). Fetch it again.") from error
     if not isinstance(content, dict):

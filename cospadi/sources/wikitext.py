@@ -103,7 +103,7 @@ _REPAIRS = tuple(
 
 
 def articles(stream: BufferedIOBase) -> Iterator[str]:
-    """The prose of each article of at least ``MIN_WORDS`` words: pages of namespace 0 that are no redirects.
+    """The prose of each article of at least ``MIN_WORDS`` words: pages of namespace 0 that are not redirects.
 
     Raises:
         xml.etree.ElementTree.ParseError: when the export is cut off or is no XML.
@@ -183,7 +183,7 @@ def _template_words(template: Any) -> str:
 
 
 def _paragraph(block: str) -> str:
-    """``block`` without marks of lists and rests of markup; empty when it is no prose."""
+    """``block`` without marks of lists and rests of markup; empty when it is not prose."""
     if _LEFT_OVER.search(block):
         return ""
     text = html.unescape(html.unescape(block)).lstrip("*#:; \t\xa0")
@@ -192,5 +192,5 @@ def _paragraph(block: str) -> str:
     text = text.strip().lstrip("*#:;,|! ")
     entry = block.startswith(_LIST_MARK)
     if len(text.split()) < MIN_PARAGRAPH_WORDS or (entry and not text.endswith(_SENTENCE_ENDS)):
-        return ""  # an entry that is no sentence is a name, a link or a number
+        return ""  # an entry that is not a sentence is a name, a link or a number
     return text

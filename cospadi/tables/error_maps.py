@@ -90,7 +90,7 @@ def _draw_map(panel: Axes, part: pd.DataFrame, title: str, norm: Normalize, pale
 
 
 def most_shared(errors: pd.DataFrame) -> pd.Series:
-    """The ratios at which most models and methods stand."""
+    """The ratios that most models and methods have."""
     pairs = errors.drop_duplicates(["model", "method", "compression_ratio"])
     times = pairs["compression_ratio"].value_counts()
     return pd.Series(times[times == times.max()].index, dtype=float)

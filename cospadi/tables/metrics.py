@@ -128,4 +128,4 @@ METRICS = {
 }
 """Every metric by its name, in the order of the summary's columns."""
 AVERAGE = METRICS["average_accuracy"]
-"""The metric that stands beside the tasks it averages."""
+"""The metric whose column is next to the tasks that it averages."""

@@ -57,7 +57,7 @@ def overview(frame: pd.DataFrame, model: str) -> str:
 
 
 def _best(rows: pd.DataFrame, metric: Metric) -> str | None:
-    """The best value as it is printed; nothing where one method stands alone."""
+    """The best value as it is printed; nothing where there is only one method."""
     finite = rows[metric.name][rows[metric.name].map(math.isfinite)]
     if len(rows) < 2 or finite.empty:
         return None

@@ -30,7 +30,7 @@ class Column:
     """``higher``, ``lower``, or nothing: then no value is bold."""
     print: Callable[[float], str]
     is_difference: bool = False
-    """Printed with its standard error wherever it stands: a difference says nothing without it."""
+    """Whether its standard error is printed beside it everywhere: a difference says nothing without it."""
 
     @property
     def arrow(self) -> str:

@@ -65,7 +65,7 @@ def _legend_columns(titles: Sequence[str], width: float | int) -> int:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (size, loss) those that have a lower loss than all that are no larger, from the smallest on.
+    """Those (size, loss) with a lower loss than all that are not larger, from the smallest on.
 
     >>> front([(3.0, 1.0), (1.0, 5.0), (2.0, 6.0), (2.0, 2.0)])
     [(1.0, 5.0), (2.0, 2.0), (3.0, 1.0)]

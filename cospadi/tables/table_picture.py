@@ -65,7 +65,7 @@ class _Picture:
 
     @cached_property
     def heads(self) -> list[tuple[str, str]]:
-        """Heading of every column, and what stands below it: unit and direction."""
+        """Heading of every column, and what is below it: unit and direction."""
         of_values = [(column.title, join(" ", column.unit, column.arrow)) for column in self.table.columns]
         return [("Ratio", ""), ("Method", ""), *of_values]
 
@@ -101,7 +101,7 @@ class _Picture:
         self.y += 0.09
 
     def _set_group(self, group: list[Row], is_first: bool) -> None:
-        """Rows of one ratio below a rule; the ratio stands in the first of them."""
+        """Rows of one ratio below a rule; the ratio is in the first of them."""
         self._rule(0.9 if is_first else 0.6, INK if is_first else SOFT)
         self.y += 0.05
         for row in group:

@@ -1,4 +1,4 @@
-"""A cell's records -> what W&B is told of it. Values only: W&B itself is in ``offline.py``."""
+"""A cell's records -> what W&B gets of it. Values only: W&B itself is in ``offline.py``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Run:
     id: str
     """The same for the same cell under the same settings, whoever logs it."""
     place: str
-    """Where its record lies below ``results/tracking/<study>``."""
+    """Where its record is below ``results/tracking/<study>``."""
     name: str
     group: str
     """The study."""
@@ -97,7 +97,7 @@ def cell_runs(study: str, cells: dict[str, Cell]) -> list[Run]:
 
 
 def tables_run(study: str, title: str, folder: Path) -> Run:
-    """The run that carries a study's tables and figures, as they lie in ``folder``."""
+    """The run that carries a study's tables and figures, as they are in ``folder``."""
     files = sorted(path for path in Path(folder).iterdir() if path.suffix != ".log" and not path.name.startswith("."))
     frame = pd.read_csv(Path(folder) / "summary.csv")
     return Run(
@@ -123,7 +123,7 @@ def run_id(study: str, place: str, settings: dict[str, Any]) -> str:
 
 
 def _settings(cell: Cell) -> dict[str, Any]:
-    """Of all rooms, as the records have them."""
+    """Settings of all rooms, as the records have them."""
     settings: dict[str, Any] = {}
     for record in (cell.evaluation, *cell.factorizations):
         settings |= record.get("settings") or {}

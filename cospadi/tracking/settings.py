@@ -24,7 +24,7 @@ class TrackingConfig:
     """``offline``: files that ``wandb sync`` uploads later. ``auto``: these, uploaded at once where there is an API key and a
     server that answers. ``online``: the same, but refused from the start without a key. ``disabled``: no tracking job."""
     project: str = "cospadi"
-    """Of W&B; it is made when it does not exist."""
+    """Project in W&B, made when it does not exist."""
     entity: str | None = None
     """User or team of W&B; ``null``: the key's own."""
     timeout: float = 3.0
@@ -40,7 +40,7 @@ class TrackingConfig:
             value = getattr(self, setting)
             require(
                 value is None or re.fullmatch(r"[^/\\#?%:\s]{1,128}", value) is not None,
-                f"tracking.{setting}={value} is no name that W&B takes. Write up to 128 characters without blanks and / \\ # ? % :",
+                f"tracking.{setting}={value} is not a name that W&B takes. Write up to 128 characters without blanks and / \\ # ? % :",
             )
         require_at_least("tracking.timeout", self.timeout, 0.1)
         require_at_least("tracking.upload_timeout", self.upload_timeout, 1)

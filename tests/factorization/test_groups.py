@@ -241,7 +241,7 @@ def test_blocks_of_layers_that_cut_a_group_are_refused(settings, allowed, refuse
         ("factorization.group_size=0", "factorization.group_size=0 is too small"),
         ("factorization.metric=both", "factorization.metric=both is not known"),
         ("factorization.pairing=some", "factorization.pairing=some is not known"),
-        ("factorization.grouped=[self_attn.q_prj]", "is no projection of model .*Did you mean self_attn.q_proj?"),
+        ("factorization.grouped=[self_attn.q_prj]", "is not a projection of model .*Did you mean self_attn.q_proj?"),
         ("factorization.solver=ksvd", "metric=own of a group needs factorization.solver=htp"),
         ("factorization.rho=auto", "metric=own of a group needs .* a number for factorization.rho"),
     ],

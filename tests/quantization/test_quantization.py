@@ -269,7 +269,7 @@ def test_numbers_that_are_not_finite_are_refused():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["quantization.group_size=100"], "quantization.group_size=100 is no multiple of 32.* Set it to 96"),
+        (["quantization.group_size=100"], "quantization.group_size=100 is not a multiple of 32.* Set it to 96"),
         (["quantization=int8", "quantization.values=int9"], "quantization.values=int9 is not known.*int8, float8"),
         (["quantization.rounding=up"], "quantization.rounding=up is not known"),
         (

@@ -622,10 +622,10 @@ def test_any_text_comes_back_from_its_bytes(tokenizer, probe):
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        (random_model("nonesuch"), r"model\.source=random:nonesuch: nonesuch is no model_type"),
-        (random_model(""), r"model\.source=random:: nothing is no model_type"),
-        (random_model("t5"), "t5 is no model_type of a causal"),
-        (random_model(architecture=TINY | {"hiden_size": 3}), r"model\.architecture\.hiden_size is no field"),
+        (random_model("nonesuch"), r"model\.source=random:nonesuch: nonesuch is not a model_type"),
+        (random_model(""), r"model\.source=random:: nothing is not a model_type"),
+        (random_model("t5"), "t5 is not a model_type of a causal"),
+        (random_model(architecture=TINY | {"hiden_size": 3}), r"model\.architecture\.hiden_size is not a field"),
         (random_model(architecture=TINY | {"hidden_act": "nonesuch"}), r"model\.architecture does not make a llama"),
         (random_model(architecture=TINY | {"num_attention_heads": 0}), r"model\.architecture does not make a llama"),
         (random_model(architecture=TINY | {"hidden_size": -4}), r"model\.architecture does not make a llama"),
@@ -752,7 +752,7 @@ def test_what_cannot_be_a_hub_id_is_refused(tmp_path, source, monkeypatch):
 
 
 def test_an_id_that_the_hub_does_not_allow_is_refused(tmp_path):
-    refused(model(source="owner/na--me"), tmp_path / "out", r"model\.source=owner/na--me is no valid hub id")
+    refused(model(source="owner/na--me"), tmp_path / "out", r"model\.source=owner/na--me is not a valid hub id")
 
 
 def test_a_hub_snapshot_is_pinned_filtered_and_linked(checkpoint, tmp_path, monkeypatch):

@@ -544,7 +544,7 @@ def test_disabled_is_no_job(study):
             "tracking.mode=sometimes",
             "tracking.mode=sometimes is not known. Choose one of: auto, offline, online, disabled",
         ),
-        ("tracking.project='a/b'", "tracking.project=a/b is no name that W&B takes"),
+        ("tracking.project='a/b'", "tracking.project=a/b is not a name that W&B takes"),
         ("tracking.timeout=0", "tracking.timeout=0.0 is too small"),
         ("tracking.upload_timeout=inf", "tracking.upload_timeout=inf is not finite"),
     ],
