@@ -1,6 +1,7 @@
 """The site builds without a warning, and what its pages say can be typed."""
 
 import ast
+import doctest
 import importlib.util
 import inspect
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -33,18 +35,58 @@ def blocks(language: str) -> list[str]:
     ]
 
 
-def settings_page() -> str:
-    spec = importlib.util.spec_from_file_location("settings_page", ROOT / "docs" / "settings_page.py")
+def hook(name: str) -> ModuleType:
+    """A file of docs/ that MkDocs runs."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.page()
+    return module
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
+def settings_page() -> str:
+    return hook("settings_page").page()
+
+
+API = hook("api_pages")
+GENERATED = {"settings.md", *map(API.page_name, API.ROOMS)}
+
+
+def test_the_site_builds_without_a_warning_and_shows_all_that_is_public(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "compression_ratio" in (tmp_path / "settings" / "index.html").read_text(encoding="utf-8")
+    names = set()
+    for room in API.ROOMS:
+        page = (tmp_path / API.page_name(room).removesuffix(".md") / "index.html").read_text(encoding="utf-8")
+        assert "<blockquote>" not in page, f"{room}: a doctest is shown as a quotation"
+        shown = set(re.findall(r'id="(cospadi[\w.]+)"', page))
+        names |= {name for name in public_names(room) if name not in shown}
+    assert names == set()
+
+
+def public_names(room: str) -> list[str]:
+    """Public functions and classes of a room with their full names."""
+    return [
+        f"{module}.{node.name}"
+        for module in API.modules(room)
+        for node in ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    ]
+
+
+def test_every_room_has_a_page_of_its_functions():
+    rooms = {file.parent.relative_to(ROOT / "cospadi").as_posix() for file in (ROOT / "cospadi").rglob("__init__.py")}
+    assert rooms - set(API.ROOMS) == {".", "bench", "evaluation/kick"}  # commands and tasks, not functions to call
+    assert {"cospadi.factorization.budget.rank", "cospadi.kernels.pursuit.pursue"} <= {
+        name for room in API.ROOMS for name in public_names(room)
+    }
+
+
+def test_docstrings_become_markdown():
+    assert doctest.testmod(API).failed == 0
+    text = API.as_markdown("In order::\n\n    a -> b\n\n>>> 1\n1\n\nArgs:\n    x: one.")
+    assert text == "In order:\n\n    a -> b\n\n~~~python\n>>> 1\n1\n~~~\n\nArgs:\n    x: one."
 
 
 def test_every_setting_has_a_row():
@@ -132,7 +174,8 @@ def test_make_targets_that_are_named_exist():
 
 def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    assert [page.name for page in (ROOT / "docs").glob("*.md") if f": {page.name}\n" not in menu] == []
+    pages = GENERATED | {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert [page for page in sorted(pages) if f": {page}\n" not in menu] == []
 
 
 def test_the_file_format_page_names_what_a_checkpoint_holds():
@@ -155,4 +198,4 @@ def test_the_file_format_page_names_what_a_checkpoint_holds():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
-        assert link.startswith("http") or link == "settings.md" or (page.parent / link).exists(), link
+        assert link.startswith("http") or link in GENERATED or (page.parent / link).exists(), link
