@@ -48,7 +48,12 @@ def settings_page() -> str:
 
 
 API = hook("api_pages")
-GENERATED = {"settings.md", *map(API.page_name, API.ROOMS)}
+NOTEBOOKS = hook("notebook_pages")
+GENERATED = {
+    "settings.md",
+    *map(API.page_name, API.ROOMS),
+    *map(NOTEBOOKS.page_name, NOTEBOOKS.notebooks()),
+}
 
 
 def test_the_site_builds_without_a_warning_and_shows_all_that_is_public(tmp_path):
@@ -170,6 +175,33 @@ def test_make_targets_that_are_named_exist():
     }
     assert len(named) > 3
     assert named <= set(targets)
+
+
+def test_notebooks_are_pages_with_their_code():
+    for notebook in NOTEBOOKS.notebooks():
+        page = NOTEBOOKS.page(notebook)
+        assert page.startswith("# ")
+        assert f"`notebooks/{notebook.name}`" in page
+        for code in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+            ast.parse(code)
+            assert code.strip() in notebook.read_text(encoding="utf-8")
+
+
+def numbers(page: str) -> list[tuple[str, str]]:
+    """Tables with right-aligned columns, which hold numbers, and the paragraph after each."""
+    parts = re.split(r"\n\n+", page)
+    return [(table, after) for table, after in zip(parts, [*parts[1:], ""], strict=True) if "| --: |" in table]
+
+
+@pytest.mark.parametrize("name", ["bench", "methods", "paper-models", "quantization", "results", "sharing"])
+def test_every_table_of_numbers_says_where_it_comes_from(name):
+    tables = numbers((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"))
+    assert tables
+    for table, after in tables:
+        source = re.fullmatch(r"\*(.+)\*", after, re.DOTALL)
+        assert source, f"{table.splitlines()[0]} is followed by {after!r}"
+        assert "ommit" in source[1]
+        assert re.search(r"`[0-9a-f]{7}`", source[1])
 
 
 def test_every_page_is_in_the_menu():
