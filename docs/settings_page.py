@@ -40,23 +40,27 @@ def _section(node: ast.ClassDef) -> str:
         _row(field, node.body[place + 1 :]) for place, field in enumerate(node.body) if isinstance(field, ast.AnnAssign)
     ]
     if rows:
-        lines += ["", "| Setting | Type | Default | Meaning |", "| :-- | :-- | :-- | :-- |", *rows]
+        lines += ["", "| Setting | Meaning | Type | Default |", "| :-- | :-- | :-- | :-- |", *rows]
     return "\n".join(lines)
 
 
 def _row(field: ast.AnnAssign, after: list[ast.stmt]) -> str:
     default = "" if field.value is None else ast.unparse(field.value)
-    default = "required" if default == "MISSING" else f"`{_default(field.value)}`" if default else ""
-    meaning = _docstring(after[0]) if after else ""
-    cells = [f"`{field.target.id}`", f"`{ast.unparse(field.annotation)}`", default, meaning]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    default = "required" if default == "MISSING" else _code(_default(field.value)) if default else ""
+    meaning = _docstring(after[0]).replace("|", "\\|") if after else ""
+    return "| " + " | ".join([f"`{field.target.id}`", meaning, _code(ast.unparse(field.annotation)), default]) + " |"
+
+
+def _code(text: str) -> str:
+    """Code in a table's cell. Markdown prints the backslash of an escaped ``|`` between backticks, so HTML says it."""
+    return f"<code>{text.replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
 
 
 def _default(value: ast.expr) -> str:
     """What a field is without a value; of ``field(default_factory=lambda: …)`` what the function makes."""
     if isinstance(value, ast.Call) and value.keywords:
-        factory = value.keywords[0].value
-        return ast.unparse(factory.body if isinstance(factory, ast.Lambda) else factory)
+        factory = ast.unparse(value.keywords[0].value)
+        return {"list": "[]", "dict": "{}"}.get(factory) or factory.removeprefix("lambda: ")
     return ast.unparse(value)
 
 

@@ -204,6 +204,13 @@ def test_every_table_of_numbers_says_where_it_comes_from(name):
         assert re.search(r"`[0-9a-f]{7}`", source[1])
 
 
+def test_every_section_of_the_solver_log_says_where_it_comes_from():
+    sections = (ROOT / "docs" / "solver-log.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    assert len(sections) > 5
+    for section in sections:
+        assert re.match(r"[^\n]+\n\n\*Entered in `[0-9a-f]{7}`", section), section.split("\n")[0]
+
+
 def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = GENERATED | {page.name for page in (ROOT / "docs").glob("*.md")}
