@@ -193,7 +193,7 @@ def numbers(page: str) -> list[tuple[str, str]]:
     return [(table, after) for table, after in zip(parts, [*parts[1:], ""], strict=True) if "| --: |" in table]
 
 
-@pytest.mark.parametrize("name", ["bench", "methods", "paper-models", "quantization", "results", "sharing"])
+@pytest.mark.parametrize("name", ["bench", "methods", "paper-models", "quantization", "results", "sharing", "tutorial"])
 def test_every_table_of_numbers_says_where_it_comes_from(name):
     tables = numbers((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"))
     assert tables
