@@ -23,17 +23,36 @@ def page() -> str:
         "# Settings",
         "Every setting with its default. `conf/` holds other values; a key that is not here is refused.",
     ]
-    for file in [*sorted(ROOT.glob("cospadi/*/settings.py")), ROOT / "cospadi" / "settings.py"]:
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
-                parts.append(_section(node))
+    classes = [
+        node
+        for file in [*sorted(ROOT.glob("cospadi/*/settings.py")), ROOT / "cospadi" / "settings.py"]
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
+    ]
+    prefixes = _prefixes(classes)
+    parts += [_section(node, prefixes.get(node.name)) for node in classes]
     return "\n\n".join(parts) + "\n"
 
 
-def _section(node: ast.ClassDef) -> str:
+def _prefixes(classes: list[ast.ClassDef]) -> dict[str, str]:
+    """What stands before the name of a setting: ``CoSpaDiConfig`` -> ``factorization``."""
+    (root,) = [node for node in classes if node.name == "Config"]
+    prefixes = {
+        ast.unparse(field.annotation): field.target.id for field in root.body if isinstance(field, ast.AnnAssign)
+    }
+    for node in classes:  # a class comes after the one it inherits from
+        for base in node.bases:
+            if ast.unparse(base) in prefixes:
+                prefixes.setdefault(node.name, prefixes[ast.unparse(base)])
+    return prefixes
+
+
+def _section(node: ast.ClassDef, prefix: str | None) -> str:
     """A class: what it is, and its own fields."""
     inherits = ", ".join(ast.unparse(base) for base in node.bases)
     lines = [f"## {node.name}", "", ast.get_docstring(node) or ""]
+    if prefix:
+        lines += ["", f"Written as `{prefix}.<setting>`."]
     if inherits:
         lines += ["", f"With all settings of {inherits}."]
     rows = [

@@ -100,7 +100,9 @@ def test_every_setting_has_a_row():
     rooms = [field.type for field in fields(Config)]
     named = {*(str(room) for room in rooms), *(schema.__name__ for schema in METHODS.values())}
     assert named <= set(sections)
+    assert "Written as `calibration.<setting>`" in sections["CalibrationConfig"]
     for schema in METHODS.values():
+        assert "Written as `factorization.<setting>`" in sections[schema.__name__]
         for field in inspect.get_annotations(schema):
             assert f"| `{field}` |" in sections[schema.__name__]
 
