@@ -90,8 +90,10 @@ def test_every_room_has_a_page_of_its_functions():
 
 def test_docstrings_become_markdown():
     assert doctest.testmod(API).failed == 0
-    text = API.as_markdown("In order::\n\n    a -> b\n\n>>> 1\n1\n\nArgs:\n    x: one.")
+    text = API.as_markdown("In order::\n\n    a -> b\n\n>>> 1\n1\n\nArgs:\n    x: one.", {}.get)
     assert text == "In order:\n\n    a -> b\n\n~~~python\n>>> 1\n1\n~~~\n\nArgs:\n    x: one."
+    links = API.as_markdown("As `htp` and `other`, not ``htp``.", {"htp": "cospadi.htp"}.get)
+    assert links == "As [`htp`][cospadi.htp] and `other`, not ``htp``."
 
 
 def test_every_setting_has_a_row():
