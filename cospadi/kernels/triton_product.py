@@ -119,7 +119,9 @@ def unpack(
         offsets: ``d_out + 1`` of them.
         d_out: outputs.
         atoms: coefficients of an output.
-        scales, group_size, form: of packed codes, as `sparse_product` has them.
+        scales: scales of packed codes, as in `sparse_product`.
+        group_size: atoms that share a scale.
+        form: format of packed codes.
 
     Raises:
         ValueError: when ``mask`` or ``offsets`` have another length than ``d_out`` and ``atoms`` ask for.

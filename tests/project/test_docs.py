@@ -1,6 +1,7 @@
 """The site builds without a warning, and what its pages say can be typed."""
 
 import ast
+import doctest
 import importlib.util
 import inspect
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -33,18 +35,65 @@ def blocks(language: str) -> list[str]:
     ]
 
 
-def settings_page() -> str:
-    spec = importlib.util.spec_from_file_location("settings_page", ROOT / "docs" / "settings_page.py")
+def hook(name: str) -> ModuleType:
+    """A file of docs/ that MkDocs runs."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.page()
+    return module
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
+def settings_page() -> str:
+    return hook("settings_page").page()
+
+
+API = hook("api_pages")
+NOTEBOOKS = hook("notebook_pages")
+GENERATED = {
+    "settings.md",
+    *map(API.page_name, API.ROOMS),
+    *map(NOTEBOOKS.page_name, NOTEBOOKS.notebooks()),
+}
+
+
+def test_the_site_builds_without_a_warning_and_shows_all_that_is_public(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "compression_ratio" in (tmp_path / "settings" / "index.html").read_text(encoding="utf-8")
+    names = set()
+    for room in API.ROOMS:
+        page = (tmp_path / API.page_name(room).removesuffix(".md") / "index.html").read_text(encoding="utf-8")
+        assert "<blockquote>" not in page, f"{room}: a doctest is shown as a quotation"
+        shown = set(re.findall(r'id="(cospadi[\w.]+)"', page))
+        names |= {name for name in public_names(room) if name not in shown}
+    assert names == set()
+
+
+def public_names(room: str) -> list[str]:
+    """Public functions and classes of a room with their full names."""
+    return [
+        f"{module}.{node.name}"
+        for module in API.modules(room)
+        for node in ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    ]
+
+
+def test_every_room_has_a_page_of_its_functions():
+    rooms = {file.parent.relative_to(ROOT / "cospadi").as_posix() for file in (ROOT / "cospadi").rglob("__init__.py")}
+    assert rooms - set(API.ROOMS) == {".", "bench", "evaluation/kick"}  # commands and tasks, not functions to call
+    assert {"cospadi.factorization.budget.rank", "cospadi.kernels.pursuit.pursue"} <= {
+        name for room in API.ROOMS for name in public_names(room)
+    }
+
+
+def test_docstrings_become_markdown():
+    assert doctest.testmod(API).failed == 0
+    text = API.as_markdown("In order::\n\n    a -> b\n\n>>> 1\n1\n\nArgs:\n    x: one.", {}.get)
+    assert text == "In order:\n\n    a -> b\n\n~~~python\n>>> 1\n1\n~~~\n\nArgs:\n    x: one."
+    links = API.as_markdown("As `htp` and `other`, not ``htp``.", {"htp": "cospadi.htp"}.get)
+    assert links == "As [`htp`][cospadi.htp] and `other`, not ``htp``."
 
 
 def test_every_setting_has_a_row():
@@ -53,7 +102,9 @@ def test_every_setting_has_a_row():
     rooms = [field.type for field in fields(Config)]
     named = {*(str(room) for room in rooms), *(schema.__name__ for schema in METHODS.values())}
     assert named <= set(sections)
+    assert "Written as `calibration.<setting>`" in sections["CalibrationConfig"]
     for schema in METHODS.values():
+        assert "Written as `factorization.<setting>`" in sections[schema.__name__]
         for field in inspect.get_annotations(schema):
             assert f"| `{field}` |" in sections[schema.__name__]
 
@@ -130,9 +181,44 @@ def test_make_targets_that_are_named_exist():
     assert named <= set(targets)
 
 
+def test_notebooks_are_pages_with_their_code():
+    for notebook in NOTEBOOKS.notebooks():
+        page = NOTEBOOKS.page(notebook)
+        assert page.startswith("# ")
+        assert f"`notebooks/{notebook.name}`" in page
+        for code in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+            ast.parse(code)
+            assert code.strip() in notebook.read_text(encoding="utf-8")
+
+
+def numbers(page: str) -> list[tuple[str, str]]:
+    """Tables with right-aligned columns, which hold numbers, and the paragraph after each."""
+    parts = re.split(r"\n\n+", page)
+    return [(table, after) for table, after in zip(parts, [*parts[1:], ""], strict=True) if "| --: |" in table]
+
+
+@pytest.mark.parametrize("name", ["bench", "methods", "paper-models", "quantization", "results", "sharing", "tutorial"])
+def test_every_table_of_numbers_says_where_it_comes_from(name):
+    tables = numbers((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"))
+    assert tables
+    for table, after in tables:
+        source = re.fullmatch(r"\*(.+)\*", after, re.DOTALL)
+        assert source, f"{table.splitlines()[0]} is followed by {after!r}"
+        assert "ommit" in source[1]
+        assert re.search(r"`[0-9a-f]{7}`", source[1])
+
+
+def test_every_section_of_the_solver_log_says_where_it_comes_from():
+    sections = (ROOT / "docs" / "solver-log.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    assert len(sections) > 5
+    for section in sections:
+        assert re.match(r"[^\n]+\n\n\*Entered in `[0-9a-f]{7}`", section), section.split("\n")[0]
+
+
 def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    assert [page.name for page in (ROOT / "docs").glob("*.md") if f": {page.name}\n" not in menu] == []
+    pages = GENERATED | {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert [page for page in sorted(pages) if f": {page}\n" not in menu] == []
 
 
 def test_the_file_format_page_names_what_a_checkpoint_holds():
@@ -155,4 +241,4 @@ def test_the_file_format_page_names_what_a_checkpoint_holds():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
-        assert link.startswith("http") or link == "settings.md" or (page.parent / link).exists(), link
+        assert link.startswith("http") or link in GENERATED or (page.parent / link).exists(), link

@@ -1,5 +1,6 @@
 """What invites people in is true: contributing, security, settings, workflows and forms."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -94,6 +95,14 @@ def test_workflows_run_pythons_that_are_supported():
     pythons = yaml.safe_load(text(".github/workflows/tests.yml"))["jobs"]["test"]["strategy"]["matrix"]["python"]
     assert all(python in supported for python in pythons)
     assert min(pythons, key=lambda python: int(python.partition(".")[2])) == "3.11"
+
+
+def test_workflows_call_modules_that_exist():
+    imported = re.findall(r"from cospadi import (\w+); (\w+)\.(\w+)\(", "".join(map(text, WORKFLOWS)))
+    assert imported
+    for module, name, function in imported:
+        assert module == name
+        assert hasattr(importlib.import_module(f"cospadi.{module}"), function)
 
 
 @pytest.mark.parametrize("path", FORMS)

@@ -62,7 +62,10 @@ def shared_htp(
         fixed_codes: with ``identity``, coefficients to start from, not sparse: ``W_lᵀ``.
         own_rounds: rounds under the members' own grams, after a first coding.
         step: step of the ranking in these rounds.
-        relaxation, cg_steps, tolerance, final_cg_steps: as of `htp_batch`, here and there.
+        relaxation: as in `htp_batch`, for the start and for the own rounds; so are the next three.
+        cg_steps: see there.
+        tolerance: see there.
+        final_cg_steps: see there.
         dictionary_steps: conjugate-gradient steps on the dictionary in a round, from the previous one.
         final_dictionary_steps: conjugate-gradient steps on the last dictionary.
         settings: others of `htp_batch`, for the start.
