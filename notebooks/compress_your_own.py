@@ -11,8 +11,8 @@
 # %% [markdown]
 # # Compress your own model
 #
-# Three choices: a model, a ratio, a text to calibrate on. The model may be a hub id (`Qwen/Qwen3-0.6B`), a folder written by
-# `save_pretrained`, or a name in `conf/model`. It stays as it is; what is written is a smaller copy.
+# There are three choices: a model, a ratio, and a text to calibrate on. The model may be a hub id (`Qwen/Qwen3-0.6B`), a folder
+# written by `save_pretrained`, or a name in `conf/model`. It is not changed: the result is a smaller copy.
 
 # %%
 import os
@@ -32,15 +32,15 @@ SETTINGS = os.environ.get("COSPADI_SETTINGS", "").split()  # calibration.n_sampl
 # %% [markdown]
 # ## Compress
 #
-# The dense model reads the text once; then every projection is replaced by a dictionary times a sparse matrix whose outputs
-# on that text stay close. Cut off, it goes on where it was.
+# The dense model reads the text once. Then every projection is replaced by a dictionary times a sparse matrix, whose outputs
+# on that text are close to the original ones. If the cell is interrupted, run it again to resume.
 
 # %%
 settings = ["factorization=cospadi_plus", f"factorization.compression_ratio={RATIO}", *SETTINGS]
 ledger = compress_to(MODEL, OUT, settings, TEXT, keep_work=True)
 
 # %% [markdown]
-# ## What it weighs
+# ## How large it is
 
 # %%
 print(checkpoint_ledger.ledger_text(ledger))
@@ -48,16 +48,16 @@ print(checkpoint_ledger.ledger_text(ledger))
 # %% [markdown]
 # ## What it writes
 #
-# `cospadi.load` checks every tensor; from then on it is an ordinary transformers model.
+# `cospadi.load` checks every tensor and returns an ordinary transformers model.
 
 # %%
 model = cospadi.load(OUT)
 generate.write_on(model, OUT, "The capital of France is", tokens=24)
 
 # %% [markdown]
-# ## Smaller still: fewer bits for what is stored
+# ## Smaller still: fewer bits
 #
-# The factors were kept in `<out>.work` and are used again: only the rounding is new. The int8 model takes the other's place.
+# The factors were kept in `<out>.work` and are used again, so that only the rounding is new. The int8 model replaces the first one.
 
 # %%
 ledger = compress_to(MODEL, OUT, [*settings, "quantization=int8"], TEXT, keep_work=True)
@@ -67,4 +67,4 @@ generate.write_on(cospadi.load(OUT), OUT, "The capital of France is", tokens=24)
 # %% [markdown]
 # ## Any other runtime
 #
-# `checkpoint.densify(OUT, "dense-again")` writes an ordinary checkpoint with the same outputs.
+# `cospadi.checkpoint.write.densify(OUT, "dense-again")` writes an ordinary checkpoint with the same outputs.

@@ -12,7 +12,7 @@
 # # A tour of the results
 #
 # Everything here is read from `results/tables/<study>`, which `snakemake --cores N` or `make reproduce` writes. Nothing is
-# computed anew. Start Jupyter in the project's folder, or set `COSPADI_RESULTS` to where `results/` lies.
+# computed again. Start Jupyter in the project's folder, or set `COSPADI_RESULTS` to the path of `results/`.
 
 # %%
 import os
@@ -33,9 +33,9 @@ summary = read_summary(tables / "summary.csv")
 models = list(summary["model"].unique())
 
 # %% [markdown]
-# ## The tables, as they would stand in a paper
+# ## The tables, as in a paper
 #
-# Every method at the same stored bits; bold is best of its ratio. The notes say how each number was measured.
+# Every method at the same stored bits. The best of each ratio is bold. The notes say how each number was measured.
 
 # %%
 for model in models:
@@ -51,7 +51,7 @@ for model in models:
 # %% [markdown]
 # ## Perplexity against megabytes
 #
-# Bytes are counted from the tensors on disk, masks and indices included. Lower and further left is better.
+# Bytes are counted from the tensors on disk, masks and indices included. Lower left is better.
 
 # %%
 compressed = summary[summary["method"] != "dense"]
@@ -71,8 +71,8 @@ for model, rows in compressed.groupby("model", sort=False):
 # %% [markdown]
 # ## Which differences are real?
 #
-# Two models on the same documents: what makes a document hard is hard for both and cancels. A difference of less than two
-# standard errors is not settled by these documents.
+# Two models read the same documents. A document that is hard is hard for both, and this cancels in the difference. These documents
+# cannot settle a difference of less than two standard errors.
 
 # %%
 paired = pd.read_csv(tables / "paired.csv")
@@ -97,7 +97,7 @@ plt.show()
 # %% [markdown]
 # ## The other way round: how small can it be?
 #
-# The smallest model of each method that loses at most so much perplexity.
+# The smallest model of each method that loses at most a given amount of perplexity.
 
 # %%
 ALLOWED = 1.25  # times the dense model's
