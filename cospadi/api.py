@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from cospadi.calibration.collect import draw_samples, gather
 from cospadi.calibration.statistics import InputStatistics
 from cospadi.checkpoint.ledger import ledger
 from cospadi.checkpoint.linear import CompressedLinear
 from cospadi.checkpoint.specs import layer_of
-from cospadi.checkpoint.transformers_plugin import attach
+from cospadi.checkpoint.transformers_plugin import METHOD, attach
 from cospadi.checkpoint.write import write
 from cospadi.errors import UserError
 from cospadi.factorization.factors import Dense, Factors
@@ -26,11 +29,17 @@ from cospadi.pipeline import chain
 from cospadi.quantization.methods import quantize
 from cospadi.records import check_output_folder, own_folder, read_json
 from cospadi.settings import CONF, Config, load
+from cospadi.sources.addresses import local_path
+from cospadi.sources.files import quantization_of
 from cospadi.sources.texts import read_documents
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Statistics = tuple[list[str], InputStatistics]
+"""Names of the projections that read an input, and its statistics."""
 
 
 def compress_to(
@@ -40,6 +49,7 @@ def compress_to(
     text: str | None = None,
     keep_work: bool = False,
     stub: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Load, calibrate, factorize, save. What is finished waits in ``<out>.work`` until the checkpoint is written.
 
@@ -50,25 +60,42 @@ def compress_to(
         text: for calibration: name of a file in ``conf/text``, or a text file with a document a line.
         keep_work: leave ``<out>.work`` behind.
         stub: see `cospadi.checkpoint.write`.
+        overwrite: replace a checkpoint that an earlier call wrote to ``out``.
 
     Returns:
         the ledger (`cospadi.checkpoint.ledger`) of what was written.
 
     Raises:
-        UserError: a setting, the model or the text is invalid, or the disk is full.
+        UserError: a setting, the model or the text is invalid, ``out`` is taken, another run writes it, or the disk is full.
     """
     config = configured(source, overrides, text)
     out = Path(out).absolute()
     check_output_folder(out)
+    if (out / "config.json").is_file() and not overwrite:
+        raise UserError(f"{out} holds a compressed checkpoint. Add --overwrite to replace it, or name another folder.")
     if Path(source).exists() and Path(source).resolve() == out.resolve():
         raise UserError(f"{out} is the model itself. Name another folder to write.")
     work = own_folder(out.with_name(f"{out.name}.work"))
-    model, factors, record = chain.compress(config, work)
-    summary = _summary(config, read_json(record))
-    write(out, model, read_factors([factors]), summary, stub=stub)
-    if not keep_work:
-        shutil.rmtree(work)
+    with _alone(work, out):
+        model, factors, record = chain.compress(config, work)
+        summary = _summary(config, read_json(record))
+        write(out, model, read_factors([factors]), summary, stub=stub)
+        if not keep_work:
+            shutil.rmtree(work)
     return ledger(out)
+
+
+@contextmanager
+def _alone(work: Path, out: Path) -> Iterator[None]:
+    """
+    Raises:
+        UserError: another run works in this folder.
+    """
+    try:
+        with FileLock(work.with_name(f".{work.name}.lock"), blocking=False):
+            yield
+    except Timeout as error:
+        raise UserError(f"Another cospadi compress is writing {out}. Wait for it, or name another folder.") from error
 
 
 def configured(source: str, overrides: Sequence[str], text: str | None) -> Config:
@@ -77,12 +104,11 @@ def configured(source: str, overrides: Sequence[str], text: str | None) -> Confi
     Raises:
         UserError: naming the setting that is invalid.
     """
-    chosen = (
-        [f"model={source}"]
-        if (CONF / "model" / f"{source}.yaml").is_file()
-        else ["model=any", _set("model.source", source)]
-    )
-    if text is not None and (CONF / "text" / f"{text}.yaml").is_file():
+    if _is_named("model", source):
+        chosen = [f"model={source}"]
+    else:
+        chosen = ["model=any", _set("model.source", source)]
+    if text is not None and _is_named("text", text):
         chosen.append(f"text@calibration.text={text}")
     elif text is not None:
         chosen += ["text@calibration.text=file", _set("calibration.text.source", str(Path(text).resolve()))]
@@ -99,6 +125,22 @@ def configured(source: str, overrides: Sequence[str], text: str | None) -> Confi
     return config
 
 
+def _is_named(group: str, name: str) -> bool:
+    """Whether ``name`` is that of a file in ``conf/<group>``. Whatever is written like a path is a path.
+
+    Raises:
+        UserError: ``name`` is also that of something in this folder.
+    """
+    is_bare = Path(name).name == name and name not in (".", "..")
+    if not is_bare or not (CONF / group / f"{name}.yaml").is_file():
+        return False
+    if Path(name).exists():
+        raise UserError(
+            f"{name} is both a file in {CONF / group} and something in this folder. Write ./{name} for what is here."
+        )
+    return True
+
+
 def _set(setting: str, value: str) -> str:
     """A Hydra override whose value is taken literally."""
     quoted = value.replace("\\", "\\\\").replace("'", "\\'")
@@ -113,11 +155,17 @@ def _summary(config: Config, record: dict[str, Any]) -> dict[str, Any]:
     return {
         "factorization": factorization,
         **({"quantization": quantization} if config.quantization.changes else {}),
-        "calibration": calibration | {"text": config.calibration.text.source},
-        "inputs": record["inputs"],
+        "calibration": calibration | {"text": _public_name(config.calibration.text.source)},
+        "inputs": {Path(file).name: digest for file, digest in record["inputs"].items()},
         "versions": record["versions"],
         "output_error_mean": sum(p["output_error"] for p in record["projections"]) / len(record["projections"]),
     }
+
+
+def _public_name(source: str) -> str:
+    """A source as it may be published: of a place on this disk the last part alone."""
+    path = local_path(source)
+    return source if path is None else path.name
 
 
 def compress(
@@ -151,11 +199,14 @@ def compress(
     settings += [] if compression_ratio is None else [f"factorization.compression_ratio={compression_ratio}"]
     config = configured("any", ["model.source=./in-memory", *settings], None)
     calibration = config.calibration
+    _require_plain(model)
+    if isinstance(texts, str):
+        raise UserError("texts is one string, which would be read letter by letter. Give a list of documents.")
     texts = read_documents(calibration.text) if texts is None else list(texts)
     tokens = draw_samples(tokenizer, texts, calibration.n_samples, calibration.sample_length, calibration.seed)
     inputs: dict[tuple[int, str], InputStatistics] = {}
     projections: list[Projection] = []
-    for names, statistics in gather(model, config.model, calibration, tokens):
+    for names, statistics in _in_eval_mode(model, gather(model, config.model, calibration, tokens)):
         layer, shared_input = names[0].removeprefix(f"{config.model.blocks}.").split(".", maxsplit=1)
         inputs[int(layer), shared_input] = statistics
         for name in names:
@@ -185,6 +236,37 @@ def compress(
         model.set_submodule(name, layer)
     attach(model, {"factorization": asdict(config.factorization), "quantization": asdict(config.quantization)})
     return model
+
+
+def _require_plain(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        UserError: the weights are codes, an adapter is on top of them, or they are not in memory.
+    """
+    compression = quantization_of(model.config.to_dict())
+    if compression or getattr(model, "is_quantized", False):
+        method = compression.get("quant_method", "unknown")
+        state = "compressed already" if method == METHOD else f"quantized ({method})"
+        raise UserError(f"This model is {state}. Load the 16-bit model that it was made from, and compress that.")
+    if hasattr(model, "peft_config"):
+        raise UserError("This model has an adapter of peft. Call merge_and_unload first, and compress what it returns.")
+    away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if away:
+        raise UserError(
+            f"{away[0]} is not in memory: this model is offloaded. Load it without device_map, or use cospadi compress, which "
+            "reads one block at a time."
+        )
+
+
+def _in_eval_mode(model: PreTrainedModel, statistics: Iterator[Statistics]) -> Iterator[Statistics]:
+    """``statistics`` of a model without dropout, and every module in its own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield from statistics
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _layers(

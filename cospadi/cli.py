@@ -144,6 +144,9 @@ def _compress_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stub", action="store_true", help="add lines that import cospadi for trust_remote_code=True")
     parser.add_argument("--keep-work", action="store_true", help="keep <out>.work with grams and factors")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a checkpoint that an earlier run wrote to OUT"
+    )
 
 
 def _compress(o: argparse.Namespace) -> None:
@@ -154,7 +157,7 @@ def _compress(o: argparse.Namespace) -> None:
     overrides += [] if o.ratio is None else [f"factorization.compression_ratio={o.ratio}"]
     overrides += [f"{room}.device={o.device}" for room in ("calibration", "factorization", "quantization")]
     overrides += o.overrides
-    print(ledger_text(compress_to(o.model, o.out, overrides, o.calibration, o.keep_work, o.stub)))
+    print(ledger_text(compress_to(o.model, o.out, overrides, o.calibration, o.keep_work, o.stub, o.overwrite)))
 
 
 def _info_options(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,10 +16,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from cospadi.errors import UserError
+from cospadi.sources.files import weight_files
 from cospadi.sources.settings import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+PLAIN = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights that are numbers themselves, as safetensors names them."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +45,20 @@ class Projection:
 
 
 class Checkpoint:
-    """The tensors of a folder of safetensors files, read one at a time.
+    """The tensors that transformers loads from a folder, read one at a time.
 
     Raises:
-        UserError: when the folder holds no safetensors.
+        UserError: when the folder holds no safetensors, or a file is missing.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
+        files = weight_files(self.folder)
+        missing = [file.name for file in files if not file.is_file()]
+        if not files or missing:
+            what = f"lacks {', '.join(missing[:3])}" if missing else "holds no model.safetensors"
             raise UserError(
-                f"{self.folder} holds no *.safetensors file, so it is not a checkpoint. "
-                "Point model.source at a folder written by save_pretrained."
+                f"{self.folder} {what}, so it is not a checkpoint. Point model.source at a folder written by save_pretrained."
             )
         self._open = [safe_open(file, framework="pt") for file in files]
         self._where = {name: handle for handle in self._open for name in handle.keys()}  # noqa: SIM118
@@ -66,6 +72,10 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         return self._where[name].get_tensor(name)
+
+    def dtype(self, name: str) -> str:
+        """Dtype as safetensors names it: ``BF16``."""
+        return self._where[name].get_slice(name).get_dtype()
 
     def weight(self, projection: Projection) -> Float[Tensor, "d_in d_out"]:
         """The projection's weight in float32: ``outputs = inputs @ weight``."""
@@ -95,6 +105,11 @@ def find_projections(folder: Path, config: ModelConfig) -> list[Projection]:
     for layer in layers:
         for shared_input, projection in expected:
             name = f"{config.blocks}.{layer}.{projection}"
+            if checkpoint.dtype(f"{name}.weight") not in PLAIN:
+                raise UserError(
+                    f"{name}.weight holds {checkpoint.dtype(f'{name}.weight')} numbers, so {folder} is quantized. Name the 16-bit "
+                    "model that it was made from."
+                )
             d_out, d_in = checkpoint.shape(f"{name}.weight")
             attended = projection in config.attended
             projections.append(Projection(name, layer, projection, shared_input, d_in, d_out, attended))
@@ -169,6 +184,13 @@ def replace_weights(model: nn.Module, weights: Iterable[tuple[str, Float[Tensor,
         model.get_submodule(name).weight.copy_(weight.T)
 
 
+class Arguments(NamedTuple):
+    """What a block receives beside the hidden states."""
+
+    further: tuple[object, ...]
+    named: Mapping[str, object]
+
+
 class BlockWalker:
     """Runs token sequences through a checkpoint block by block, with one block's weights in memory at a time.
 
@@ -201,8 +223,8 @@ class BlockWalker:
         module.load_state_dict(state, assign=True, strict=False)
 
     @torch.inference_mode()
-    def embed(self, batches: Iterable[Tensor]) -> tuple[list[Tensor], list[list[Mapping[str, object]]]]:
-        """Hidden states that enter the first block, and the keyword arguments every block receives, per batch.
+    def embed(self, batches: Iterable[Tensor]) -> tuple[list[Tensor], list[list[Arguments]]]:
+        """Hidden states that enter the first block, and the further arguments that every block receives, per batch.
 
         Blocks are stood in for by recorders that hand on their input, so that whatever the model computes per layer
         (rotary tables, masks, sliding windows) is taken from the model itself.
@@ -212,17 +234,17 @@ class BlockWalker:
         originals = [block.forward for block in self.blocks]
         try:
             for tokens in batches:
-                calls: list[tuple[Tensor, Mapping[str, object]]] = []
+                calls: list[tuple[Tensor, Arguments]] = []
 
-                def recorder(states: Tensor, *_: object, calls: list = calls, **kwargs: object) -> Tensor:
-                    calls.append((states, kwargs))
+                def recorder(states: Tensor, *further: object, calls: list = calls, **named: object) -> Tensor:
+                    calls.append((states, Arguments(further, named)))
                     return states
 
                 for block in self.blocks:
                     block.forward = recorder
                 self.decoder(input_ids=tokens.to(self.device), use_cache=False)
                 hidden.append(calls[0][0])
-                arguments.append([kwargs for _, kwargs in calls])
+                arguments.append([of_block for _, of_block in calls])
         finally:
             for block, forward in zip(self.blocks, originals, strict=True):
                 block.forward = forward

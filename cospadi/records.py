@@ -24,6 +24,7 @@ PACKAGES = ("cospadi", "torch", "transformers", "datasets", "lm_eval", "hydra-co
 DENSE = "dense"
 """The uncompressed model, in paths and tables."""
 _MARK = ".cospadi"
+_MARK_TEXT = "Written by cospadi, which may replace this folder."
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -31,8 +32,9 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def new_path(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` that becomes ``path`` when the block ends well, and vanishes when it does not.
 
-    Works for a file and for a folder. An existing file is replaced; an existing folder only when it is empty or was
-    written here before (it then holds a file ``.cospadi``), so that no mistyped path ever deletes anything.
+    Works for a file and for a folder. An existing file is replaced; an existing folder only when it is empty, or was
+    written here before and holds nothing else. Its file ``.cospadi`` says so and lists its files, so that neither a
+    mistyped path nor a second run ever deletes what somebody put there.
 
     Raises:
         UserError: when ``path`` is somebody else's folder, before the block runs; when the disk is full. What stood at
@@ -46,7 +48,7 @@ def new_path(path: Path) -> Iterator[Path]:
         _sweep(path)
         yield partial
         if partial.is_dir():
-            (partial / _MARK).write_text("Written by cospadi, which may replace this folder.\n")
+            _mark(partial)
             _step_aside(path)
         os.replace(partial, path)
     except OSError as error:
@@ -63,9 +65,33 @@ def new_path(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def _mark(folder: Path) -> None:
+    """Note in a folder that is about to appear which files are in it."""
+    files = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if not file.is_dir()]
+    (folder / _MARK).write_text("\n".join([_MARK_TEXT, *files]) + "\n", encoding="utf-8")
+
+
 def _refuse_foreign_folder(path: Path) -> None:
-    if path.is_dir() and not (path / _MARK).is_file() and next(path.iterdir(), None) is not None:
+    """
+    Raises:
+        UserError: when ``path`` is a folder with something in it that was not written here.
+    """
+    if not path.is_dir() or next(path.iterdir(), None) is None:
+        return
+    mark = path / _MARK
+    if not mark.is_file():
         raise UserError(f"{path} is a folder that this project did not write, so it is left alone. Name another path.")
+    listed = mark.read_text(encoding="utf-8").splitlines()[1:]
+    if not listed:  # a work folder, or one that an earlier version wrote
+        return
+    ours = {_MARK, *listed}
+    foreign = sorted(str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir())
+    foreign = [file for file in foreign if file not in ours]
+    if foreign:
+        raise UserError(
+            f"{path} holds files that this project did not write ({', '.join(foreign[:3])}{' …' if len(foreign) > 3 else ''}), "
+            "so it is left alone. Move them, or name another path."
+        )
 
 
 def own_folder(path: Path) -> Path:
@@ -77,7 +103,7 @@ def own_folder(path: Path) -> Path:
     path = Path(path)
     check_output_folder(path)
     path.mkdir(parents=True, exist_ok=True)
-    (path / _MARK).write_text("Written by cospadi, which may replace this folder.\n")
+    (path / _MARK).write_text(f"{_MARK_TEXT}\n", encoding="utf-8")
     return path
 
 

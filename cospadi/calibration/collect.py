@@ -86,7 +86,8 @@ def collect(
         hooks = _listen_all(block, model, calibration, statistics)
         with torch.inference_mode():
             for i, states in enumerate(hidden):
-                out = block(states, **arguments[i][layer])
+                further, named = arguments[i][layer]
+                out = block(states, *further, **named)
                 hidden[i] = out[0] if isinstance(out, tuple) else out
         for hook in hooks:
             hook.remove()

@@ -17,13 +17,11 @@ from cospadi.errors import UserError
 from cospadi.models import Checkpoint
 from cospadi.records import read_json
 from cospadi.sources.addresses import brief
+from cospadi.sources.files import INDEX, WEIGHTS, weight_files
 from cospadi.sources.settings import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-INDEX = "model.safetensors.index.json"
 
 
 def compression_of(folder: Path) -> dict[str, Any]:
@@ -89,20 +87,13 @@ def parts_of(name: str, spec: Mapping[str, Any]) -> dict[str, str]:
         raise UserError(f"config.json describes {name} in a way this cospadi does not know ({error}).") from error
 
 
-def shard_files(folder: Path) -> list[Path]:
-    """The safetensors of a checkpoint: those its index names."""
-    if not (folder / INDEX).is_file():
-        return [folder / "model.safetensors"]
-    return [folder / name for name in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
-
-
 def opened(folder: Path, modules: Mapping[str, dict[str, Any]]) -> Checkpoint:
     """The opened checkpoint, known to be whole.
 
     Raises:
         UserError: when a file or a tensor is missing, or a file is damaged.
     """
-    missing = [file.name for file in shard_files(folder) if not file.is_file()]
+    missing = [file.name for file in weight_files(folder) or [folder / WEIGHTS] if not file.is_file()]
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}. Copy or download it again.")
     try:

@@ -88,6 +88,8 @@ class CoSpaDiQuantizer(HfQuantizer):
         for layer in model.modules():
             if isinstance(layer, CompressedLinear):
                 layer.check()
+                # Stored bits are not trained: transformers makes every floating parameter trainable when it loads.
+                layer.requires_grad_(False)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

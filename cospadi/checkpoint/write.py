@@ -16,13 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cospadi.checkpoint.checksums import CHECKSUMS, checksum, verify_files
 from cospadi.checkpoint.layers import SHARES
 from cospadi.checkpoint.linear import CompressedLinear
-from cospadi.checkpoint.read import INDEX, compression_of, opened, parts_of, shard_files
+from cospadi.checkpoint.read import compression_of, opened, parts_of
 from cospadi.checkpoint.specs import empty_layer, layer_of
 from cospadi.checkpoint.transformers_plugin import METHOD, format_version
 from cospadi.errors import UserError
 from cospadi.factorization.factors import Dense, Factors, shared_matrix
 from cospadi.models import Checkpoint
 from cospadi.records import check_output_folder, new_path, write_json, write_tensors
+from cospadi.sources.files import INDEX, companions, weight_files
 
 SHARD_BYTES = 2 * 2**30
 STUB = "modeling_cospadi"
@@ -76,8 +77,14 @@ def write(
 
 
 def _plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config without what belongs to a compression or to code that is not copied."""
-    return {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
+    """The config without what belongs to a compression or to code that is not copied, its dtype under one key.
+
+    transformers 4 wrote ``torch_dtype``, transformers 5 writes ``dtype`` and reads both.
+    """
+    left_out = ("quantization_config", "auto_map", "torch_dtype")
+    config = {key: value for key, value in checkpoint.config.items() if key not in left_out}
+    dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return config | ({"dtype": dtype} if dtype else {})
 
 
 def _write_stub(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -146,10 +153,10 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
 
 def _copy_companions(source: Path, folder: Path) -> None:
     """Tokenizer, generation settings, licence: everything beside the weights that is not code."""
-    for file in sorted(Path(source).iterdir()):
-        is_companion = file.suffix in {".json", ".txt", ".model", ".jinja", ".md"} or file.name.startswith("LICENSE")
-        if file.is_file() and is_companion and file.name != "config.json" and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, folder / file.name)
+    for file in companions(source):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def densify(folder: Path, out: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
@@ -171,12 +178,13 @@ def densify(folder: Path, out: Path, dtype: str | None = None, shard_bytes: int 
     if out.resolve() == folder.resolve():
         raise UserError(f"{out} is the compressed checkpoint itself. Name another folder to write.")
     checkpoint = opened(folder, compression["modules"])
-    verify_files(shard_files(folder))
-    dtype = dtype or str(checkpoint.config.get("dtype") or "float32")
+    verify_files(weight_files(folder))
+    config = _plain_config(checkpoint)
+    dtype = dtype or str(config.get("dtype") or "float32")
     with new_path(out) as partial:
         partial.mkdir()
         _write_shards(partial, _dense(checkpoint, compression["modules"], getattr(torch, dtype)), shard_bytes)
-        write_json(partial / "config.json", _plain_config(checkpoint) | {"dtype": dtype})
+        write_json(partial / "config.json", config | {"dtype": dtype})
         _copy_companions(folder, partial)
 
 

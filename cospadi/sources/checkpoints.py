@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fnmatch
 import json
 import os
 import tempfile
@@ -16,13 +15,21 @@ from cospadi import records
 from cospadi.errors import UserError
 from cospadi.sources import wheels
 from cospadi.sources.addresses import RANDOM, WHEEL, brief, check_hub_id, existing, local_path
+from cospadi.sources.files import (
+    COMPANIONS,
+    INDEX,
+    PICKLED,
+    TEMPLATES,
+    TOKENIZER,
+    WEIGHTS,
+    companions,
+    matches,
+    refuse_other_kinds,
+    weight_files,
+)
 from cospadi.sources.settings import ModelConfig
 
-# Data only: no pickled weights (*.bin, *.pt) and no code (*.py) ever gets into a prepared checkpoint.
-_KEPT = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt", "LICENSE*")
 _LEFT_OUT = ("consolidated*.safetensors",)  # the same weights once more, in another layout
-_PICKLED = ("*.bin", "*.pt", "*.pth")
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 _END = "<|endoftext|>"
 
 
@@ -106,15 +113,12 @@ def _snapshot(config: ModelConfig) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     named = f"model.source={config.source}"
+    where = {"repo_id": config.source, "revision": config.hub_revision}
     try:
-        return Path(
-            snapshot_download(
-                config.source,
-                revision=config.hub_revision,
-                allow_patterns=list(_KEPT),
-                ignore_patterns=["*/*", *_LEFT_OUT],  # subfolders hold other formats of the same weights
-            )
-        )
+        # Subfolders hold other formats of the same weights, but for the templates of a tokenizer.
+        snapshot_download(**where, allow_patterns=[f"{TEMPLATES}/*.jinja"])
+        kept = ["*.safetensors", *COMPANIONS]
+        return Path(snapshot_download(**where, allow_patterns=kept, ignore_patterns=["*/*", *_LEFT_OUT]))
     except errors.GatedRepoError as error:
         raise UserError(
             f"{named} is gated: its owner grants access by name. Ask for it on the model's page, then run "
@@ -262,25 +266,31 @@ def _link_files(origin: Path, folder: Path, named: str) -> None:
     names = sorted(path.name for path in origin.iterdir() if path.is_file())
     if "config.json" not in names:
         raise UserError(f"{named} has no config.json, so it is not a transformers checkpoint. Correct the path or id.")
-    if not any(_matches(name, ("*.safetensors",)) for name in names):
-        only = " (only pickled ones, which can run code)" if any(_matches(name, _PICKLED) for name in names) else ""
+    if INDEX not in names and not any(matches(name, ("*.safetensors",)) for name in names):
+        only = " (only pickled ones, which can run code)" if any(matches(name, PICKLED) for name in names) else ""
         raise UserError(
             f"{named} has no safetensors weights{only}. Convert it with "
             "save_pretrained of transformers, or choose a revision that has *.safetensors."
         )
-    for name in names:
-        if _matches(name, _KEPT) and not _matches(name, _LEFT_OUT):
-            (folder / name).symlink_to(os.path.abspath(origin / name))
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    refuse_other_kinds(origin, _read_settings(origin / "config.json", "model.source"), named)
+    weights = weight_files(origin)
+    if not weights:
+        raise UserError(
+            f"{named} has neither model.safetensors nor model.safetensors.index.json, so transformers would load none of its "
+            "safetensors. Rename the file, or save the model with save_pretrained."
+        )
+    index = [] if (origin / WEIGHTS).is_file() else [origin / INDEX]
+    for file in [origin / "config.json", *weights, *index, *companions(origin)]:
+        link = folder / file.relative_to(origin)
+        link.parent.mkdir(exist_ok=True)
+        if file.is_file():  # a shard that is missing is named when all are linked
+            link.symlink_to(os.path.abspath(file))
 
 
 def _check_complete(config: ModelConfig, folder: Path) -> None:
     """Refuse a checkpoint that has lost shards, or has no tokenizer."""
     names = {path.name for path in folder.iterdir()}
-    if not any(_matches(name, _TOKENIZER) for name in names):
+    if not any(matches(name, TOKENIZER) for name in names):
         raise UserError(f"model.source={config.source} has no tokenizer (tokenizer.json). Save one beside the weights.")
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -298,7 +308,7 @@ def _describe(config: ModelConfig, folder: Path) -> dict[str, Any]:
     depth = _depth(settings)
     if config.n_layers is not None and depth is not None and depth != config.n_layers:
         raise UserError(f"model.n_layers={config.n_layers}, but {config.source} has {depth} blocks. Set it to {depth}.")
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     hashes = {file.name: records.file_hash(file) for file in files}
     return {
         "model_type": settings.get("model_type"),

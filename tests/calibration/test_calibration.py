@@ -218,7 +218,7 @@ def test_one_blocks_weights_are_in_memory_at_a_time(prepared, kind):
         assert loaded() == [layer]
         assert not any(p.is_meta for p in block.parameters())
         with torch.inference_mode():
-            hidden = [block(h, **arguments[i][layer]) for i, h in enumerate(hidden)]
+            hidden = [block(h, *arguments[i][layer].further, **arguments[i][layer].named) for i, h in enumerate(hidden)]
     assert loaded() == []
     model = models.load(folder, "float32", CPU)
     with torch.inference_mode():

@@ -10,11 +10,12 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import cospadi
 from cospadi import cli
@@ -393,7 +394,7 @@ def test_what_is_no_compressed_checkpoint_is_refused(made, tmp_path, command, wh
     assert cli.main(words if "PATH" in command else [*words, str(path)]) == 1
     told = capsys.readouterr().err
     assert told.startswith("error: ")
-    assert "no checkpoint" in told or "is not compressed by cospadi" in told
+    assert "not a checkpoint" in told or "is not compressed by cospadi" in told
     assert not (tmp_path / "out").exists()
 
 
@@ -550,12 +551,12 @@ def test_compress_goes_on_where_it_was_cut_off(compressed, tmp_path, monkeypatch
     before = [(sources, "prepare_model"), (sources, "prepare_text"), (calibration, "calibrate")]
     for stage in (*before, (factorization, "factorize")):
         monkeypatch.setattr(*stage, refuse)
-    compress_to("tiny_llama", tmp_path / "out", settings, keep_work=True)
+    compress_to("tiny_llama", tmp_path / "out", settings, keep_work=True, overwrite=True)
     monkeypatch.undo()
     for stage in before:
         monkeypatch.setattr(*stage, refuse)
     settings[1] = "factorization.compression_ratio=0.5"
-    found = compress_to("tiny_llama", tmp_path / "out", settings, keep_work=True)
+    found = compress_to("tiny_llama", tmp_path / "out", settings, keep_work=True, overwrite=True)
     assert found["removed"] >= 0.5
 
 
@@ -634,7 +635,7 @@ def test_compress_notices_new_weights_and_a_new_text(made, tmp_path):
     settings.append("calibration.damping=1e-3")
 
     def errors():
-        compress_to(str(tmp_path / "dense"), tmp_path / "out", settings, str(text), keep_work=True)
+        compress_to(str(tmp_path / "dense"), tmp_path / "out", settings, str(text), keep_work=True, overwrite=True)
         return [
             row["output_error"]
             for row in json.loads((tmp_path / "out.work/factorization.json").read_text())["projections"]
@@ -674,3 +675,117 @@ def test_compress_in_python(made, tmp_path):
     assert logits(cospadi.load(tmp_path / "out")).equal(expected)
     with pytest.raises(UserError, match="compressed already"):
         cospadi.compress(smaller, tokenizer, compression_ratio=0.3, texts=texts, overrides=settings)
+
+
+# --- what belongs to the user stays his
+
+
+SMALL = ["factorization=svd_llm", "calibration.n_samples=8", "calibration.sample_length=32", "calibration.damping=1e-3"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("A line is a document, and this one is repeated.\n" * 60)
+    return str(file)
+
+
+def test_a_second_run_neither_replaces_a_checkpoint_nor_deletes_a_file_beside_it(made, tmp_path, text):
+    out = tmp_path / "out"
+    compress_to(str(made()[0]), out, SMALL, text)
+    with pytest.raises(UserError, match=r"holds a compressed checkpoint\. Add --overwrite"):
+        compress_to(str(made()[0]), out, SMALL, text)
+    compress_to(str(made()[0]), out, SMALL, text, overwrite=True)
+    (out / "README.md").write_text("my model card")
+    (out / ".git").mkdir()
+    (out / ".git" / "HEAD").write_text("ref")
+    with pytest.raises(UserError, match=r"holds files that this project did not write \(\.git/HEAD, README\.md\)"):
+        compress_to(str(made()[0]), out, SMALL, text, overwrite=True)
+    with pytest.raises(UserError, match=r"did not write \(\.git/HEAD, README\.md\)"):
+        checkpoint.densify(made()[1], out)
+    assert (out / "README.md").read_text() == "my model card"
+    cospadi.load(out)
+
+
+def test_two_runs_in_one_folder_are_refused(made, tmp_path, text):
+    with FileLock(tmp_path / ".out.work.lock"), pytest.raises(UserError, match="Another cospadi compress is writing"):
+        compress_to(str(made()[0]), tmp_path / "out", SMALL, text)
+    compress_to(str(made()[0]), tmp_path / "out", SMALL, text)
+
+
+def test_a_checkpoint_does_not_say_where_it_was_made(made, tmp_path, text):
+    """And so two equal compressions are the same, wherever they were made."""
+    folders = [tmp_path / "here" / "out", tmp_path / "there" / "out"]
+    for folder in folders:
+        compress_to(str(made()[0]), folder, SMALL, text)
+    configs = [(folder / "config.json").read_text() for folder in folders]
+    assert configs[0] == configs[1]
+    assert str(tmp_path) not in configs[0]
+    assert json.loads(configs[0])["quantization_config"]["record"]["calibration"]["text"] == "text.txt"
+
+
+def test_a_path_is_a_path_and_a_name_that_is_both_is_refused(made, tmp_path, text, monkeypatch):
+    shutil.copytree(made()[0], tmp_path / "tiny_qwen3")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"tiny_qwen3 is both .* Write \./tiny_qwen3"):
+        compress_to("tiny_qwen3", tmp_path / "out", SMALL, text)
+    compress_to("./tiny_qwen3", tmp_path / "out", SMALL, text)
+    assert cospadi.load(tmp_path / "out").config.model_type == "llama"
+
+
+# --- models that are handed over
+
+
+def test_a_model_in_training_mode_is_calibrated_without_dropout_and_given_back_so(made):
+    tokenizer = cospadi.models.load_tokenizer(made()[0])
+    texts = ["A line is a document, and this one is repeated.\n" * 60]
+
+    def outputs(training: bool) -> torch.Tensor:
+        config = AutoConfig.from_pretrained(made()[0], attention_dropout=0.5)
+        network = AutoModelForCausalLM.from_pretrained(made()[0], config=config).train(training)
+        network.lm_head.eval()
+        cospadi.compress(network, tokenizer, 0.3, "svd_llm", texts, SMALL[1:])
+        assert network.model.layers[0].training is training
+        assert not network.lm_head.training
+        return logits(network.eval())
+
+    assert torch.equal(outputs(True), outputs(False))
+
+
+def test_what_is_handed_over_is_looked_at_first(made):
+    network = AutoModelForCausalLM.from_pretrained(made()[0])
+    tokenizer = cospadi.models.load_tokenizer(made()[0])
+    with pytest.raises(UserError, match=r"texts is one string.*Give a list"):
+        cospadi.compress(network, tokenizer, 0.3, "svd_llm", "one string", SMALL[1:])
+    network.peft_config = {}
+    with pytest.raises(UserError, match=r"adapter of peft.*merge_and_unload"):
+        cospadi.compress(network, tokenizer, 0.3, "svd_llm", ["x"], SMALL[1:])
+    del network.peft_config
+    network.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(UserError, match=r"is quantized \(fp8\)"):
+        cospadi.compress(network, tokenizer, 0.3, "svd_llm", ["x"], SMALL[1:])
+    del network.config.quantization_config
+    network.model.layers[1].to("meta")
+    with pytest.raises(UserError, match=r"layers\.1.* is not in memory.*cospadi compress"):
+        cospadi.compress(network, tokenizer, 0.3, "svd_llm", ["x"], SMALL[1:])
+
+
+def test_stored_bits_are_not_trained_before_and_after_loading(made, tmp_path):
+    for method in ("cospadi", "svd_llm"):
+        model = cospadi.load(made(method=method)[1])
+        layers = [m for m in model.modules() if isinstance(m, CompressedLinear)]
+        assert not any(p.requires_grad for layer in layers for p in layer.parameters())
+        assert model.get_input_embeddings().weight.requires_grad
+
+
+def test_the_dtype_that_transformers_4_wrote_is_read(made, tmp_path):
+    _, compressed = made()
+    config = json.loads((compressed / "config.json").read_text())
+    shutil.copytree(compressed, tmp_path / "own")
+    old = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": "bfloat16"}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(old))
+    checkpoint.densify(tmp_path / "own", tmp_path / "dense")
+    written = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert written["dtype"] == "bfloat16"
+    assert "torch_dtype" not in written
+    assert {t.dtype for t in load_file(tmp_path / "dense" / "model.safetensors").values()} == {torch.bfloat16}

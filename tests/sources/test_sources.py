@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,8 +17,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from cospadi.errors import UserError
+from cospadi.models import Checkpoint, find_projections, load_tokenizer
 from cospadi.settings import PROJECT
 from cospadi.sources import checkpoints, texts, wheels, wikitext
 from cospadi.sources import settings as sources_settings
@@ -704,7 +707,7 @@ def test_an_incomplete_local_checkpoint_is_refused(checkpoint, tmp_path):
     (cut / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-10])
     refused(model(source=str(cut)), out, r"model\.safetensors is truncated")
 
-    index = without(checkpoint, tmp_path / "d")
+    index = without(checkpoint, tmp_path / "d", "model.safetensors")
     (index / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
     refused(model(source=str(index)), out, "lacks 1 of 1 weight files: model-00002")
 
@@ -759,8 +762,8 @@ def test_a_hub_snapshot_is_pinned_filtered_and_linked(checkpoint, tmp_path, monk
     asked = {}
     snapshot = without(checkpoint, tmp_path / ("c" * 40))
 
-    def fetch(repo, **given):
-        asked.update(given, repo=repo)
+    def fetch(repo_id, **options):
+        asked.update(options, repo=repo_id)
         return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
@@ -932,3 +935,76 @@ def test_blank_rows_of_a_data_set_are_kept_only_when_asked_for(tmp_path):
     settings = {"name": "t", "title": "t", "source": str(tmp_path), "parser": "dataset", "split": "test"}
     assert read_documents(TextConfig(**settings)) == ["first\n", "second\n"]
     assert read_documents(TextConfig(**settings, keep_blank=True)) == rows
+
+
+# --- what transformers would load, and nothing else
+
+
+def copied(checkpoint: Path, folder: Path, **settings) -> Path:
+    """A copy of a checkpoint with changed settings; ``None`` takes one out."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return folder
+
+
+@pytest.mark.parametrize("stray", ["model_ema.safetensors", "adapter_model.safetensors", "zz.safetensors"])
+def test_a_stray_file_is_not_part_of_the_model(checkpoint, tmp_path, stray):
+    origin = copied(checkpoint, tmp_path / "origin")
+    save_file({k: v * 0 + 7 for k, v in load_file(origin / "model.safetensors").items()}, origin / stray)
+    prepare_model(model(source=str(origin)), tmp_path / "model")
+    assert not (tmp_path / "model" / stray).exists()
+    read = Checkpoint(origin).read("model.embed_tokens.weight")  # the folder itself, too
+    assert torch.equal(read, load(origin).get_input_embeddings().weight)
+
+
+def test_safetensors_that_transformers_would_not_load_are_no_model(checkpoint, tmp_path):
+    origin = copied(checkpoint, tmp_path / "origin")
+    (origin / "model.safetensors").rename(origin / "weights.safetensors")
+    refused(model(source=str(origin)), tmp_path / "out", "neither model.safetensors nor model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"compression_config": {"quant_method": "compressed-tensors"}},
+        {"text_config": {"quantization_config": {"quant_method": "bitsandbytes"}}},
+    ],
+)
+def test_a_quantized_model_is_refused_by_its_method(checkpoint, tmp_path, section):
+    origin = copied(checkpoint, tmp_path / "origin", **section)
+    method = json.dumps(section).split('"quant_method": "')[1].split('"')[0]
+    refused(model(source=str(origin)), tmp_path / "out", rf"is quantized \({method}\).*Name the 16-bit model")
+
+
+def test_weights_that_are_codes_are_refused_without_a_word_in_the_config(checkpoint, tmp_path):
+    origin = copied(checkpoint, tmp_path / "origin")
+    tensors = load_file(origin / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, origin / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{name} holds F8_E4M3 numbers.*is quantized"):
+        find_projections(origin, model(source=str(origin)))
+
+
+def test_a_model_that_is_compressed_already_and_an_adapter_are_refused(checkpoint, tmp_path):
+    origin = copied(checkpoint, tmp_path / "a", quantization_config={"quant_method": "cospadi"})
+    refused(model(source=str(origin)), tmp_path / "out", "is compressed by cospadi already")
+    origin = copied(checkpoint, tmp_path / "b")
+    (origin / "adapter_config.json").write_text("{}")
+    refused(model(source=str(origin)), tmp_path / "out", "holds an adapter.*merge_and_unload")
+
+
+def test_companions_of_any_spelling_come_along(checkpoint, tmp_path):
+    origin = copied(checkpoint, tmp_path / "origin")
+    kept = ["LICENSE", "LICENCE.md", "NOTICE", "COPYING", "USE_POLICY.md", "spiece.model", "qwen.tiktoken"]
+    for name in [*kept, "run.py", "notes.txt"]:
+        (origin / name).write_text(name)
+    (origin / "additional_chat_templates").mkdir()
+    (origin / "additional_chat_templates" / "rag.jinja").write_text("RAG {{ messages[0].content }}")
+    prepare_model(model(source=str(origin)), tmp_path / "model")
+    assert all((tmp_path / "model" / name).is_file() for name in kept)
+    assert not any((tmp_path / "model" / name).exists() for name in ("run.py", "notes.txt"))
+    prompt = [{"role": "user", "content": "hi"}]
+    tokenizer = load_tokenizer(tmp_path / "model")
+    assert tokenizer.apply_chat_template(prompt, chat_template="rag", tokenize=False) == "RAG hi"
