@@ -7,6 +7,7 @@ written once, under its first member.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cospadi.factorization.factors import KINDS, Factors, private_tensors, shared_matrix, shared_names
-from cospadi.records import write_tensors
+from cospadi.records import read_json, write_json, write_tensors
 
 
 @dataclass
@@ -45,6 +46,42 @@ class FactorsFile:
         """All at once, or not at all."""
         tensors = {f"{name}.{part}": tensor for name in self.names for part, tensor in self._tensors[name].items()}
         write_tensors(file, tensors, {name: self._lines[name] for name in self.names})
+
+
+class FinishedGroups:
+    """Factors of the groups that are done, a file each, so that a factorization that was cut off goes on after them.
+
+    They are used again as long as ``key`` is the same: whatever the factors depend on.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = Path(folder)
+        note = self.folder / "key"
+        if not note.is_file() or note.read_text(encoding="utf-8") != key:
+            self.remove()
+            self.folder.mkdir(parents=True)
+            note.write_text(key, encoding="utf-8")
+
+    def read(self, names: Sequence[str]) -> list[tuple[dict[str, Any], Factors]] | None:
+        """Rows and factors of a group, in the order of ``names``; ``None`` where it is not done."""
+        rows = self.folder / f"{names[0]}.json"
+        if not rows.is_file():
+            return None
+        factors = dict(read_factors([rows.with_suffix(".safetensors")], order=names))
+        return [(row, factors[row["name"]]) for row in read_json(rows)]
+
+    def keep(self, rows: Sequence[dict[str, Any]], factors: Sequence[Factors]) -> None:
+        """Store a group; its rows come last, and say that it is whole."""
+        file = FactorsFile([row["name"] for row in rows])
+        for row, compact in zip(rows, factors, strict=True):
+            file.add(row, compact)
+        rows_file = self.folder / f"{rows[0]['name']}.json"
+        file.write(rows_file.with_suffix(".safetensors"))
+        write_json(rows_file, list(rows))
+
+    def remove(self) -> None:
+        """Once all factors are in one file."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def shares(row: dict[str, Any]) -> bool:

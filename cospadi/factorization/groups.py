@@ -217,6 +217,8 @@ def runs_in_memory(
     On a CPU these are groups of one shared input, which have their whiteners in common. A GPU takes as many layers as it
     has room for, groups of one shape side by side, so that they are solved as one batch. Matched pairs come one by one.
     """
+    if not groups:
+        return iter(())
     if isinstance(config, GroupedConfig) and config.pairing == MATCHED:
         return ([group] for group in groups)
     layers = config.group_size if isinstance(config, GroupedConfig) else 1

@@ -28,7 +28,7 @@ from cospadi.checkpoint.linear import CompressedLinear
 from cospadi.checkpoint.specs import layer_of
 from cospadi.checkpoint.transformers_plugin import CoSpaDiQuantizer
 from cospadi.errors import UserError
-from cospadi.factorization import budget
+from cospadi.factorization import budget, groups
 from cospadi.factorization.factors import KINDS, LowRank, SparseDictionary, SparsePlusLowRank, stored_bits
 from cospadi.factorization.methods import factorize_groups
 from cospadi.factorization.problem import Problem
@@ -789,3 +789,44 @@ def test_the_dtype_that_transformers_4_wrote_is_read(made, tmp_path):
     assert written["dtype"] == "bfloat16"
     assert "torch_dtype" not in written
     assert {t.dtype for t in load_file(tmp_path / "dense" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+# --- a factorization that is cut off
+
+
+@pytest.mark.parametrize("method", ["svd_llm", "cospadi_plus"])
+def test_a_factorization_goes_on_after_the_groups_it_had_finished(made, tmp_path, text, monkeypatch, method):
+    """And ends with the same bytes. Other settings start anew."""
+    settings = [f"factorization={method}", *SMALL[1:]]
+    solved = []
+    whole = groups.factorize_groups
+
+    def counted(config, problems):
+        for group, factors in zip(problems, whole(config, problems), strict=True):
+            solved.append(len(group))
+            yield factors
+
+    monkeypatch.setattr(groups, "factorize_groups", counted)
+    compress_to(str(made()[0]), tmp_path / "whole", settings, text)
+    in_all = len(solved)
+    assert in_all > 6
+
+    solved.clear()
+    steps = []
+
+    def cut(self, label, *_):
+        steps.append(label)
+        if label.startswith("model.layers.1.self_attn"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(factorization.Progress, "step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        compress_to(str(made()[0]), tmp_path / "out", settings, text)
+    monkeypatch.setattr(factorization.Progress, "step", lambda *_: None)
+    before = len(solved)
+    compress_to(str(made()[0]), tmp_path / "out", settings, text)
+    assert 0 < before < in_all
+    assert len(solved) == in_all
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert files[0] == files[1]
+    assert not list(tmp_path.glob("*.work"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from cospadi.calibration.statistics import read_statistics, statistics_file
 from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.factorization.factors import Factors, stored_bits
-from cospadi.factorization.files import FactorsFile, shares
+from cospadi.factorization.files import FactorsFile, FinishedGroups, shares
 from cospadi.factorization.groups import (
     Group,
     factorized,
@@ -27,8 +28,9 @@ from cospadi.factorization.solvers.whitening import output_error, weight_error
 from cospadi.models import Checkpoint, Projection, find_projections
 from cospadi.pipeline.stages.sources import weights_hash
 from cospadi.progress import Progress
-from cospadi.records import Record, file_hashes, read_json
+from cospadi.records import Record, file_hashes, read_json, text_hash, versions
 from cospadi.settings import Config
+from cospadi.sources.addresses import state_on_disk
 
 
 def factorize(
@@ -50,12 +52,32 @@ def factorize(
         chosen_ranks,
     )
     groups = groups_of(factorization, projections, problem_of)
+    statistics = [statistics_file(grams, layer) for layer in sorted({p.layer for p in projections})]
+    inputs = file_hashes(*statistics, *([ranks] if ranks else [])) | weights_hash(model)
 
+    # What an earlier run of this job has finished is used again.
+    key = text_hash(
+        json.dumps([log.content["settings"], inputs, state_on_disk(str(model)), versions()], sort_keys=True)
+    )
+    finished = FinishedGroups(factors.with_name(f".{factors.stem}.groups"), key)
     file = FactorsFile([p.name for p in projections])  # in this order, although a GPU takes them by shape
     entries = float(sum(p.d_in * p.d_out for p in projections))
     progress = Progress(len(projections), f"{factorization.title}, layers {layers}", entries)
+
+    def note(row: dict[str, Any], compact: Factors) -> None:
+        file.add(row, compact)
+        progress.step(row["name"], described(row), float(row["d_in"] * row["d_out"]))
+
+    left = []
+    for group in groups:
+        done = finished.read([p.name for p in group])
+        for row, compact in done or []:
+            note(row, compact)
+        left += [] if done else [group]
+
     last = time.perf_counter()
-    for group, problems, solved in factorized(factorization, runs_in_memory(factorization, groups, device), problem_of):
+    for group, problems, solved in factorized(factorization, runs_in_memory(factorization, left, device), problem_of):
+        rows = []
         for projection, problem, compact in zip(group, problems, solved, strict=True):
             row = _row(projection, group, compact, problem, factorization.compression_ratio)
             if ranks and factorization.rank_search.perplexity_budget is not None:
@@ -64,13 +86,14 @@ def factorize(
             now = time.perf_counter()
             row["seconds"] = now - last
             last = now
-            file.add(row, compact)
-            progress.step(row["name"], described(row), float(row["d_in"] * row["d_out"]))
+            rows.append(row)
+        finished.keep(rows, solved)
+        for row, compact in zip(rows, solved, strict=True):
+            note(row, compact)
 
     file.write(factors)
-    statistics = [statistics_file(grams, layer) for layer in sorted({p.layer for p in projections})]
-    inputs = file_hashes(*statistics, *([ranks] if ranks else [])) | weights_hash(model)
     log.finish(record, inputs=inputs, projections=file.rows)
+    finished.remove()
 
 
 def _projections_of(config: Config, model: Path, layers: str) -> list[Projection]:
