@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -161,6 +162,43 @@ def check_loadable(folder: Path, config: ModelConfig) -> None:
             f"transformers cannot load model.source={config.source}: {lines[0].rstrip('.')}. "
             "Check its config.json, its tokenizer files and that the download is whole."
         ) from error
+
+
+def unread_tensors(folder: Path) -> list[str]:
+    """Names of stored tensors that transformers does not load: heads its class lacks, and copies of tied weights.
+
+    What transformers itself reports is the reference: it renames tensors while it loads.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _quiet():
+        model, report = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", output_loading_info=True)
+    checkpoint = Checkpoint(folder)
+    names = set(checkpoint.names)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    copies = [
+        copy
+        for copy, owner in tied.items()
+        if copy in names and owner in names and torch.equal(checkpoint.read(copy), checkpoint.read(owner))
+    ]
+    return sorted({*(set(report["unexpected_keys"]) & names), *copies})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its table of what was not loaded, and without its bar."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load(folder: Path, dtype: str, device: torch.device) -> PreTrainedModel:

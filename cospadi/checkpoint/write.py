@@ -21,7 +21,7 @@ from cospadi.checkpoint.specs import empty_layer, layer_of
 from cospadi.checkpoint.transformers_plugin import METHOD, format_version
 from cospadi.errors import UserError
 from cospadi.factorization.factors import Dense, Factors, shared_matrix
-from cospadi.models import Checkpoint
+from cospadi.models import Checkpoint, unread_tensors
 from cospadi.records import check_output_folder, new_path, write_json, write_tensors
 from cospadi.sources.files import INDEX, companions, weight_files
 
@@ -57,10 +57,14 @@ def write(
         UserError: ``folder`` is not ours to replace, the disk is full, or a name is not in ``source``.
     """
     checkpoint = Checkpoint(source)
+    unread = unread_tensors(source)
+    if unread:
+        few = ", ".join(unread[:3]) + (" …" if len(unread) > 3 else "")
+        print(f"Left out, as transformers does not load them: {len(unread)} tensors ({few}).", flush=True)
     modules = {}
     with new_path(folder) as partial:
         partial.mkdir()
-        _write_shards(partial, _compressed(checkpoint, factors, modules), shard_bytes)
+        _write_shards(partial, _compressed(checkpoint, factors, modules, set(unread)), shard_bytes)
         if not modules:
             raise UserError("No projection was compressed: every one was left dense. Choose another ratio or method.")
         config = _plain_config(checkpoint)
@@ -96,10 +100,13 @@ def _write_stub(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _compressed(
-    checkpoint: Checkpoint, factors: Iterable[tuple[str, Factors]], modules: dict[str, dict[str, Any]]
+    checkpoint: Checkpoint,
+    factors: Iterable[tuple[str, Factors]],
+    modules: dict[str, dict[str, Any]],
+    unread: set[str],
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the compressed checkpoint; fills ``modules`` with what the config has to say."""
-    replaced = set()
+    replaced = set(unread)
     names = set(checkpoint.names)
     first = WeakTensorKeyDictionary()  # whatever several hold is alive until the last of them has come
     for name, compact in factors:

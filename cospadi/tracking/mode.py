@@ -42,9 +42,9 @@ def reach(tracking: TrackingConfig) -> Reach:
     """Ask the server who the key belongs to, for at most ``tracking.timeout`` seconds, name lookup and proxies included."""
     if tracking.mode == OFFLINE:
         return Reach(False, "tracking.mode=offline")
-    asked_for = os.environ.get("WANDB_MODE", ONLINE)
-    if asked_for != ONLINE:  # the person's word for everything that uses W&B
-        return Reach(False, f"WANDB_MODE={asked_for}")
+    refusal = _refusal()
+    if refusal:
+        return Reach(False, refusal)
     key = api_key()
     if key is None:
         return Reach(False, f"there is no API key for {base_url()}")
@@ -53,6 +53,30 @@ def reach(tracking: TrackingConfig) -> Reach:
     asking.start()
     asking.join(tracking.timeout)
     return answers[0] if answers else Reach(False, f"{base_url()} did not answer within {tracking.timeout:g} s")
+
+
+def _refusal() -> str | None:
+    """How the person told W&B not to upload: for everything that uses it, wherever W&B itself looks."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode is not None:
+        return None if mode == ONLINE else f"WANDB_MODE={mode}"
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        return f"WANDB_DISABLED={os.environ['WANDB_DISABLED']}"
+    mode = _settings().get("default", "mode", fallback=ONLINE)
+    return None if mode == ONLINE else f"`wandb {mode}` was typed here"
+
+
+def _settings() -> configparser.ConfigParser:
+    """W&B's settings files: that of the person, then that of this folder, whose word counts more."""
+    folder = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
+    here = Path(os.environ.get("WANDB_DIR", "."))
+    noted = configparser.ConfigParser(interpolation=None)
+    for file in (Path(folder).expanduser() / "settings", here / ".wandb" / "settings", here / "wandb" / "settings"):
+        try:
+            noted.read(file)
+        except (configparser.Error, OSError, UnicodeDecodeError):
+            continue  # W&B warns of it itself
+    return noted
 
 
 def _ask(key: str, tracking: TrackingConfig) -> Reach:
@@ -75,13 +99,7 @@ def _ask(key: str, tracking: TrackingConfig) -> Reach:
 
 def base_url() -> str:
     """W&B's server: ``WANDB_BASE_URL``, what ``wandb login --host`` noted, or the cloud."""
-    folder = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
-    noted = configparser.ConfigParser(interpolation=None)
-    try:
-        noted.read(Path(folder).expanduser() / "settings")
-    except (configparser.Error, OSError, UnicodeDecodeError):
-        pass  # W&B warns of it itself
-    url = os.environ.get("WANDB_BASE_URL") or noted.get("default", "base_url", fallback="") or CLOUD
+    url = os.environ.get("WANDB_BASE_URL") or _settings().get("default", "base_url", fallback="") or CLOUD
     return url.rstrip("/")
 
 

@@ -830,3 +830,32 @@ def test_a_factorization_goes_on_after_the_groups_it_had_finished(made, tmp_path
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert files[0] == files[1]
     assert not list(tmp_path.glob("*.work"))
+
+
+# --- tensors that transformers passes over
+
+
+def test_tensors_that_transformers_does_not_load_are_left_out_with_a_word(made, tmp_path, text, capsys):
+    shutil.copytree(made()[0], tmp_path / "dense")
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    save_file(tensors | {"mtp.fc.weight": torch.ones(4, 4)}, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    compress_to(str(tmp_path / "dense"), tmp_path / "out", SMALL, text)
+    assert "Left out, as transformers does not load them: 1 tensors (mtp.fc.weight)." in capsys.readouterr().out
+    assert "mtp.fc.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    cospadi.load(tmp_path / "out")
+
+
+def test_a_copy_of_a_tied_weight_is_stored_once(made, tmp_path, text):
+    network = AutoModelForCausalLM.from_pretrained(made()[0])
+    network.config.tie_word_embeddings = True
+    network.tie_weights()
+    dense = tmp_path / "dense"
+    shutil.copytree(made()[0], dense)
+    network.save_pretrained(dense)
+    tensors = load_file(dense / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, dense / "model.safetensors", {"format": "pt"})
+    compress_to(str(dense), tmp_path / "out", SMALL, text)
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    model = cospadi.load(tmp_path / "out")
+    assert torch.equal(model.get_output_embeddings().weight, embedding)

@@ -618,3 +618,26 @@ def test_the_workspace_is_saved_once_and_then_brought_up_to_date(study, monkeypa
 def test_no_port_of_these_tests_is_open():
     with socket.socket() as tried:
         assert tried.connect_ex(("127.0.0.1", 9)) != 0
+
+
+@pytest.mark.parametrize("place", ["folder", "home"])
+@pytest.mark.parametrize("word", ["offline", "disabled"])
+def test_wandb_offline_and_disabled_are_obeyed_as_wandb_itself_obeys(tmp_path, monkeypatch, place, word):
+    """The files that these commands write, read by W&B for comparison."""
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "wandb" if place == "folder" else tmp_path / "home" / ".config" / "wandb"
+    folder.mkdir(parents=True)
+    (folder / "settings").write_text(f"[default]\nmode = {word}\n")
+    code = "import wandb; print(wandb.setup().settings.mode)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == word
+    assert mode.reach(TrackingConfig(name="auto")) == mode.Reach(False, f"`wandb {word}` was typed here")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert mode.reach(TrackingConfig(name="auto")).why == "WANDB_MODE=offline"
+
+
+def test_wandb_disabled_of_the_trainer_is_obeyed(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    assert mode.reach(TrackingConfig(name="auto")) == mode.Reach(False, "WANDB_DISABLED=true")
