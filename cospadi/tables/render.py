@@ -22,7 +22,7 @@ from cospadi.tables.cells import (
     task_names,
     tasks_of,
 )
-from cospadi.tables.metrics import AVERAGE, METRICS, Metric
+from cospadi.tables.metrics import AVERAGE, METRICS, NLL, Metric
 from cospadi.tables.numbers import nats, percent, perplexity, points, ratio, size
 from cospadi.tables.paper import DAGGER, MISSING, Column, Entry, PaperTable, Row, join
 from cospadi.tables.published import with_published
@@ -93,10 +93,12 @@ def paper_table(
 
 
 _DIFFERENCES = {
-    "average_accuracy": Column("average_accuracy_difference", "Δ Average", "points", "", points, is_difference=True),
-    "nll": Column("nll_difference", "Δ NLL", "nats", "", nats, is_difference=True),
+    AVERAGE.name: Column("average_accuracy_difference", "Δ Average", "points", "", points, is_difference=True),
+    NLL: Column("nll_difference", "Δ NLL", "nats", "", nats, is_difference=True),
 }
-_STAND_AFTER = {"average_accuracy": "average_accuracy", "nll": "token_perplexity"}
+"""Measures of ``paired.csv`` that printed tables show, and their columns."""
+_METRIC_OF = {metric.paired_as: metric for metric in METRICS.values()} | {AVERAGE.name: AVERAGE}
+"""The metric whose column a difference follows."""
 
 
 def _with_differences(
@@ -114,7 +116,7 @@ def _with_differences(
         rows[column.name] = measured["difference"].reindex(keys).to_numpy()
         rows[f"{column.name}_stderr"] = measured["stderr"].reindex(keys).to_numpy()
         names = [c.name for c in columns]
-        columns.insert(names.index(_STAND_AFTER[measure]) + 1, column)
+        columns.insert(names.index(_METRIC_OF[measure].name) + 1, column)
     return rows, columns
 
 
@@ -136,7 +138,7 @@ def notes(cells: Sequence[Cell], model: str) -> list[str]:
     cells = [cell for cell in ordered(cells) if cell.model == model]
     lines = [_calibration(record.get("settings", {})) for cell in cells for record in cell.factorizations]
     for cell in cells:
-        average = cell.evaluation.get("average_accuracy") or {}
+        average = cell.evaluation.get(AVERAGE.name) or {}
         if average.get("tasks"):
             lines.append(f"Average over {', '.join(map(_task_title, average['tasks']))}.")
     tasks = task_names(cells)
