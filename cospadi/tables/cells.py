@@ -169,7 +169,7 @@ def summary(cells: Sequence[Cell]) -> pd.DataFrame:
         *(f"{task}_{detail}" for task in tasks for detail in ("metric", "higher_is_better")),
         *("fallback_reasons", "diverged", "second_text", "model_title", "method_title", "quantization_title"),
     ]
-    frame = pd.DataFrame([_row(cell, tasks, dense_sizes[cell.model]) for cell in cells], columns=columns)
+    frame = pd.DataFrame([_summary_row(cell, tasks, dense_sizes[cell.model]) for cell in cells], columns=columns)
     return _typed(frame, tasks)
 
 
@@ -207,7 +207,7 @@ def projection_errors(cells: Sequence[Cell]) -> pd.DataFrame:
     return frame
 
 
-def _row(cell: Cell, tasks: Sequence[str], dense_sizes: dict[str, int]) -> dict[str, Any]:
+def _summary_row(cell: Cell, tasks: Sequence[str], dense_sizes: dict[str, int]) -> dict[str, Any]:
     projections = cell.projections
     row: dict[str, Any] = {
         "model": cell.model,

@@ -89,7 +89,7 @@ def with_published(table: PaperTable, named: Sequence[str]) -> PaperTable:
         return table
     groups = [list(group) for group in table.groups]
     for result in published:
-        row = _row(result, table.columns)
+        row = _published_row(result, table.columns)
         place = next((group for group in groups if _ratio(group[0]) == _ratio(row)), None)
         groups.append([row]) if place is None else place.append(row)
     groups.sort(key=lambda group: _ratio(group[0]))  # stable: groups of one ratio stay in their order
@@ -105,7 +105,7 @@ def _is_dense(row: Row) -> bool:
     return row.method == DENSE or row.method.endswith(f":{DENSE}")
 
 
-def _row(result: Result, columns: Sequence[Column]) -> Row:
+def _published_row(result: Result, columns: Sequence[Column]) -> Row:
     title = f"{result.title} (published [{sources()[result.source].title}])"
     method = f"{PREFIX}{result.source}:{result.method}"
     return Row(method, title, result.compression_ratio, False, [_entry(result, column) for column in columns])

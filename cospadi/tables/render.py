@@ -80,7 +80,7 @@ def paper_table(
         for dense in (True, False):
             part = group[(group["method"] == DENSE) == dense]
             for _, alike in part.groupby(part["method"].map(quantization_of), sort=False):
-                groups.append([_row(row, columns) for _, row in alike.iterrows()])
+                groups.append([_printed_row(row, columns) for _, row in alike.iterrows()])
     for group in groups:
         if group[0].method != DENSE:
             for i, column in enumerate(columns):
@@ -232,7 +232,7 @@ def _columns(rows: pd.DataFrame) -> list[Column]:
     ]
 
 
-def _row(row: pd.Series, columns: Sequence[Column]) -> Row:
+def _printed_row(row: pd.Series, columns: Sequence[Column]) -> Row:
     diverged = row["diverged"].split()
     entries = []
     for column in columns:

@@ -66,9 +66,9 @@ class Logbook:
                 self._keep(run, note | {"mode": ONLINE, "why": None, "url": url})
             else:
                 self._keep(run, note | {"mode": OFFLINE, "why": why, "url": None})
-        return self._told(why)
+        return self._outcome(why)
 
-    def _told(self, why: str) -> str:
+    def _outcome(self, why: str) -> str:
         count = Counter(note["mode"] for note in self.notes)
         outcome = f"W&B: {count[ONLINE]} of {len(self.runs)} runs are uploaded."
         if count[OFFLINE]:
