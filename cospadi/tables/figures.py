@@ -51,7 +51,7 @@ def write_figures(
             "perplexity": _against_size(frame, METRICS["token_perplexity"]),
             "accuracy": _against_size(frame, AVERAGE),
             "output_error": error_maps(frame, errors),
-            "pareto": pareto_figure(frame, _base_colours(frame), INK, SOFT),
+            "pareto": pareto_figure(frame, _base_colours(frame)),
         }
         figures |= {f"{table.name}_table": table_picture(table) for table in printed}
         return [path for name, figure in figures.items() for path in save(figure, Path(folder) / name)]

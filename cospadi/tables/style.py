@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from cospadi import records
 
@@ -49,20 +52,23 @@ STYLE = {
 
 
 def colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour per method: its own where it has one, else the next free one; told apart by colour-blind readers too."""
+    """A colour per method: its own where it has one, else the next free one. Colour-blind readers can tell them apart."""
     free = iter(_COLOURS * (1 + len(methods) // len(_COLOURS)))
     return {method: _KNOWN_COLOURS[method] if method in _KNOWN_COLOURS else next(free) for method in methods}
 
 
 @contextlib.contextmanager
-def style() -> Iterator[None]:
-    with rc_context(STYLE):
+def style(overrides: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
+    """Figures that are drawn and saved inside have the common look; ``overrides`` are further matplotlib settings."""
+    with rc_context(STYLE | dict(overrides)):
         yield
 
 
-def save(figure, stem: Path) -> list[Path]:
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """``<stem>.png`` and ``<stem>.svg``, the same bytes every time."""
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    for path, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):  # same bytes every time
+    # Matplotlib would write its version into the one and the time into the other.
+    for path, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
         with records.new_path(path) as partial:
             figure.savefig(partial, format=path.suffix[1:], dpi=150, metadata=metadata, facecolor="white")
     return paths
