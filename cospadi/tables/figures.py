@@ -14,7 +14,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from cospadi.records import DENSE
 from cospadi.tables.cells import QUANTIZED, Cell, projection_errors, summary
@@ -23,7 +22,7 @@ from cospadi.tables.metrics import AVERAGE, LOWER, METRICS, Metric
 from cospadi.tables.paper import PaperTable
 from cospadi.tables.pareto import pareto_figure
 from cospadi.tables.render import paper_table, tables
-from cospadi.tables.style import INK, MARKERS, SOFT, colours, save, style
+from cospadi.tables.style import INK, MARKERS, SOFT, colours, label_logarithmic, save, style
 from cospadi.tables.table_picture import table_picture
 
 
@@ -156,7 +155,7 @@ def _draw_lines(panel: Axes, rows: pd.DataFrame, metric: Metric, methods: dict[s
     if math.isfinite(low):
         _stretch(panel, low, high, metric.is_logarithmic, crosses)
     if metric.is_logarithmic:
-        _label_decades(panel)
+        label_logarithmic(panel.yaxis)
     return crosses
 
 
@@ -225,23 +224,6 @@ def _stretch(panel, low: float, high: float, logarithmic: bool, crosses: bool) -
     else:
         span = max(high - low, 1.0)
         panel.set_ylim(low - (0.14 if crosses else 0.04) * span, high + 0.12 * span)
-
-
-def _label_decades(panel) -> None:
-    low, high = panel.get_ylim()
-    wide = math.log10(high / low) > 2.2
-    panel.yaxis.set_major_locator(LogLocator(10, (1.0,) if wide else (1.0, 2.0, 5.0), numticks=20))
-    panel.yaxis.set_minor_locator(LogLocator(10, range(2, 10), numticks=200) if wide else NullLocator())
-    panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.yaxis.set_major_formatter(FuncFormatter(_power))
-    if not wide and sum(low <= tick <= high for tick in panel.yaxis.get_majorticklocs()) < 2:
-        panel.yaxis.set_major_locator(LogLocator(10, range(1, 10), numticks=50))
-
-
-def _power(value: float, position: object = None) -> str:
-    if value >= 1e4 and math.log10(value).is_integer():
-        return f"$10^{{{round(math.log10(value))}}}$"
-    return f"{value:,.0f}" if value >= 10 else f"{value:g}"
 
 
 def _marker(methods: dict[str, str], method: str) -> str:

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from cospadi.records import DENSE
 from cospadi.tables.cells import QUANTIZED
 from cospadi.tables.metrics import METRICS
-from cospadi.tables.style import INK, MARKERS, SOFT
+from cospadi.tables.style import INK, MARKERS, SOFT, label_logarithmic
 
 
 def pareto_figure(frame: pd.DataFrame, palette: dict[str, str]) -> Figure:
@@ -40,6 +39,9 @@ def pareto_figure(frame: pd.DataFrame, palette: dict[str, str]) -> Figure:
         dense = rows[rows["method"] == DENSE]
         if not dense.empty and math.isfinite(dense["token_perplexity"].iloc[0]):
             panel.axhline(dense["token_perplexity"].iloc[0], color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=2)
+        if panel.get_yscale() == "log":
+            label_logarithmic(panel.xaxis)
+            label_logarithmic(panel.yaxis)
         panel.set(title=title, xlabel="Projections, MB stored")
     panels[0].set_ylabel(METRICS["token_perplexity"].label)
     entries = [Line2D([], [], color=palette[name], label=title) for name, title in bases.items()]
@@ -104,7 +106,3 @@ def _draw(panel, rows: pd.DataFrame, palette: dict[str, str], markers: dict[str,
             linewidth=1.2,
             zorder=3,
         )
-    for axis in (panel.xaxis, panel.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_formatter(NullFormatter())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from cospadi import records
 
@@ -72,3 +75,32 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         with records.new_path(path) as partial:
             figure.savefig(partial, format=path.suffix[1:], dpi=150, metadata=metadata, facecolor="white")
     return paths
+
+
+def label_logarithmic(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis whose limits are set: few enough not to touch, and at least three if possible.
+
+    Over more than two decades the powers of ten have labels, below that 1, 2 and 5 of each decade, or every digit.
+    """
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    if decades > 2.2:
+        axis.set_major_locator(LogLocator(10, (1.0,), numticks=9))
+        axis.set_minor_locator(LogLocator(10, range(2, 10), numticks=200))
+    else:
+        axis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0), numticks=20))
+        axis.set_minor_locator(NullLocator())
+        if sum(low <= tick <= high for tick in axis.get_majorticklocs()) < 3:
+            axis.set_major_locator(LogLocator(10, range(1, 10), numticks=50))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(_plain_number))
+
+
+def _plain_number(value: float, position: object = None) -> str:
+    """
+    >>> _plain_number(0.05), _plain_number(2000.0), _plain_number(1e5)
+    ('0.05', '2,000', '$10^{5}$')
+    """
+    if value >= 1e4 and math.log10(value).is_integer():
+        return f"$10^{{{round(math.log10(value))}}}$"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"

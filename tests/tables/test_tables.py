@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from cospadi.errors import UserError
 from cospadi.tables import figures
@@ -22,7 +24,7 @@ from cospadi.tables.metrics import METRICS
 from cospadi.tables.numbers import divergence, percent, perplexity, size
 from cospadi.tables.overview import write_overviews
 from cospadi.tables.render import notes, paper_table, tables, write_tables
-from cospadi.tables.style import colours
+from cospadi.tables.style import colours, label_logarithmic, style
 
 TITLES = {"svd": "SVD", "svd_llm": "SVD-LLM", "cospadi": "CoSpaDi"}
 PERPLEXITY = {
@@ -522,3 +524,42 @@ def test_a_method_keeps_its_colour_and_shares_it_with_none():
     methods = ["svd", "cospadi", *(f"method_{i}" for i in range(10))]
     assert len(set(colours(methods).values())) == 12
     assert colours(["cospadi"])["cospadi"] == colours(methods)["cospadi"]
+
+
+def overlapping(boxes):
+    """Pairs of texts' boxes that overlap."""
+    return [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.overlaps(b)]
+
+
+@pytest.mark.parametrize("limits", [(0.078, 0.105), (0.03, 0.11), (14, 90), (22, 120_000), (1e-4, 1e9), (226, 258)])
+def test_labels_of_a_logarithmic_axis_do_not_touch(limits):
+    figure = Figure(figsize=(4.4, 4.3), layout="constrained")
+    panel = figure.subplots()
+    panel.set(xscale="log", yscale="log", xlim=limits, ylim=limits)
+    for axis in (panel.xaxis, panel.yaxis):
+        label_logarithmic(axis)
+        figure.draw_without_rendering()
+        labels = [
+            label
+            for tick, label in zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+            if limits[0] <= tick <= limits[1] and label.get_text()
+        ]
+        assert len(labels) >= 3
+        assert not overlapping([label.get_window_extent() for label in labels])
+
+
+def test_titles_of_error_maps_leave_the_means_room():
+    cells = study(("small", "a_model_with_a_long_name", "third"))
+    with style():
+        figure = _error_maps(summary(cells), projection_errors(cells))
+        figure.draw_without_rendering()
+    panels = [panel for panel in figure.axes if panel.get_title("right")]
+    assert len(panels) == 9
+    for panel in panels:
+        texts = [child for child in panel.get_children() if isinstance(child, Text)]
+        title, mean = (
+            next(text for text in texts if text.get_text() == panel.get_title(side)) for side in ("left", "right")
+        )
+        assert title.get_window_extent().x1 <= panel.get_window_extent().x1
+        title.set_text(title.get_text().rpartition("\n")[2])  # the mean is at the right of the last line
+        assert not title.get_text() or not overlapping([title.get_window_extent(), mean.get_window_extent()])
