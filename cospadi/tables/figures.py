@@ -109,7 +109,7 @@ def _add_legend(figure: Figure, methods: dict[str, str], unplaced: bool) -> None
     figure.legend(handles=entries, loc="outside lower center", ncols=columns)
 
 
-def _label_megabytes(panel, rows: pd.DataFrame) -> None:
+def _label_megabytes(panel: Axes, rows: pd.DataFrame) -> None:
     """A second axis at the top: what the projections take on disk, masks and indices counted."""
     dense = rows.loc[rows["dense_bits"] > 0, "dense_bits"].max() / 8e6
     if not dense > 0:
@@ -145,6 +145,7 @@ def _draw_lines(panel: Axes, rows: pd.DataFrame, metric: Metric, methods: dict[s
         _draw_method(panel, of_method, metric, finite, bad, look)
     _draw_crosses(panel, rows[bad & compressed], metric, palette, dodge=0.014 * reach)
 
+    # Without a point the axis has its default limits, which must not count.
     low, high = panel.get_ylim() if (finite & compressed).any() else (math.inf, -math.inf)
     dense = rows[~compressed & finite]
     if not dense.empty:
@@ -216,7 +217,7 @@ def _draw_dense(panel: Axes, value: float, label: str, metric: Metric) -> None:
     )
 
 
-def _stretch(panel, low: float, high: float, logarithmic: bool, crosses: bool) -> None:
+def _stretch(panel: Axes, low: float, high: float, logarithmic: bool, crosses: bool) -> None:
     """Leave room for the label of the level, and for crosses at the edge."""
     if logarithmic:
         decades = max(math.log10(high / low), 0.3)

@@ -81,7 +81,7 @@ def _task_differences(cell: Cell, other: Cell) -> Iterator[tuple[str, tuple[floa
 
 
 def _average(cell: Cell, other: Cell, of_tasks: dict[str, tuple[float, float, int]]) -> tuple[float, float, int] | None:
-    """Only of all tasks of the average: one that is missing would make it another average."""
+    """Difference of the averages, if all their tasks have one: without some of them it would be another average."""
     tasks = _averaged(cell)
     if not tasks or tasks != _averaged(other) or set(tasks) - set(of_tasks):
         return None
@@ -94,7 +94,7 @@ def _averaged(cell: Cell) -> list[str]:
 
 
 def _scores(cell: Cell, task: str) -> dict[tuple[str, int], float]:
-    """What every document of a task, or of all tasks of a group, was scored."""
+    """Score of every document of a task, or of all tasks of a group."""
     entry: dict[str, Any] = (cell.evaluation.get("tasks") or {}).get(task) or {}
     scores: dict[tuple[str, int], float] = {}
     for name in entry.get("logged_as") or [task]:

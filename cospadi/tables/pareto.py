@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -19,7 +20,7 @@ def pareto_figure(frame: pd.DataFrame, palette: dict[str, str]) -> Figure:
     """A panel per model: stored megabytes of the projections and token perplexity, both logarithmic.
 
     A colour is a factorization, a marker a quantization, a line joins the ratios of one of each. The grey steps are the
-    front: what lies on them has the lowest perplexity of all that are as small.
+    front: a point on them has the lowest perplexity of all that are as small.
     """
     models = dict(zip(frame["model"], frame["model_title"], strict=True))
     compressed = frame[frame["method"] != DENSE]
@@ -84,7 +85,8 @@ def _drawn(rows: pd.DataFrame) -> pd.Series:
     return (rows["method"] != DENSE) & (rows["stored_bits"].fillna(0) > 0) & loss.map(math.isfinite) & (loss > 0)
 
 
-def _draw(panel, rows: pd.DataFrame, palette: dict[str, str], markers: dict[str, str]) -> None:
+def _draw(panel: Axes, rows: pd.DataFrame, palette: dict[str, str], markers: dict[str, str]) -> None:
+    """Draw the front and a line per method into a panel."""
     if rows.empty:
         panel.text(0.5, 0.5, "not measured", transform=panel.transAxes, ha="center", va="center", color=SOFT)
         return

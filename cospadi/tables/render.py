@@ -61,8 +61,8 @@ def paper_table(
     """The rows of ``model`` in a ``summary``, grouped by ratio and quantization, the best printed value of each group bold.
 
     Values that are printed alike are bold together; NaN and infinity are never bold, nor is anything where only one
-    method stands. Seconds and sizes are not compared. ``title`` defaults to the model's; ``protocol_notes`` go below.
-    With ``differences`` of ``paired``, how a method differs from the one they were taken against stands beside its values.
+    method was run. Seconds and sizes are not compared. ``title`` defaults to the model's; ``protocol_notes`` go below.
+    With ``differences`` of ``paired``, columns beside the values show how a method differs from the one compared with.
 
     Raises:
         UserError: when the summary has no row of that model.
@@ -219,7 +219,7 @@ def _columns(rows: pd.DataFrame) -> list[Column]:
             Column(task, _task_title(task), "%" if fraction else "", better, percent if fraction else perplexity)
         )
     second = next((title for title in rows["second_text"] if title), "")
-    # The average stands beside the tasks it averages.
+    # The average comes right after the tasks it averages.
     for metric in (AVERAGE, *(metric for metric in METRICS.values() if metric is not AVERAGE)):
         if not (metric.is_optional and rows[metric.name].isna().all()):
             title = _metric_title(metric, second)
