@@ -549,8 +549,9 @@ def test_labels_of_a_logarithmic_axis_do_not_touch(limits):
         assert not overlapping([label.get_window_extent() for label in labels])
 
 
-def test_titles_of_error_maps_leave_the_means_room():
-    cells = study(("small", "a_model_with_a_long_name", "third"))
+@pytest.mark.parametrize("model", ["llama3_1b", "a_model_with_a_long_name"])
+def test_titles_of_error_maps_leave_the_means_room(model):
+    cells = study(("small", model, "third"))
     with style():
         figure = _error_maps(summary(cells), projection_errors(cells))
         figure.draw_without_rendering()
