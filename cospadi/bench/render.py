@@ -152,18 +152,25 @@ def _summary(rows: Sequence[Row]) -> list[str]:
             shares = [row[f"time_to_{short}"] for row in rows if row["solver"] == solver and f"time_to_{short}" in row]
             if shares and solver not in YARDSTICKS.values():
                 lines.append(f"- {solver} to the last error of {yardstick}, × its seconds: {_spread(shares)}.")
-    by_problem: dict[tuple, dict[str, float]] = {}
-    for row in rows:
-        by_problem.setdefault((row["weight"], row["ratio"]), {})[row["solver"]] = row["output_error"]
     shares = _shares_of_plain(rows)
     if shares:  # the same rounds but for rounding, which alone decides whose last error is the lower one
         lines.append(f"- ksvd, all rounds, × the seconds of ksvd_plain: {_spread(shares)}.")
+    lines += _comparisons_with_htp(rows)
+    return ["Summary\n", *lines, ""] if lines else []
+
+
+def _comparisons_with_htp(rows: Sequence[Row]) -> list[str]:
+    """A line per other solver: in how many problems ``htp`` ends with the lower error."""
+    by_problem: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        by_problem.setdefault((row["weight"], row["ratio"]), {})[row["solver"]] = row["output_error"]
+    lines = []
     both = [errors for errors in by_problem.values() if "htp" in errors]
     for other in dict.fromkeys(name for errors in both for name in errors if name != "htp"):
         pairs = [(errors["htp"], errors[other]) for errors in both if other in errors]
         better = sum(ours < theirs for ours, theirs in pairs)
         lines.append(f"- htp ends below the error of {other} in {better} of {len(pairs)} problems.")
-    return ["Summary\n", *lines, ""] if lines else []
+    return lines
 
 
 def _shares_of_plain(rows: Sequence[Row]) -> list[float]:
