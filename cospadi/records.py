@@ -37,7 +37,7 @@ def new_path(path: Path) -> Iterator[Path]:
     mistyped path nor a second run ever deletes what somebody put there.
 
     Raises:
-        UserError: when ``path`` is somebody else's folder, before the block runs; when the disk is full. What stood at
+        UserError: when ``path`` is a folder that this project did not write, before the block runs; when the disk is full. What was at
             ``path`` before is untouched.
     """
     path = Path(path)
@@ -95,10 +95,10 @@ def _refuse_foreign_folder(path: Path) -> None:
 
 
 def own_folder(path: Path) -> Path:
-    """``path`` as a folder of this project's, made if need be: what is in it may be replaced or removed.
+    """``path`` as a folder of this project, made if needed: what is in it may be replaced or removed.
 
     Raises:
-        UserError: when it is somebody else's folder, or no folder.
+        UserError: when it is a folder that this project did not write, or not a folder.
     """
     path = Path(path)
     check_output_folder(path)
@@ -108,7 +108,7 @@ def own_folder(path: Path) -> Path:
 
 
 def check_output_folder(path: Path) -> None:
-    """Before long work that ends in a folder of this name.
+    """Check a path before long work that ends in a folder there.
 
     Raises:
         UserError: when ``path`` is a file or a link, or a folder with something in it that this project did not write.
@@ -235,7 +235,7 @@ def peak_memory_mb() -> float:
 
 
 class Record:
-    """What a stage did: start it before the work, ``finish`` writes it."""
+    """Record of a stage: made before the work, written by ``finish``."""
 
     def __init__(self, room: str, settings: Any, inputs: Mapping[str, str] | None = None):
         self.started = time.time()

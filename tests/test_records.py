@@ -101,8 +101,8 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path):
 def test_a_full_disk_is_a_sentence(tmp_path, number):
     target = tmp_path / "file.txt"
     target.write_text("old")
-    told = r"No room left on the disk while writing .*file\.txt.*free some space"
-    with pytest.raises(UserError, match=told), new_path(target):
+    sentence = r"No room left on the disk while writing .*file\.txt.*free some space"
+    with pytest.raises(UserError, match=sentence), new_path(target):
         raise OSError(number, os.strerror(number))
     assert target.read_text() == "old"
     assert names(tmp_path) == ["file.txt"]
@@ -123,10 +123,10 @@ def test_a_disk_that_fills_up_ends_a_stage_in_a_sentence(tmp_path, monkeypatch, 
     monkeypatch.setattr(os, "replace", full)  # the last system call of every write
     monkeypatch.setattr(sources, "prepare_text", lambda config, documents, record: write_json(documents, ["a"]))
     code = cli.main(["prepare-text", "study=smoke", "text=smoke_calibration", *files(tmp_path, "documents", "record")])
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert code == 1
-    assert told.startswith("error: No room left on the disk while writing ")
-    assert told.count("\n") == 1
+    assert message.startswith("error: No room left on the disk while writing ")
+    assert message.count("\n") == 1
     assert read_json(finished) == [1]
     assert names(tmp_path) == ["finished.json"]
 

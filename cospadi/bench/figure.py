@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -14,23 +13,23 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cospadi import records
 from cospadi.bench.render import Row
-from cospadi.tables.style import STYLE, colours
+from cospadi.tables.style import colours, style
 
 PANELS = 12
 """Panels at most: so many problems are chosen evenly."""
-METHOD_OF = {"htp": "cospadi", "ksvd": "cospadi_paper", "orthogonal": "compot", "one_shot": "rocket"}
-"""Methods that run these solvers, and whose colours they have."""
+COLOURED_LIKE = {"htp": "cospadi"}
+"""The method whose colour a solver has; any other solver takes the next free colour."""
 
 
 def write_figure(rows: Sequence[Row], file: Path) -> None:
     """Error over seconds: a panel per problem, a line per solver, its end marked."""
     solved = [row for row in rows if "curve" in row]
     names = list(dict.fromkeys(row["solver"] for row in solved))
-    palette = dict(zip(names, colours([METHOD_OF.get(name, name) for name in names]).values(), strict=True))
+    palette = dict(zip(names, colours([COLOURED_LIKE.get(name, name) for name in names]).values(), strict=True))
     panels = _evenly(list(dict.fromkeys((row["weight"], row["ratio"]) for row in solved)), PANELS)
     width = min(len(panels), 4)
     height = math.ceil(len(panels) / width)
-    with rc_context(STYLE | {"axes.titlesize": 10}):
+    with style({"axes.titlesize": 10}):
         figure = Figure(figsize=(max(5.0, 2.9 * width), 0.7 + 2.4 * height), layout="constrained")
         axes = figure.subplots(height, width, squeeze=False)
         for axis, (weight, ratio) in zip(axes.flat, panels, strict=False):

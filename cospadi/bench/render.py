@@ -54,16 +54,15 @@ def _solved_table(rows: Sequence[Row]) -> str:
         header += [f"To {YARDSTICKS[short]}'s error, s", f"× {YARDSTICKS[short]}"]
     lines = [
         [
-            *(
-                row["weight"],
-                _size(row),
-                f"{row['ratio']:g}",
-                row["solver"],
-                row["atoms"],
-                row["sparsity"],
-                row["rounds"],
-            ),
-            *(seconds(row["seconds"]), f"{row['output_error']:.4f}"),
+            row["weight"],
+            _size(row),
+            f"{row['ratio']:g}",
+            row["solver"],
+            row["atoms"],
+            row["sparsity"],
+            row["rounds"],
+            seconds(row["seconds"]),
+            f"{row['output_error']:.4f}",
             *(seconds(row[f"{what}_{short}"]) for short in yardsticks for what in ("seconds_to", "time_to")),
         ]
         for row in rows
@@ -92,18 +91,31 @@ def _whole_model_table(rows: Sequence[Row]) -> str:
     header += [*_flops_header(rows), "Peak memory, GiB"]
     lines = [
         [
-            *(_size(row), row["matrices"], row["batch"], row["atoms"], row["sparsity"], seconds(row["seconds"])),
-            *(f"{row['matrices'] / row['seconds']:.3g}", f"{row['output_error']:.4f}", *_flops(row)),
-            f"{row['peak_bytes'] / 2**30:.2f}",
+            _size(row),
+            row["matrices"],
+            row["batch"],
+            row["atoms"],
+            row["sparsity"],
+            seconds(row["seconds"]),
+            f"{row['matrices'] / row['seconds']:.3g}",
+            f"{row['output_error']:.4f}",
+            *_flops(row),
+            _gibibytes(row["peak_bytes"]),
         ]
         for row in rows
     ]
     matrices = sum(row["matrices"] for row in rows)
     total = sum(row["seconds"] for row in rows)
     gflops = sum(row["gflops"] * row["seconds"] for row in rows) / total
-    lines.append(["All", matrices, "", "", "", seconds(total), f"{matrices / total:.3g}", "", f"{gflops:.0f}"])
-    lines[-1] += [""] * len(_flops_header(rows)[1:]) + [f"{max(row['peak_bytes'] for row in rows) / 2**30:.2f}"]
+    peak = max(row["peak_bytes"] for row in rows)
+    rates = [f"{gflops:.0f}", *("" for _ in _flops_header(rows)[1:])]
+    rate = f"{matrices / total:.3g}"
+    lines.append(["All", matrices, "", "", "", seconds(total), rate, "", *rates, _gibibytes(peak)])
     return table(header, lines, left=(0,))
+
+
+def _gibibytes(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f}"
 
 
 def _flops_header(rows: Sequence[Row]) -> list[str]:
@@ -140,18 +152,25 @@ def _summary(rows: Sequence[Row]) -> list[str]:
             shares = [row[f"time_to_{short}"] for row in rows if row["solver"] == solver and f"time_to_{short}" in row]
             if shares and solver not in YARDSTICKS.values():
                 lines.append(f"- {solver} to the last error of {yardstick}, × its seconds: {_spread(shares)}.")
-    by_problem: dict[tuple, dict[str, float]] = {}
-    for row in rows:
-        by_problem.setdefault((row["weight"], row["ratio"]), {})[row["solver"]] = row["output_error"]
     shares = _shares_of_plain(rows)
     if shares:  # the same rounds but for rounding, which alone decides whose last error is the lower one
         lines.append(f"- ksvd, all rounds, × the seconds of ksvd_plain: {_spread(shares)}.")
+    lines += _comparisons_with_htp(rows)
+    return ["Summary\n", *lines, ""] if lines else []
+
+
+def _comparisons_with_htp(rows: Sequence[Row]) -> list[str]:
+    """A line per other solver: in how many problems ``htp`` ends with the lower error."""
+    by_problem: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        by_problem.setdefault((row["weight"], row["ratio"]), {})[row["solver"]] = row["output_error"]
+    lines = []
     both = [errors for errors in by_problem.values() if "htp" in errors]
     for other in dict.fromkeys(name for errors in both for name in errors if name != "htp"):
         pairs = [(errors["htp"], errors[other]) for errors in both if other in errors]
         better = sum(ours < theirs for ours, theirs in pairs)
         lines.append(f"- htp ends below the error of {other} in {better} of {len(pairs)} problems.")
-    return ["Summary\n", *lines, ""] if lines else []
+    return lines
 
 
 def _shares_of_plain(rows: Sequence[Row]) -> list[float]:

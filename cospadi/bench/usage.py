@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cospadi.devices import synchronize
 from cospadi.kernels.precision import float32_products
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell when it starts and stops
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's notes on start and stop
 PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")}
 
 
@@ -28,7 +28,7 @@ class Usage:
     """Operations, time and memory of one run."""
 
     flops: int
-    """In matrix products; a multiplication and an addition are two."""
+    """Operations in matrix products; a multiplication and an addition are two."""
     product_share: float
     """Time in matrix products over all time: of the run on a CPU, of the busy device on a GPU."""
     peak_bytes: int
@@ -43,7 +43,7 @@ def usage(run: Callable[[], object], device: torch.device) -> Usage:
     with (
         _cuda_peak(device) as cuda_peak,
         profile(activities=activities, profile_memory=True) as profiled,
-        record_function("run"),  # whatever is not an operation of torch counts as its own time
+        record_function("run"),  # time outside of torch's operations counts as its own
     ):
         run()
         synchronize(device)
@@ -63,7 +63,8 @@ def product_peaks(rows: int, inner: int, columns: int, device: torch.device) -> 
     }
     rates = {}
     for name, (dtype, precision) in kinds.items():
-        left, right = (torch.randn(size, device=device).to(dtype) for size in ((rows, inner), (inner, columns)))
+        left = torch.randn((rows, inner), device=device).to(dtype)
+        right = torch.randn((inner, columns), device=device).to(dtype)
         with precision:
             rates[name] = 2 * rows * inner * columns / _best_seconds(lambda a=left, b=right: a @ b, device)
     return rates
@@ -102,7 +103,8 @@ def _product_share(profiled: profile, device: torch.device) -> float:
 def _cpu_peak(profiled: profile) -> int:
     """The highest running sum of what was allocated and freed."""
     events = (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
-    held = peak = 0
+    held = 0
+    peak = 0
     for _, size in sorted((event.start_ns(), event.nbytes()) for event in events):
         held += size
         peak = max(peak, held)
@@ -114,7 +116,7 @@ def _product_flops(_: object, left: tuple, right: tuple, **__: object) -> int:
 
 
 _IN_PLACE = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _product_flops}
-"""What torch's counter does not count."""
+"""Operations that torch's counter does not know, and how many each takes."""
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from cospadi.errors import UserError
 from cospadi.tables.metrics import METRICS
 
 QUANTIZED = "+"
-"""Between the factorization and the quantization in a method's name: ``cospadi_plus+int8``."""
+"""Separator of factorization and quantization in a method's name: ``cospadi_plus+int8``."""
 LEADING_COLUMNS = (
     "model",
     "method",
@@ -112,7 +112,7 @@ def quantization_of(method: str) -> str:
 
 
 def number(value: object) -> float:
-    """A record's number as a float: ``null`` is NaN, and JSON's stand-ins ``"nan"`` and ``"inf"`` are themselves.
+    """A record's number as a float: ``null`` is NaN, and so is the text ``"nan"``, which JSON needs; likewise ``"inf"``.
 
     >>> number("inf"), number(None), number(3)
     (inf, nan, 3.0)
@@ -169,7 +169,7 @@ def summary(cells: Sequence[Cell]) -> pd.DataFrame:
         *(f"{task}_{detail}" for task in tasks for detail in ("metric", "higher_is_better")),
         *("fallback_reasons", "diverged", "second_text", "model_title", "method_title", "quantization_title"),
     ]
-    frame = pd.DataFrame([_row(cell, tasks, dense_sizes[cell.model]) for cell in cells], columns=columns)
+    frame = pd.DataFrame([_summary_row(cell, tasks, dense_sizes[cell.model]) for cell in cells], columns=columns)
     return _typed(frame, tasks)
 
 
@@ -179,7 +179,10 @@ def read_summary(path: Path) -> pd.DataFrame:
     tasks = tasks_of(frame.columns)
     flags = {f"{task}_higher_is_better" for task in tasks}
     for name in frame.columns.difference([*_TEXTS, *(f"{task}_metric" for task in tasks)]):
-        parse = {"True": True, "False": False}.get if name in flags else int if name in _COUNTS else float
+        if name in flags:
+            parse = {"True": True, "False": False}.get
+        else:
+            parse = int if name in _COUNTS else float
         frame[name] = pd.Series([parse(text) if text else None for text in frame[name]], dtype=object)
     return _typed(frame, tasks)
 
@@ -207,7 +210,7 @@ def projection_errors(cells: Sequence[Cell]) -> pd.DataFrame:
     return frame
 
 
-def _row(cell: Cell, tasks: Sequence[str], dense_sizes: dict[str, int]) -> dict[str, Any]:
+def _summary_row(cell: Cell, tasks: Sequence[str], dense_sizes: dict[str, int]) -> dict[str, Any]:
     projections = cell.projections
     row: dict[str, Any] = {
         "model": cell.model,
@@ -226,22 +229,7 @@ def _row(cell: Cell, tasks: Sequence[str], dense_sizes: dict[str, int]) -> dict[
     if cell.is_dense:
         row |= dense_sizes | {"stored_ratio": 0.0, "peak_memory_mb": number(cell.evaluation.get("peak_memory_mb"))}
     elif projections:
-        stored, budget, dense = (
-            sum(p[name] for p in projections) for name in ("stored_bits", "budget_bits", "dense_bits")
-        )
-        row |= {
-            "stored_bits": stored,
-            "budget_bits": budget,
-            "dense_bits": dense,
-            "stored_ratio": 1 - stored / dense,
-            "bits": Counter(p["value_bits"] for p in projections).most_common(1)[0][0],
-            "output_error_mean": _mean(p.get("output_error") for p in projections),
-            "weight_error_mean": _mean(p.get("weight_error") for p in projections),
-            "factorize_seconds": sum(number(record.get("seconds")) for record in (*cell.factorizations, *cell.earlier)),
-            "peak_memory_mb": max(
-                number(record.get("peak_memory_mb")) for record in (*cell.factorizations, *cell.earlier)
-            ),
-        }
+        row |= _compression(cell)
     diverged = []
     for name, measured in measurements(cell, tasks):
         row[name] = number(measured.get("value"))
@@ -253,6 +241,22 @@ def _row(cell: Cell, tasks: Sequence[str], dense_sizes: dict[str, int]) -> dict[
         row[f"{task}_metric"] = measured.get("metric") or ""
         row[f"{task}_higher_is_better"] = measured.get("higher_is_better")
     return row | {"diverged": " ".join(diverged)}
+
+
+def _compression(cell: Cell) -> dict[str, Any]:
+    """Columns that say what compression made of the projections, and what it took."""
+    projections = cell.projections
+    records = [*cell.factorizations, *cell.earlier]
+    bits = {name: sum(p[name] for p in projections) for name in ("stored_bits", "budget_bits", "dense_bits")}
+    return {
+        **bits,
+        "stored_ratio": 1 - bits["stored_bits"] / bits["dense_bits"],
+        "bits": Counter(p["value_bits"] for p in projections).most_common(1)[0][0],
+        "output_error_mean": _mean(p.get("output_error") for p in projections),
+        "weight_error_mean": _mean(p.get("weight_error") for p in projections),
+        "factorize_seconds": sum(number(record.get("seconds")) for record in records),
+        "peak_memory_mb": max(number(record.get("peak_memory_mb")) for record in records),
+    }
 
 
 def measurements(cell: Cell, tasks: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -289,12 +293,12 @@ def _dense_sizes(cells: Iterable[Cell], model: str) -> dict[str, int]:
 
 
 def _mean(values: Iterable[object]) -> float:
+    """Mean of the values that are not ``None``: NaN without any, not finite where one of them is not."""
     numbers = [number(value) for value in values if value is not None]
-    return (
-        math.fsum(numbers) / len(numbers)
-        if numbers and all(map(math.isfinite, numbers))
-        else sum(numbers or [math.nan])
-    )
+    if numbers and all(map(math.isfinite, numbers)):
+        return math.fsum(numbers) / len(numbers)
+    # fsum refuses infinities of both signs; a plain sum gives NaN.
+    return sum(numbers or [math.nan])
 
 
 def _typed(frame: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib import colormaps
@@ -13,6 +16,7 @@ from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from cospadi.tables.paper import join
 from cospadi.tables.style import SOFT
 
 
@@ -35,19 +39,20 @@ def error_maps(frame: pd.DataFrame, errors: pd.DataFrame) -> Figure:
     height = math.ceil(len(parts) / width)
     rows_down = errors.groupby("model")["projection"].nunique().max()
     panel_height = 0.65 + 0.2 * rows_down
-    figure = Figure(figsize=(6.6 if width == 1 else 9.0, 0.5 + panel_height * height), layout="constrained")
+    figure_width = 6.6 if width == 1 else 9.0
+    headings = _headings(parts, titles, models if len(models) > 1 else {}, (figure_width - 1.2) / width - 0.4)
+    panel_height += 0.17 * headings[0].count("\n")
+    figure = Figure(figsize=(figure_width, 0.5 + panel_height * height), layout="constrained")
     panels = figure.subplots(height, width, squeeze=False)
     finite = errors["output_error"][errors["output_error"].map(math.isfinite)]
     norm, extend = _scale(finite)
     palette = colormaps["viridis"].with_extremes(bad="#e4e4e8")
     blank = False
-    for panel, named_part in itertools.zip_longest(panels.flat, parts):
+    for panel, named_part, heading in itertools.zip_longest(panels.flat, parts, headings):
         if named_part is None:
             panel.set_visible(False)
             continue
-        (model, method), part = named_part
-        whole = f"{models[model]}, " if len(models) > 1 else ""
-        blank |= _draw_map(panel, part, f"{whole}{titles[method]}", norm, palette)
+        blank |= _draw_map(panel, named_part[1], heading, norm, palette)
     figure.supxlabel("Layer", fontsize=10)
     bar = figure.colorbar(
         ScalarMappable(norm, palette), ax=panels, extend=extend, aspect=max(12, 7 * height), shrink=0.9, pad=0.015
@@ -58,8 +63,27 @@ def error_maps(frame: pd.DataFrame, errors: pd.DataFrame) -> Figure:
     return figure
 
 
+def _headings(
+    parts: Sequence[Any], titles: dict[str, str], models: dict[str, str], panel_width: float | int
+) -> list[str]:
+    """Titles of the panels, of as many lines as ``panel_width`` inches need beside the mean at the right of the last."""
+    letters = max(12, int(11 * panel_width))  # bold, 10 points
+    headings = []
+    for part in parts:
+        model, method = part[0] if part else ("", "")
+        lines = textwrap.wrap(
+            join(", ", models.get(model, ""), titles.get(method, "")), letters, break_long_words=False
+        ) or [""]
+        if len(lines[-1]) + len("  mean 0.000") > letters:
+            lines.append("")
+        headings.append(lines)
+    # All of the same height, so that the panels of a row are level.
+    highest = max(map(len, headings))
+    return ["\n".join(lines + [""] * (highest - len(lines))) for lines in headings]
+
+
 def _draw_map(panel: Axes, part: pd.DataFrame, title: str, norm: Normalize, palette: Colormap) -> bool:
-    """The map of one model and method; whether it has blanks."""
+    """Draw the map of one model and method; return whether it has blanks."""
     grid = part.pivot_table(
         index="projection", columns="layer", values="output_error", sort=False, aggfunc="mean", dropna=False
     )

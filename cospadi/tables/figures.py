@@ -14,7 +14,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from cospadi.records import DENSE
 from cospadi.tables.cells import QUANTIZED, Cell, projection_errors, summary
@@ -23,7 +22,7 @@ from cospadi.tables.metrics import AVERAGE, LOWER, METRICS, Metric
 from cospadi.tables.paper import PaperTable
 from cospadi.tables.pareto import pareto_figure
 from cospadi.tables.render import paper_table, tables
-from cospadi.tables.style import INK, MARKERS, SOFT, colours, save, style
+from cospadi.tables.style import INK, MARKERS, SOFT, colours, label_logarithmic, save, style
 from cospadi.tables.table_picture import table_picture
 
 
@@ -51,7 +50,7 @@ def write_figures(
             "perplexity": _against_size(frame, METRICS["token_perplexity"]),
             "accuracy": _against_size(frame, AVERAGE),
             "output_error": error_maps(frame, errors),
-            "pareto": pareto_figure(frame, _base_colours(frame), INK, SOFT),
+            "pareto": pareto_figure(frame, _base_colours(frame)),
         }
         figures |= {f"{table.name}_table": table_picture(table) for table in printed}
         return [path for name, figure in figures.items() for path in save(figure, Path(folder) / name)]
@@ -110,7 +109,7 @@ def _add_legend(figure: Figure, methods: dict[str, str], unplaced: bool) -> None
     figure.legend(handles=entries, loc="outside lower center", ncols=columns)
 
 
-def _label_megabytes(panel, rows: pd.DataFrame) -> None:
+def _label_megabytes(panel: Axes, rows: pd.DataFrame) -> None:
     """A second axis at the top: what the projections take on disk, masks and indices counted."""
     dense = rows.loc[rows["dense_bits"] > 0, "dense_bits"].max() / 8e6
     if not dense > 0:
@@ -146,6 +145,7 @@ def _draw_lines(panel: Axes, rows: pd.DataFrame, metric: Metric, methods: dict[s
         _draw_method(panel, of_method, metric, finite, bad, look)
     _draw_crosses(panel, rows[bad & compressed], metric, palette, dodge=0.014 * reach)
 
+    # Without a point the axis has its default limits, which must not count.
     low, high = panel.get_ylim() if (finite & compressed).any() else (math.inf, -math.inf)
     dense = rows[~compressed & finite]
     if not dense.empty:
@@ -156,7 +156,7 @@ def _draw_lines(panel: Axes, rows: pd.DataFrame, metric: Metric, methods: dict[s
     if math.isfinite(low):
         _stretch(panel, low, high, metric.is_logarithmic, crosses)
     if metric.is_logarithmic:
-        _label_decades(panel)
+        label_logarithmic(panel.yaxis)
     return crosses
 
 
@@ -217,7 +217,7 @@ def _draw_dense(panel: Axes, value: float, label: str, metric: Metric) -> None:
     )
 
 
-def _stretch(panel, low: float, high: float, logarithmic: bool, crosses: bool) -> None:
+def _stretch(panel: Axes, low: float, high: float, logarithmic: bool, crosses: bool) -> None:
     """Leave room for the label of the level, and for crosses at the edge."""
     if logarithmic:
         decades = max(math.log10(high / low), 0.3)
@@ -225,23 +225,6 @@ def _stretch(panel, low: float, high: float, logarithmic: bool, crosses: bool) -
     else:
         span = max(high - low, 1.0)
         panel.set_ylim(low - (0.14 if crosses else 0.04) * span, high + 0.12 * span)
-
-
-def _label_decades(panel) -> None:
-    low, high = panel.get_ylim()
-    wide = math.log10(high / low) > 2.2
-    panel.yaxis.set_major_locator(LogLocator(10, (1.0,) if wide else (1.0, 2.0, 5.0), numticks=20))
-    panel.yaxis.set_minor_locator(LogLocator(10, range(2, 10), numticks=200) if wide else NullLocator())
-    panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.yaxis.set_major_formatter(FuncFormatter(_power))
-    if not wide and sum(low <= tick <= high for tick in panel.yaxis.get_majorticklocs()) < 2:
-        panel.yaxis.set_major_locator(LogLocator(10, range(1, 10), numticks=50))
-
-
-def _power(value: float, position: object = None) -> str:
-    if value >= 1e4 and math.log10(value).is_integer():
-        return f"$10^{{{round(math.log10(value))}}}$"
-    return f"{value:,.0f}" if value >= 10 else f"{value:g}"
 
 
 def _marker(methods: dict[str, str], method: str) -> str:

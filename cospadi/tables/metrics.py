@@ -1,6 +1,6 @@
 """The table of metrics: what an evaluation record measures besides its tasks, and how it is shown.
 
-Summaries, printed tables, overviews, figures and the W&B workspace read it.
+Summaries, printed tables, overviews, figures, paired differences and the W&B workspace read it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from cospadi.tables.numbers import divergence, percent, perplexity
 
 HIGHER = "higher"
 LOWER = "lower"
+NLL = "nll"
+"""Mean negative log-likelihood of a token (nats): the logarithm of the token perplexity."""
 ARROWS = {HIGHER: "↑", LOWER: "↓"}
 
 
@@ -38,7 +40,9 @@ class Metric:
     is_logarithmic: bool = False
     """Whether its axis is logarithmic."""
     of_dense: float | None = None
-    """Value of the dense model by definition, where it is one: its protocol says nothing then."""
+    """Value of the dense model where the definition fixes it. Its protocol is then left out of the notes."""
+    paired_as: str = ""
+    """Name under which ``paired.csv`` compares two models by the values of this metric's windows; empty: not compared."""
 
     @property
     def scale(self) -> float:
@@ -68,6 +72,7 @@ METRICS = {
             print=perplexity,
             in_overview=True,
             is_logarithmic=True,
+            paired_as=NLL,
         ),
         Metric(
             "second_perplexity",
@@ -105,6 +110,7 @@ METRICS = {
             in_overview=True,
             is_logarithmic=True,
             of_dense=0.0,
+            paired_as="kl_to_dense",
         ),
         Metric(
             "top1_agreement",

@@ -6,19 +6,19 @@ import math
 
 
 def perplexity(value: float) -> str:
-    """Digits as papers print them.
+    """Two decimals below 100, none below 1000, then a power of ten.
 
     >>> [perplexity(value) for value in (22.551, 99.996, 249.3, 999.7, 1649.0, float("inf"))]
     ['22.55', '100', '249', '1.0e3', '1.6e3', 'inf']
     """
     if not math.isfinite(value):
         return str(value)
+    # The limits are those of rounding: 99.996 is 100, not 100.00.
     if abs(value) < 99.995:
         return f"{value:.2f}"
     if abs(value) < 999.5:
         return f"{value:.0f}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    return _power_of_ten(value)
 
 
 def percent(value: float) -> str:
@@ -31,19 +31,26 @@ def percent(value: float) -> str:
 
 
 def divergence(value: float) -> str:
-    """Two decimals from 0.1 on, two significant digits below.
+    """A perplexity's digits from 0.1 on, two significant digits below.
 
     >>> [divergence(value) for value in (1.234, 0.0712, 0.00042, 0.0)]
     ['1.23', '0.071', '4.2e-4', '0']
     """
-    if not math.isfinite(value):
-        return str(value)
     if value == 0:
         return "0"
-    if abs(value) >= 0.0995:
+    if not abs(value) < 0.0995:
         return perplexity(value)
     if abs(value) >= 0.00995:
         return f"{value:.3f}"
+    return _power_of_ten(value)
+
+
+def _power_of_ten(value: float) -> str:
+    """Two significant digits, and an exponent without the sign and the zeros that Python adds.
+
+    >>> _power_of_ten(1649.0), _power_of_ten(0.00042)
+    ('1.6e3', '4.2e-4')
+    """
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 

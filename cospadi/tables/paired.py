@@ -18,11 +18,9 @@ import pandas as pd
 from cospadi.errors import UserError
 from cospadi.records import DENSE
 from cospadi.tables.cells import QUANTIZED, Cell, number, ordered, quantization_of
+from cospadi.tables.metrics import AVERAGE, METRICS
 
 COLUMNS = ("model", "compression_ratio", "method", "against", "measure", "difference", "stderr", "n_documents")
-NLL = "nll"
-"""Mean negative log-likelihood of a token (nats): the logarithm of the token perplexity."""
-_WINDOWS = {"token_perplexity": NLL, "kl_to_dense": "kl_to_dense"}
 
 
 def differences(cells: Sequence[Cell], against: str) -> pd.DataFrame:
@@ -41,7 +39,7 @@ def differences(cells: Sequence[Cell], against: str) -> pd.DataFrame:
     for cell, other in _pairs(ordered(cells), against):
         measures = list(_task_differences(cell, other))
         if average := _average(cell, other, dict(measures)):
-            measures.append(("average_accuracy", average))
+            measures.append((AVERAGE.name, average))
         measures += _window_differences(cell, other)
         head = (cell.model, cell.compression_ratio, cell.method, other.method)
         rows += [(*head, measure, *measured) for measure, measured in measures]
@@ -83,7 +81,7 @@ def _task_differences(cell: Cell, other: Cell) -> Iterator[tuple[str, tuple[floa
 
 
 def _average(cell: Cell, other: Cell, of_tasks: dict[str, tuple[float, float, int]]) -> tuple[float, float, int] | None:
-    """Only of all tasks of the average: one that is missing would make it another average."""
+    """Difference of the averages, if all their tasks have one: without some of them it would be another average."""
     tasks = _averaged(cell)
     if not tasks or tasks != _averaged(other) or set(tasks) - set(of_tasks):
         return None
@@ -92,11 +90,11 @@ def _average(cell: Cell, other: Cell, of_tasks: dict[str, tuple[float, float, in
 
 
 def _averaged(cell: Cell) -> list[str]:
-    return list((cell.evaluation.get("average_accuracy") or {}).get("tasks") or [])
+    return list((cell.evaluation.get(AVERAGE.name) or {}).get("tasks") or [])
 
 
 def _scores(cell: Cell, task: str) -> dict[tuple[str, int], float]:
-    """What every document of a task, or of all tasks of a group, was scored."""
+    """Score of every document of a task, or of all tasks of a group."""
     entry: dict[str, Any] = (cell.evaluation.get("tasks") or {}).get(task) or {}
     scores: dict[tuple[str, int], float] = {}
     for name in entry.get("logged_as") or [task]:
@@ -117,7 +115,11 @@ def _log(folder: Path | None, name: str) -> list[dict[str, Any]]:
 
 
 def _window_differences(cell: Cell, other: Cell) -> Iterator[tuple[str, tuple[float, float, int]]]:
-    for name, measure in _WINDOWS.items():
-        ours, theirs = ((c.evaluation.get(name) or {}).get("per_window") or [] for c in (cell, other))
-        if ours and len(ours) == len(theirs) and cell.evaluation.get("text_hash") == other.evaluation.get("text_hash"):
-            yield measure, paired_difference([*map(number, ours)], [*map(number, theirs)])
+    if cell.evaluation.get("text_hash") != other.evaluation.get("text_hash"):
+        return
+    for metric in METRICS.values():
+        if not metric.paired_as:
+            continue
+        ours, theirs = ((c.evaluation.get(metric.name) or {}).get("per_window") or [] for c in (cell, other))
+        if ours and len(ours) == len(theirs):
+            yield metric.paired_as, paired_difference([*map(number, ours)], [*map(number, theirs)])

@@ -64,7 +64,7 @@ class Row:
 
 
 def rendered(template: str, **values: object) -> str:
-    """A page made of a file in ``templates``; whatever is put in is escaped."""
+    """A page made of a file in ``templates``; all values are escaped."""
     environment = Environment(
         autoescape=True,
         trim_blocks=True,

@@ -6,22 +6,21 @@ import math
 from collections.abc import Sequence
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from cospadi.records import DENSE
 from cospadi.tables.cells import QUANTIZED
 from cospadi.tables.metrics import METRICS
+from cospadi.tables.style import INK, MARKERS, SOFT, label_logarithmic
 
-_MARKERS = "osD^v<>ph"
 
-
-def pareto_figure(frame: pd.DataFrame, palette: dict[str, str], ink: str, soft: str):
+def pareto_figure(frame: pd.DataFrame, palette: dict[str, str]) -> Figure:
     """A panel per model: stored megabytes of the projections and token perplexity, both logarithmic.
 
     A colour is a factorization, a marker a quantization, a line joins the ratios of one of each. The grey steps are the
-    front: what lies on them has the lowest perplexity of all that are as small.
+    front: a point on them has the lowest perplexity of all that are as small.
     """
     models = dict(zip(frame["model"], frame["model_title"], strict=True))
     compressed = frame[frame["method"] != DENSE]
@@ -32,22 +31,25 @@ def pareto_figure(frame: pd.DataFrame, palette: dict[str, str], ink: str, soft: 
         base, _, quantization = method.partition(QUANTIZED)
         bases[base] = title.removesuffix(f", {quantization_title}")
         bits[quantization] = quantization_title or bits[""]
-    markers = dict(zip(bits, _MARKERS * (1 + len(bits) // len(_MARKERS)), strict=False))
+    markers = dict(zip(bits, MARKERS * (1 + len(bits) // len(MARKERS)), strict=False))
     figure = Figure(figsize=(max(6.6, 4.4 * len(models)), 4.3), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False)[0]
     for panel, (model, title) in zip(panels, models.items(), strict=True):
         rows = frame[frame["model"] == model]
-        _draw(panel, rows[_drawn(rows)], palette, markers, soft)
+        _draw(panel, rows[_drawn(rows)], palette, markers)
         dense = rows[rows["method"] == DENSE]
         if not dense.empty and math.isfinite(dense["token_perplexity"].iloc[0]):
-            panel.axhline(dense["token_perplexity"].iloc[0], color=ink, linewidth=1.1, linestyle=(0, (5, 3)), zorder=2)
+            panel.axhline(dense["token_perplexity"].iloc[0], color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=2)
+        if panel.get_yscale() == "log":
+            label_logarithmic(panel.xaxis)
+            label_logarithmic(panel.yaxis)
         panel.set(title=title, xlabel="Projections, MB stored")
     panels[0].set_ylabel(METRICS["token_perplexity"].label)
     entries = [Line2D([], [], color=palette[name], label=title) for name, title in bases.items()]
     entries += [
-        Line2D([], [], color=soft, marker=markers[name], linestyle="none", label=title) for name, title in bits.items()
+        Line2D([], [], color=SOFT, marker=markers[name], linestyle="none", label=title) for name, title in bits.items()
     ]
-    entries.append(Line2D([], [], color=soft, alpha=0.6, linewidth=5, label="none smaller is better"))
+    entries.append(Line2D([], [], color=SOFT, alpha=0.6, linewidth=5, label="none smaller is better"))
     columns = _legend_columns([entry.get_label() for entry in entries], figure.get_figwidth())
     figure.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=9)
     figure.set_figheight(4.3 + 0.19 * (math.ceil(len(entries) / columns) - 1))
@@ -83,14 +85,15 @@ def _drawn(rows: pd.DataFrame) -> pd.Series:
     return (rows["method"] != DENSE) & (rows["stored_bits"].fillna(0) > 0) & loss.map(math.isfinite) & (loss > 0)
 
 
-def _draw(panel, rows: pd.DataFrame, palette: dict[str, str], markers: dict[str, str], soft: str) -> None:
+def _draw(panel: Axes, rows: pd.DataFrame, palette: dict[str, str], markers: dict[str, str]) -> None:
+    """Draw the front and a line per method into a panel."""
     if rows.empty:
-        panel.text(0.5, 0.5, "not measured", transform=panel.transAxes, ha="center", va="center", color=soft)
+        panel.text(0.5, 0.5, "not measured", transform=panel.transAxes, ha="center", va="center", color=SOFT)
         return
     panel.set(xscale="log", yscale="log")
     size = rows["stored_bits"].astype(float) / 8e6
     best = front(list(zip(size, rows["token_perplexity"], strict=True)))
-    panel.step(*zip(*best, strict=True), where="post", color=soft, alpha=0.3, linewidth=5, zorder=1)
+    panel.step(*zip(*best, strict=True), where="post", color=SOFT, alpha=0.3, linewidth=5, zorder=1)
     for method, of_method in rows.groupby("method", sort=False):
         base, _, quantization = str(method).partition(QUANTIZED)
         ordered = of_method.sort_values("stored_bits")
@@ -105,7 +108,3 @@ def _draw(panel, rows: pd.DataFrame, palette: dict[str, str], markers: dict[str,
             linewidth=1.2,
             zorder=3,
         )
-    for axis in (panel.xaxis, panel.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_formatter(NullFormatter())

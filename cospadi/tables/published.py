@@ -1,6 +1,6 @@
 """Numbers that papers print, as reference rows of our tables: marked, never bold, in no ``summary.csv``.
 
-They stand in ``published.yaml`` beside this file, each with its source. A study shows those of the sources that its
+They are in ``published.yaml`` beside this file, each with its source. A study shows those of the sources that its
 ``study.published`` names.
 """
 
@@ -19,7 +19,7 @@ from cospadi.tables import PUBLISHED_FILE
 from cospadi.tables.paper import MISSING, Column, Entry, PaperTable, Row
 
 PREFIX = "published:"
-"""Before the method's name in a table's CSV: ``published:rocket:svd_llm`` is SVD-LLM as ROCKET's paper prints it."""
+"""Prefix of the method's name in a table's CSV: ``published:rocket:svd_llm`` is SVD-LLM as ROCKET's paper prints it."""
 _PLACE = ("source", "method", "ratio")
 
 
@@ -29,18 +29,18 @@ class Source:
 
     title: str
     reference: str
-    """Where to find the numbers: arXiv id with its version, and tables."""
+    """Place of the numbers: arXiv id with its version, and tables."""
     protocol: str
     third_party: bool = False
-    """The number is from somebody's summary; the paper itself was not read."""
+    """Whether the numbers are from a summary by others; the paper itself was not read."""
 
     @property
     def note(self) -> str:
         """The line under a table."""
-        by_hearsay = " Taken from a summary by others, not from the paper." if self.third_party else ""
+        third_party_note = " Taken from a summary by others, not from the paper." if self.third_party else ""
         return (
             f"Published [{self.title}]: copied from {self.reference}, not measured here ({self.protocol}). Versions and "
-            f"settings differ from ours: a reference, not a comparison.{by_hearsay}"
+            f"settings differ from ours: a reference, not a comparison.{third_party_note}"
         )
 
 
@@ -89,7 +89,7 @@ def with_published(table: PaperTable, named: Sequence[str]) -> PaperTable:
         return table
     groups = [list(group) for group in table.groups]
     for result in published:
-        row = _row(result, table.columns)
+        row = _published_row(result, table.columns)
         place = next((group for group in groups if _ratio(group[0]) == _ratio(row)), None)
         groups.append([row]) if place is None else place.append(row)
     groups.sort(key=lambda group: _ratio(group[0]))  # stable: groups of one ratio stay in their order
@@ -105,7 +105,7 @@ def _is_dense(row: Row) -> bool:
     return row.method == DENSE or row.method.endswith(f":{DENSE}")
 
 
-def _row(result: Result, columns: Sequence[Column]) -> Row:
+def _published_row(result: Result, columns: Sequence[Column]) -> Row:
     title = f"{result.title} (published [{sources()[result.source].title}])"
     method = f"{PREFIX}{result.source}:{result.method}"
     return Row(method, title, result.compression_ratio, False, [_entry(result, column) for column in columns])

@@ -22,7 +22,7 @@ from cospadi.tables.cells import (
     task_names,
     tasks_of,
 )
-from cospadi.tables.metrics import AVERAGE, METRICS, Metric
+from cospadi.tables.metrics import AVERAGE, METRICS, NLL, Metric
 from cospadi.tables.numbers import nats, percent, perplexity, points, ratio, size
 from cospadi.tables.paper import DAGGER, MISSING, Column, Entry, PaperTable, Row, join
 from cospadi.tables.published import with_published
@@ -61,8 +61,8 @@ def paper_table(
     """The rows of ``model`` in a ``summary``, grouped by ratio and quantization, the best printed value of each group bold.
 
     Values that are printed alike are bold together; NaN and infinity are never bold, nor is anything where only one
-    method stands. Seconds and sizes are not compared. ``title`` defaults to the model's; ``protocol_notes`` go below.
-    With ``differences`` of ``paired``, how a method differs from the one they were taken against stands beside its values.
+    method was run. Seconds and sizes are not compared. ``title`` defaults to the model's; ``protocol_notes`` go below.
+    With ``differences`` of ``paired``, columns beside the values show how a method differs from the one compared with.
 
     Raises:
         UserError: when the summary has no row of that model.
@@ -80,7 +80,7 @@ def paper_table(
         for dense in (True, False):
             part = group[(group["method"] == DENSE) == dense]
             for _, alike in part.groupby(part["method"].map(quantization_of), sort=False):
-                groups.append([_row(row, columns) for _, row in alike.iterrows()])
+                groups.append([_printed_row(row, columns) for _, row in alike.iterrows()])
     for group in groups:
         if group[0].method != DENSE:
             for i, column in enumerate(columns):
@@ -93,10 +93,12 @@ def paper_table(
 
 
 _DIFFERENCES = {
-    "average_accuracy": Column("average_accuracy_difference", "Δ Average", "points", "", points, is_difference=True),
-    "nll": Column("nll_difference", "Δ NLL", "nats", "", nats, is_difference=True),
+    AVERAGE.name: Column("average_accuracy_difference", "Δ Average", "points", "", points, is_difference=True),
+    NLL: Column("nll_difference", "Δ NLL", "nats", "", nats, is_difference=True),
 }
-_STAND_AFTER = {"average_accuracy": "average_accuracy", "nll": "token_perplexity"}
+"""Measures of ``paired.csv`` that printed tables show, and their columns."""
+_METRIC_OF = {metric.paired_as: metric for metric in METRICS.values()} | {AVERAGE.name: AVERAGE}
+"""The metric whose column a difference follows."""
 
 
 def _with_differences(
@@ -114,7 +116,7 @@ def _with_differences(
         rows[column.name] = measured["difference"].reindex(keys).to_numpy()
         rows[f"{column.name}_stderr"] = measured["stderr"].reindex(keys).to_numpy()
         names = [c.name for c in columns]
-        columns.insert(names.index(_STAND_AFTER[measure]) + 1, column)
+        columns.insert(names.index(_METRIC_OF[measure].name) + 1, column)
     return rows, columns
 
 
@@ -136,7 +138,7 @@ def notes(cells: Sequence[Cell], model: str) -> list[str]:
     cells = [cell for cell in ordered(cells) if cell.model == model]
     lines = [_calibration(record.get("settings", {})) for cell in cells for record in cell.factorizations]
     for cell in cells:
-        average = cell.evaluation.get("average_accuracy") or {}
+        average = cell.evaluation.get(AVERAGE.name) or {}
         if average.get("tasks"):
             lines.append(f"Average over {', '.join(map(_task_title, average['tasks']))}.")
     tasks = task_names(cells)
@@ -217,7 +219,7 @@ def _columns(rows: pd.DataFrame) -> list[Column]:
             Column(task, _task_title(task), "%" if fraction else "", better, percent if fraction else perplexity)
         )
     second = next((title for title in rows["second_text"] if title), "")
-    # The average stands beside the tasks it averages.
+    # The average comes right after the tasks it averages.
     for metric in (AVERAGE, *(metric for metric in METRICS.values() if metric is not AVERAGE)):
         if not (metric.is_optional and rows[metric.name].isna().all()):
             title = _metric_title(metric, second)
@@ -230,7 +232,7 @@ def _columns(rows: pd.DataFrame) -> list[Column]:
     ]
 
 
-def _row(row: pd.Series, columns: Sequence[Column]) -> Row:
+def _printed_row(row: pd.Series, columns: Sequence[Column]) -> Row:
     diverged = row["diverged"].split()
     entries = []
     for column in columns:

@@ -46,9 +46,9 @@ def write_report(cells: Sequence[Cell], folder: Path, study_title: str, printed:
 
 
 def written(cells: Sequence[Cell], model: str) -> list[tuple[str, list[str], list[tuple[str, list[str | None]]]]]:
-    """What a model's versions made of each prompt: ``(prompt, ratios, [(method, a text per ratio)])``, dense first.
+    """Continuations of each prompt by every version of a model: ``(prompt, ratios, [(method, a text per ratio)])``, dense first.
 
-    ``None`` where a method was not run at a ratio; the dense model has one text, whatever the ratio.
+    ``None`` where a method was not run at a ratio; the dense model has one text for all ratios.
     """
     cells = [cell for cell in ordered(cells) if cell.model == model]
     ratios = sorted({cell.compression_ratio for cell in cells if not cell.is_dense})

@@ -34,9 +34,9 @@ class Graph:
 
 
 def drawn(dot: str) -> Graph:
-    """What ``snakemake --rulegraph`` printed, laid out.
+    """Layout of what ``snakemake --rulegraph`` printed.
 
-    A rule stands one column right of the last rule that it needs. An arrow that a longer way makes superfluous is left out
+    A rule is one column right of the last rule that it needs. An arrow is left out where a longer path has the same ends
     (the transitive reduction), so that the chain of rooms can be seen.
 
     >>> graph = drawn('0[label = "all"]; 1[label = "a"]; 2[label = "b"]; 1 -> 0; 2 -> 1; 2 -> 0')

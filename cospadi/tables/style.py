@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from cospadi import records
 
@@ -49,20 +55,52 @@ STYLE = {
 
 
 def colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour per method: its own where it has one, else the next free one; told apart by colour-blind readers too."""
+    """A colour per method: its own where it has one, else the next free one. Colour-blind readers can tell them apart."""
     free = iter(_COLOURS * (1 + len(methods) // len(_COLOURS)))
     return {method: _KNOWN_COLOURS[method] if method in _KNOWN_COLOURS else next(free) for method in methods}
 
 
 @contextlib.contextmanager
-def style() -> Iterator[None]:
-    with rc_context(STYLE):
+def style(overrides: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
+    """Figures that are drawn and saved inside have the common look; ``overrides`` are further matplotlib settings."""
+    with rc_context(STYLE | dict(overrides)):
         yield
 
 
-def save(figure, stem: Path) -> list[Path]:
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """``<stem>.png`` and ``<stem>.svg``, the same bytes every time."""
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    for path, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):  # same bytes every time
+    # Matplotlib would write its version into the one and the time into the other.
+    for path, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
         with records.new_path(path) as partial:
             figure.savefig(partial, format=path.suffix[1:], dpi=150, metadata=metadata, facecolor="white")
     return paths
+
+
+def label_logarithmic(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis whose limits are set: few enough not to touch, and at least three if possible.
+
+    Over more than two decades the powers of ten have labels, below that 1, 2 and 5 of each decade, or every digit.
+    """
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    if decades > 2.2:
+        axis.set_major_locator(LogLocator(10, (1.0,), numticks=9))
+        axis.set_minor_locator(LogLocator(10, range(2, 10), numticks=200))
+    else:
+        axis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0), numticks=20))
+        axis.set_minor_locator(NullLocator())
+        if sum(low <= tick <= high for tick in axis.get_majorticklocs()) < 3:
+            axis.set_major_locator(LogLocator(10, range(1, 10), numticks=50))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(_plain_number))
+
+
+def _plain_number(value: float, position: object = None) -> str:
+    """
+    >>> _plain_number(0.05), _plain_number(2000.0), _plain_number(1e5)
+    ('0.05', '2,000', '$10^{5}$')
+    """
+    if value >= 1e4 and math.log10(value).is_integer():
+        return f"$10^{{{round(math.log10(value))}}}$"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"

@@ -1,4 +1,4 @@
-"""What was noted of every run: under which content it was written, and whether it is uploaded."""
+"""A note on every run: the hash of what was written, and whether it is uploaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cospadi.tracking.runs import Run
 from cospadi.tracking.settings import OFFLINE, ONLINE, TrackingConfig
 
 NOT_WRITTEN = "none"
-"""Instead of a mode, of a run that W&B did not take even as a file."""
+"""Mode of a run that W&B did not even write as a file."""
 
 
 class Logbook:
@@ -38,7 +38,7 @@ class Logbook:
         """Write what is `new` as W&B's offline files; yields each run's name and where it went, or what went wrong."""
         for run, files, trouble in offline.write(self.new, self.folder, self.tracking):
             before = self._notes[run.place].get("run", run.id)
-            if files and before != run.id:  # of the same cell under other settings
+            if files and before != run.id:  # the same cell, under other settings
                 offline.remove(self.folder, before)
             note = {
                 "place": run.place,
@@ -66,9 +66,9 @@ class Logbook:
                 self._keep(run, note | {"mode": ONLINE, "why": None, "url": url})
             else:
                 self._keep(run, note | {"mode": OFFLINE, "why": why, "url": None})
-        return self._told(why)
+        return self._outcome(why)
 
-    def _told(self, why: str) -> str:
+    def _outcome(self, why: str) -> str:
         count = Counter(note["mode"] for note in self.notes)
         outcome = f"W&B: {count[ONLINE]} of {len(self.runs)} runs are uploaded."
         if count[OFFLINE]:
@@ -79,17 +79,17 @@ class Logbook:
         return outcome
 
     def _content(self, run: Run) -> str:
-        """A hash of all that is logged, and of where it goes."""
+        """Hash of all that is logged, and of where it is logged to."""
         return text_hash(f"{run.content} {self.tracking.entity} {self.tracking.project} {self.tracking.revision}")
 
     def _note_of(self, run: Run) -> Path:
         return self.folder / run.place / "record.json"
 
     def _note_before(self, run: Run) -> dict[str, Any]:
-        """What was noted of a run, as long as its files are there."""
+        """The note on a run; without its content when its files are gone, so that it is written again."""
         note = read_json(self._note_of(run)) if self._note_of(run).is_file() else {}
-        there = note.get("files") and list((self.folder / note["files"]).glob("*.wandb"))
-        return note if there else note | {"content": None}
+        has_files = note.get("files") and list((self.folder / note["files"]).glob("*.wandb"))
+        return note if has_files else note | {"content": None}
 
     def _keep(self, run: Run, note: dict[str, Any]) -> None:
         self._notes[run.place] = note

@@ -1,4 +1,4 @@
-"""Whether runs are uploaded: is there a key, and does the server answer, both known within ``tracking.timeout``."""
+"""Whether runs can be uploaded: whether there is a key, and whether the server answers within ``tracking.timeout``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLOUD = "https://api.wandb.ai"
 
 @dataclass(frozen=True)
 class Reach:
-    """Whether W&B can be reached, in words, and who is asking."""
+    """Whether W&B can be reached, why or why not, and the user or team of the key."""
 
     online: bool
     why: str
@@ -26,7 +26,7 @@ class Reach:
 
 
 def require_key(tracking: TrackingConfig) -> None:
-    """Before the first job.
+    """Check for a key before the first job.
 
     Raises:
         UserError: with ``tracking.mode=online`` and no API key.
@@ -104,7 +104,7 @@ def base_url() -> str:
 
 
 def api_key() -> str | None:
-    """Where W&B itself looks for it: ``WANDB_API_KEY``, then the netrc file."""
+    """The key, from where W&B itself reads it: ``WANDB_API_KEY``, then the netrc file."""
     if key := os.environ.get("WANDB_API_KEY"):
         return key
     places = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
@@ -117,7 +117,7 @@ def api_key() -> str | None:
 
 
 def page(entity: str | None, project: str, run: str) -> str | None:
-    """Where a run is shown, as far as that is known."""
+    """Address of a run's page; ``None`` where the user or team is unknown."""
     if entity is None:
         return None
     app = "https://wandb.ai" if base_url() == CLOUD else base_url()

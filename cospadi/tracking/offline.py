@@ -15,7 +15,7 @@ from cospadi.tracking.runs import Run
 from cospadi.tracking.settings import TrackingConfig
 
 STAGING = "staging"
-"""Beside ``wandb``: copies of tables and artifacts, a folder per run. ``wandb sync`` reads them."""
+"""Folder beside ``wandb`` with copies of tables and artifacts, a folder per run. ``wandb sync`` reads them."""
 
 
 def write(runs: Sequence[Run], folder: Path, tracking: TrackingConfig) -> Iterator[tuple[Run, Path | None, str]]:

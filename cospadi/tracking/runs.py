@@ -30,7 +30,7 @@ class Run:
     """One run, before anything of W&B is loaded."""
 
     id: str
-    """The same for the same cell under the same settings, whoever logs it."""
+    """Id in W&B: the same for the same cell under the same settings, on any machine."""
     place: str
     """Where its record is below ``results/tracking/<study>``."""
     name: str
@@ -40,13 +40,13 @@ class Run:
     tags: list[str]
     config: dict[str, Any]
     summary: dict[str, Any]
-    """Named like the columns of ``summary.csv``."""
+    """Final values, named like the columns of ``summary.csv``."""
     layers: list[dict[str, int | float]] = field(default_factory=list)
     """``layer``, ``output_error/mean`` and ``output_error/<projection>``, a line of the history each."""
     tables: dict[str, tuple[list[str], list[list[Any]]]] = field(default_factory=dict)
     """Name -> columns and rows."""
     files: list[Path] = field(default_factory=list)
-    """What goes along as an artifact; pictures are shown, too."""
+    """Files of the run's artifact; pictures are shown as well."""
 
     @property
     def content(self) -> str:
@@ -139,7 +139,7 @@ def _protocols(cell: Cell) -> dict[str, str]:
 
 
 def _numbers(row: pd.Series) -> dict[str, Any]:
-    """What the table's row holds of numbers, and of trouble."""
+    """Numbers of the table's row, what diverged, and reasons of fallbacks."""
     values = {name: _plain(value) for name, value in row.items() if name not in _NAMING}
     numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     numbers |= {name: values[name] for name in ("diverged", "fallback_reasons") if values.get(name)}

@@ -94,7 +94,7 @@ def _bars(metric: str, n_runs: int) -> wr.BarPlot:
 
 
 def definition(workspace: ws.Workspace) -> dict[str, Any]:
-    """What W&B stores of it: entity, project, name and ``spec``."""
+    """A workspace as W&B stores it: entity, project, name and ``spec``."""
     view = workspace._to_model()  # nothing public gives it; ``save`` sends exactly this
     return {
         "entity": view.entity,

@@ -53,9 +53,9 @@ def cells(tmp_path):
     return [cell(tmp_path, "dense"), cell(tmp_path, "wanda"), cell(tmp_path, "cospadi_plus")]
 
 
-def found(cells, **wanted):
+def difference_of(cells, **place):
     frame = paired.differences(cells, "cospadi_plus")
-    for name, value in wanted.items():
+    for name, value in place.items():
         frame = frame[frame[name] == value]
     (row,) = frame.to_dict("records")
     return row
@@ -68,17 +68,18 @@ def naive(ours, theirs):
 
 
 def test_differences_are_those_of_the_documents(cells):
-    arc = found(cells, method="wanda", against="cospadi_plus", measure="arc_easy")
+    arc = difference_of(cells, method="wanda", against="cospadi_plus", measure="arc_easy")
     assert (arc["difference"], arc["stderr"]) == pytest.approx(naive([1, 0, 1, 0], [1, 1, 0, 1]))
     assert arc["n_documents"] == 4
-    mmlu = found(cells, method="wanda", against="cospadi_plus", measure="mmlu")  # its tasks are one heap of documents
+    # The documents of all its tasks are compared as one set.
+    mmlu = difference_of(cells, method="wanda", against="cospadi_plus", measure="mmlu")
     assert (mmlu["difference"], mmlu["stderr"]) == pytest.approx(naive([0, 0, 1, 0, 0], [1, 0, 1, 0, 1]))
-    average = found(cells, method="wanda", against="cospadi_plus", measure="average_accuracy")
+    average = difference_of(cells, method="wanda", against="cospadi_plus", measure="average_accuracy")
     values = {c.method: c.evaluation["average_accuracy"]["value"] for c in cells}
     assert average["difference"] == pytest.approx(values["wanda"] - values["cospadi_plus"])
     assert average["stderr"] == pytest.approx(math.hypot(arc["stderr"], mmlu["stderr"]) / 2)
     assert average["n_documents"] == 9
-    nll = found(cells, method="cospadi_plus", against="dense", measure="nll")
+    nll = difference_of(cells, method="cospadi_plus", against="dense", measure="nll")
     assert (nll["difference"], nll["stderr"]) == pytest.approx(naive(WINDOWS["cospadi_plus"], WINDOWS["dense"]))
 
 

@@ -68,8 +68,8 @@ def test_methods_of_ours_exist_and_settings_know_all_sources():
 
 
 def test_no_number_stands_twice():
-    found = [(model, row["source"], row["method"], row["ratio"]) for model, row in ROWS]
-    assert len(set(found)) == len(found)
+    places = [(model, row["source"], row["method"], row["ratio"]) for model, row in ROWS]
+    assert len(set(places)) == len(places)
 
 
 def test_averages_are_those_of_their_tasks():

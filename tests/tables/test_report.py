@@ -106,14 +106,14 @@ def test_a_browser_without_network_shows_tables_and_figures(page, tmp_path):
     assert 0.3 < background < 0.97
 
     probe = page.with_name("probe.html")  # what the browser itself says of the page
-    told = (
+    probe_script = (
         "<script>addEventListener('load', () => { document.title = JSON.stringify({"
         "pictures: [...document.images].map(i => i.complete && i.naturalWidth > 100 && i.getBoundingClientRect().height > 100),"
         "rows: [...document.querySelectorAll('tbody tr')].filter(r => r.getBoundingClientRect().height > 5).length,"
         "boxes: [...document.querySelectorAll('svg rect')].filter(r => r.getBoundingClientRect().width > 20).length,"
         "loaded: performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length }) })</script>"
     )
-    probe.write_text(page.read_text(encoding="utf-8").replace("</body>", f"{told}</body>"), encoding="utf-8")
+    probe.write_text(page.read_text(encoding="utf-8").replace("</body>", f"{probe_script}</body>"), encoding="utf-8")
     seen = re.search(r"<title>(.*?)</title>", browse(probe, tmp_path / "other", "--dump-dom").stdout)[1]
     pictures = ",".join(["true"] * len(FIGURES))
     assert html.unescape(seen) == f'{{"pictures":[{pictures}],"rows":8,"boxes":4,"loaded":0}}'

@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from cospadi.errors import UserError
 from cospadi.tables import figures
@@ -22,7 +24,7 @@ from cospadi.tables.metrics import METRICS
 from cospadi.tables.numbers import divergence, percent, perplexity, size
 from cospadi.tables.overview import write_overviews
 from cospadi.tables.render import notes, paper_table, tables, write_tables
-from cospadi.tables.style import colours
+from cospadi.tables.style import colours, label_logarithmic, style
 
 TITLES = {"svd": "SVD", "svd_llm": "SVD-LLM", "cospadi": "CoSpaDi"}
 PERPLEXITY = {
@@ -127,9 +129,9 @@ def frame() -> pd.DataFrame:
 
 
 def row(frame, method, compression_ratio):
-    found = frame[(frame["method"] == method) & (frame["compression_ratio"] == compression_ratio)]
-    assert len(found) == 1
-    return found.iloc[0]
+    rows = frame[(frame["method"] == method) & (frame["compression_ratio"] == compression_ratio)]
+    assert len(rows) == 1
+    return rows.iloc[0]
 
 
 def bold(table, column):
@@ -158,25 +160,25 @@ def test_columns_and_order_of_rows(frame):
 
 
 def test_values_are_those_of_the_records(frame):
-    found = row(frame, "cospadi", 0.2)
+    values = row(frame, "cospadi", 0.2)
     stored = 4 * ((int(16 * 64 * 64 * 0.8) - 5) + (int(16 * 192 * 64 * 0.8) - 5))
-    assert (found["solver"], found["bits"], found["stored_bits"]) == ("htp", 14, stored)
-    assert found["stored_ratio"] == 1 - stored / (16 * 64 * (64 + 192) * 4)
-    assert found["output_error_mean"] == pytest.approx(0.25, abs=1e-15)
-    assert (found["factorize_seconds"], found["peak_memory_mb"]) == (6.5, 502.0)
-    assert (found["token_perplexity"], found["token_perplexity_stderr"], found["arc_easy"]) == (74.4, 0.5, 0.43)
-    assert (found["evaluate_seconds"], found["fallbacks"]) == (12.5, 0)
+    assert (values["solver"], values["bits"], values["stored_bits"]) == ("htp", 14, stored)
+    assert values["stored_ratio"] == 1 - stored / (16 * 64 * (64 + 192) * 4)
+    assert values["output_error_mean"] == pytest.approx(0.25, abs=1e-15)
+    assert (values["factorize_seconds"], values["peak_memory_mb"]) == (6.5, 502.0)
+    assert (values["token_perplexity"], values["token_perplexity_stderr"], values["arc_easy"]) == (74.4, 0.5, 0.43)
+    assert (values["evaluate_seconds"], values["fallbacks"]) == (12.5, 0)
     assert row(frame, "svd", 0.3)["token_perplexity"] == math.inf
     assert math.isnan(row(frame, "svd", 0.4)["token_perplexity"])
     assert row(frame, "svd", 0.2)["solver"] == ""
 
 
 def test_the_dense_row_has_no_errors_and_its_own_memory(frame):
-    found = row(frame, "dense", 0)
-    assert (found["stored_ratio"], found["peak_memory_mb"], found["bits"]) == (0, 900.25, 16)
-    assert found["stored_bits"] == found["dense_bits"] == 16 * 64 * (64 + 192) * 4
-    assert pd.isna(found["output_error_mean"])
-    assert pd.isna(found["factorize_seconds"])
+    values = row(frame, "dense", 0)
+    assert (values["stored_ratio"], values["peak_memory_mb"], values["bits"]) == (0, 900.25, 16)
+    assert values["stored_bits"] == values["dense_bits"] == 16 * 64 * (64 + 192) * 4
+    assert pd.isna(values["output_error_mean"])
+    assert pd.isna(values["factorize_seconds"])
 
 
 def test_reads_back_from_csv_to_the_last_bit(tmp_path):
@@ -273,12 +275,12 @@ def test_a_fallback_gets_a_dagger_and_a_note():
 
 
 def test_notes_tell_each_protocol_once_and_the_calibration():
-    found = notes(study(), "small")
-    assert found.count("Calibration: Lee news, 64 samples × 1024 tokens, seed 42.") == 1
-    assert "Token ppl: windows of 1024 tokens." in found
-    assert "ARC-e, Cloze: 0-shot_acc 50 %." in found
-    assert "Average over ARC-e, Cloze." in found
-    assert len(found) == len(set(found)) == 8
+    note_lines = notes(study(), "small")
+    assert note_lines.count("Calibration: Lee news, 64 samples × 1024 tokens, seed 42.") == 1
+    assert "Token ppl: windows of 1024 tokens." in note_lines
+    assert "ARC-e, Cloze: 0-shot_acc 50 %." in note_lines
+    assert "Average over ARC-e, Cloze." in note_lines
+    assert len(note_lines) == len(set(note_lines)) == 8
 
 
 def test_notes_tell_whose_values_have_how_many_bits_only_where_they_differ():
@@ -307,8 +309,9 @@ def test_markdown_says_the_same_numbers(frame):
 
 def test_latex_escapes_and_is_well_formed():
     cells = [cell("svd", 0.2), cell("cospadi", 0.2), dense()]
-    for found in cells:
-        found.model, found.model_title = "50%_A&B", r"50 % of A_B & #1 {x} $y ~z^2 \w"
+    for renamed in cells:
+        renamed.model = "50%_A&B"
+        renamed.model_title = r"50 % of A_B & #1 {x} $y ~z^2 \w"
     text = paper_table(summary(cells), "50%_A&B", protocol_notes=notes(cells, "50%_A&B")).latex()
     assert r"50 \% of A\_B \& \#1 \{x\} \$y \textasciitilde{}z\textasciicircum{}2 \textbackslash{}w" in text
     assert r"0-shot\_acc 50 \%" in text
@@ -361,12 +364,12 @@ def test_html_is_whole_escaped_and_alone(frame):
 
 def test_csv_holds_exact_values(frame):
     lines = list(csv.DictReader(io.StringIO(paper_table(frame, "small").csv())))
-    found = {(line["compression_ratio"], line["method"], line["column"]): line for line in lines}
-    line = found["0.2", "svd", "token_perplexity"]
+    line_of = {(line["compression_ratio"], line["method"], line["column"]): line for line in lines}
+    line = line_of["0.2", "svd", "token_perplexity"]
     assert (line["value"], line["stderr"], line["text"], line["best"]) == ("112345.6", "0.5", "1.1e5", "False")
-    assert found["0.2", "cospadi", "token_perplexity"]["best"] == "True"
-    assert found["0.3", "svd", "token_perplexity"]["value"] == "inf"
-    assert found["0.4", "svd", "token_perplexity"]["value"] == "nan"
+    assert line_of["0.2", "cospadi", "token_perplexity"]["best"] == "True"
+    assert line_of["0.3", "svd", "token_perplexity"]["value"] == "inf"
+    assert line_of["0.4", "svd", "token_perplexity"]["value"] == "nan"
 
 
 def test_writes_every_format_of_every_model(tmp_path):
@@ -522,3 +525,43 @@ def test_a_method_keeps_its_colour_and_shares_it_with_none():
     methods = ["svd", "cospadi", *(f"method_{i}" for i in range(10))]
     assert len(set(colours(methods).values())) == 12
     assert colours(["cospadi"])["cospadi"] == colours(methods)["cospadi"]
+
+
+def overlapping(boxes):
+    """Pairs of texts' boxes that overlap."""
+    return [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.overlaps(b)]
+
+
+@pytest.mark.parametrize("limits", [(0.078, 0.105), (0.03, 0.11), (14, 90), (22, 120_000), (1e-4, 1e9), (226, 258)])
+def test_labels_of_a_logarithmic_axis_do_not_touch(limits):
+    figure = Figure(figsize=(4.4, 4.3), layout="constrained")
+    panel = figure.subplots()
+    panel.set(xscale="log", yscale="log", xlim=limits, ylim=limits)
+    for axis in (panel.xaxis, panel.yaxis):
+        label_logarithmic(axis)
+        figure.draw_without_rendering()
+        labels = [
+            label
+            for tick, label in zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+            if limits[0] <= tick <= limits[1] and label.get_text()
+        ]
+        assert len(labels) >= 3
+        assert not overlapping([label.get_window_extent() for label in labels])
+
+
+@pytest.mark.parametrize("model", ["llama3_1b", "a_model_with_a_long_name"])
+def test_titles_of_error_maps_leave_the_means_room(model):
+    cells = study(("small", model, "third"))
+    with style():
+        figure = _error_maps(summary(cells), projection_errors(cells))
+        figure.draw_without_rendering()
+    panels = [panel for panel in figure.axes if panel.get_title("right")]
+    assert len(panels) == 9
+    for panel in panels:
+        texts = [child for child in panel.get_children() if isinstance(child, Text)]
+        title, mean = (
+            next(text for text in texts if text.get_text() == panel.get_title(side)) for side in ("left", "right")
+        )
+        assert title.get_window_extent().x1 <= panel.get_window_extent().x1
+        title.set_text(title.get_text().rpartition("\n")[2])  # the mean is at the right of the last line
+        assert not title.get_text() or not overlapping([title.get_window_extent(), mean.get_window_extent()])

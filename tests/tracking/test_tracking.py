@@ -219,8 +219,8 @@ def stored(operation: str, variables: dict, url: str) -> dict:
 
 def reach(**settings) -> tuple[mode.Reach, float]:
     started = time.perf_counter()
-    found = mode.reach(TrackingConfig(name="auto", **settings))
-    return found, time.perf_counter() - started
+    reached = mode.reach(TrackingConfig(name="auto", **settings))
+    return reached, time.perf_counter() - started
 
 
 # What a run holds
@@ -229,11 +229,11 @@ def reach(**settings) -> tuple[mode.Reach, float]:
 def test_a_cell_is_a_run_with_its_settings_numbers_and_errors(study):
     write_tables(study)
     record = tracked(study, mode="offline")
-    found = notes(record)
+    notes_by_name = notes(record)
     cells = ["svd 0.2", "svd 0.3", "cospadi 0.2", "cospadi 0.2 int8", "cospadi 0.3", "cospadi 0.3 int8"]
-    assert list(found) == ["dense", *cells, "tables"]
-    assert {note["mode"] for note in found.values()} == {"offline"}
-    note = found["cospadi 0.3 int8"]
+    assert list(notes_by_name) == ["dense", *cells, "tables"]
+    assert {note["mode"] for note in notes_by_name.values()} == {"offline"}
+    note = notes_by_name["cospadi 0.3 int8"]
     assert note["place"] == "tiny_llama/smoke/cospadi-0.3-int8/smoke"
     folder = Path("results/tracking/smoke")
     assert read_json(folder / note["place"] / "record.json") == note
@@ -267,14 +267,14 @@ def test_a_cell_is_a_run_with_its_settings_numbers_and_errors(study):
     (errors,) = [metric for metric in run["metrics"] if metric.get("glob_name") == "output_error/*"]
     assert errors["step_metric"] == "layer"
 
-    run, whole, _ = inspect(folder / found["dense"]["files"])
+    run, whole, _ = inspect(folder / notes_by_name["dense"]["files"])
     assert (run["job_type"], run["tags"]) == ("dense", ["tiny_llama", "dense"])
     assert whole["summary"]["token_perplexity"] == 20.0
-    run, whole, _ = inspect(folder / found["tables"]["files"])
+    run, whole, _ = inspect(folder / notes_by_name["tables"]["files"])
     assert run["job_type"] == "tables"
     assert whole["summary"]["summary"]["nrows"] == 7
     assert whole["summary"]["figures/perplexity"]["_type"] == "image-file"
-    artifacts = b"".join(path.read_bytes() for path in (folder / found["tables"]["files"]).glob("*.wandb"))
+    artifacts = b"".join(path.read_bytes() for path in (folder / notes_by_name["tables"]["files"]).glob("*.wandb"))
     for name in (b"smoke-tables", b"summary.csv", b"projections.csv", b"tiny_llama.md", b"perplexity.svg"):
         assert name in artifacts
 
@@ -318,8 +318,8 @@ def test_a_study_that_is_not_finished_is_logged_as_far_as_it_is(study):
 
 
 def test_without_a_key_it_is_offline_at_once():
-    found, took = reach()
-    assert (found.online, found.why) == (False, "there is no API key for https://api.wandb.ai")
+    reached, took = reach()
+    assert (reached.online, reached.why) == (False, "there is no API key for https://api.wandb.ai")
     assert took < 1
 
 
@@ -328,9 +328,9 @@ def test_with_a_key_and_no_server_it_is_offline_within_the_timeout(monkeypatch, 
     url = {"closed": CLOSED, "no such host": "http://w-and-b.invalid"}.get(kind) or Server(silent=True).url
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", url)
-    found, took = reach(timeout=1.5)
-    assert not found.online
-    assert url in found.why
+    reached, took = reach(timeout=1.5)
+    assert not reached.online
+    assert url in reached.why
     assert took < 2.5
 
 
@@ -349,11 +349,11 @@ def test_the_server_is_asked_who_the_key_belongs_to(monkeypatch, tmp_path, statu
     netrc = tmp_path / "netrc"
     netrc.write_text(f"machine {server.url.removeprefix('http://')} login user password {KEY}\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    found, _ = reach()
-    assert (found.online, found.entity) == (online, "me" if online else None)
-    assert words in found.why
+    reached, _ = reach()
+    assert (reached.online, reached.entity) == (online, "me" if online else None)
+    assert words in reached.why
     assert len(server.keys) == 1
-    assert KEY not in found.why
+    assert KEY not in reached.why
 
 
 def test_the_host_of_a_login_is_asked(monkeypatch, tmp_path):
@@ -364,11 +364,11 @@ def test_the_host_of_a_login_is_asked(monkeypatch, tmp_path):
     assert mode.base_url() == CLOSED
 
 
-@pytest.mark.parametrize("wanted", ["offline", "disabled"])
-def test_what_a_person_says_to_wandb_counts(monkeypatch, wanted):
+@pytest.mark.parametrize("setting", ["offline", "disabled"])
+def test_what_a_person_says_to_wandb_counts(monkeypatch, setting):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB_MODE", wanted)
-    assert mode.reach(TrackingConfig(name="auto")) == mode.Reach(False, f"WANDB_MODE={wanted}")
+    monkeypatch.setenv("WANDB_MODE", setting)
+    assert mode.reach(TrackingConfig(name="auto")) == mode.Reach(False, f"WANDB_MODE={setting}")
 
 
 def test_a_server_that_takes_the_key_and_no_runs_ends_in_files(study, monkeypatch, capfd):
@@ -452,9 +452,9 @@ def test_wandb_sync_is_what_uploads(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(offline.subprocess, "run", run)
-    told = offline.upload([tmp_path], TrackingConfig(name="auto", upload_timeout=7.0))
+    trouble = offline.upload([tmp_path], TrackingConfig(name="auto", upload_timeout=7.0))
     assert given == [(["-m", "wandb", "sync"], [str(tmp_path)], mode.CLOUD, 7.0)]
-    assert told == "wandb sync left 1 of 1 runs (exit code 3, see its output)"
+    assert trouble == "wandb sync left 1 of 1 runs (exit code 3, see its output)"
 
 
 def test_a_wandb_that_breaks_is_a_line_in_the_record(study, monkeypatch, capsys):
@@ -527,9 +527,9 @@ def test_online_without_a_key_is_refused_before_the_first_job(study, refused):
 
 def test_disabled_is_no_job(study):
     outputs = {}
-    for wanted in ("auto", "disabled"):
-        study.root = replace(study.root, tracking=TrackingConfig(name=wanted, mode=wanted))
-        outputs[wanted] = study.outputs
+    for mode_name in ("auto", "disabled"):
+        study.root = replace(study.root, tracking=TrackingConfig(name=mode_name, mode=mode_name))
+        outputs[mode_name] = study.outputs
     assert outputs["disabled"] == ["results/tables/smoke/summary.csv"]
     assert outputs["auto"] == ["results/tables/smoke/summary.csv", "results/tracking/smoke/record.json"]
     with pytest.raises(UserError, match=r"tracking\.mode=disabled: there is nothing to do"):
@@ -562,9 +562,9 @@ def test_the_workspace_compares_methods(study):
     definition = Path("workspace.json")
     study.root = replace(study.root, tracking=TrackingConfig(name="auto", project="mine"))
     tracking.workspace(study, definition)
-    found = read_json(definition)
-    assert (found["project"], found["url"]) == ("mine", None)
-    section = found["spec"]["section"]
+    written = read_json(definition)
+    assert (written["project"], written["url"]) == ("mine", None)
+    section = written["spec"]["section"]
     sections = {s["name"]: s["panels"] for s in section["panelBankConfig"]["sections"]}
     assert list(sections) == ["Quality", "Error per layer", "Tasks and measurements", "Cost"]
     points = {panel["config"]["chartTitle"]: panel["config"] for panel in sections["Quality"]}

@@ -26,7 +26,10 @@ def tabulate(study: Study, folder: Path) -> None:
 
 
 def study_cells(study: Study, unfinished: bool = False) -> dict[str, Cell]:
-    """The cells of a study by their places; ``unfinished``: without those that lack a record."""
+    """The cells of a study by their places; ``unfinished``: without those that lack a record.
+
+    Titles are those of the settings, not of the records: no recipe has them, so a new title needs new tables alone.
+    """
     cells = {}
     for model in study.study.models:
         title = study.config(model).model.title
