@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from cospadi.quantization.methods import quantize
 from cospadi.records import check_output_folder, own_folder, read_json
 from cospadi.settings import CONF, Config, load
 from cospadi.sources.addresses import local_path
+from cospadi.sources.families import fitted
 from cospadi.sources.files import quantization_of
 from cospadi.sources.texts import read_documents
 
@@ -198,6 +199,7 @@ def compress(
     settings = [f"factorization={method}", f"quantization={quantization}", *overrides]
     settings += [] if compression_ratio is None else [f"factorization.compression_ratio={compression_ratio}"]
     config = configured("any", ["model.source=./in-memory", *settings], None)
+    config = replace(config, model=fitted(config.model, model.config.model_type))
     calibration = config.calibration
     _require_plain(model)
     if isinstance(texts, str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -222,6 +222,10 @@ def replace_weights(model: nn.Module, weights: Iterable[tuple[str, Float[Tensor,
         model.get_submodule(name).weight.copy_(weight.T)
 
 
+class _LastBlock(Exception):
+    """All blocks have been called."""
+
+
 class Arguments(NamedTuple):
     """What a block receives beside the hidden states."""
 
@@ -276,11 +280,15 @@ class BlockWalker:
 
                 def recorder(states: Tensor, *further: object, calls: list = calls, **named: object) -> Tensor:
                     calls.append((states, Arguments(further, named)))
+                    if len(calls) == len(self.blocks):
+                        raise _LastBlock
                     return states
 
                 for block in self.blocks:
                     block.forward = recorder
-                self.decoder(input_ids=tokens.to(self.device), use_cache=False)
+                # What comes after the blocks is not needed, and would meet their inputs where it expects outputs.
+                with suppress(_LastBlock):
+                    self.decoder(input_ids=tokens.to(self.device), use_cache=False)
                 hidden.append(calls[0][0])
                 arguments.append([of_block for _, of_block in calls])
         finally:

@@ -54,7 +54,7 @@ def usage(run: Callable[[], object], device: torch.device) -> Usage:
 def product_peaks(rows: int, inner: int, columns: int, device: torch.device) -> dict[str, float]:
     """Best floating-point operations per second of ``(rows × inner) @ (inner × columns)``, by arithmetic.
 
-    ``fast`` is what htp's rounds use (`products`): TF32 on a GPU; on a CPU another library's float32.
+    ``fast`` is what htp's rounds use (`float32_products`): TF32 on a GPU; on a CPU another library's float32.
     """
     kinds = {
         "float32": (torch.float32, nullcontext()),

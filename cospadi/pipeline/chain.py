@@ -6,6 +6,7 @@ Both run the functions of `cospadi.pipeline.stages`, and both leave out what is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from cospadi.models import find_projections
@@ -13,6 +14,7 @@ from cospadi.pipeline import recipes
 from cospadi.pipeline.stages import calibration, factorization, quantization, sources
 from cospadi.records import read_json, write_json
 from cospadi.settings import Config
+from cospadi.sources.families import fitted
 
 
 class Chain:
@@ -54,6 +56,7 @@ def compress(config: Config, work: Path) -> tuple[Path, Path, Path]:
         model,
         lambda: sources.prepare_model(config, model, work / "model.json"),
     )
+    config = replace(config, model=fitted(config.model, read_json(model / "config.json").get("model_type")))
     chain.run(
         "text",
         recipes.of_text(text),

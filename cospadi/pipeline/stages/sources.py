@@ -9,6 +9,7 @@ from cospadi.models import check_loadable, find_projections
 from cospadi.records import Record, read_json, text_hash, write_json
 from cospadi.settings import Config
 from cospadi.sources import checkpoints
+from cospadi.sources.families import fitted
 from cospadi.sources.settings import TextConfig
 from cospadi.sources.texts import read_documents
 
@@ -18,8 +19,9 @@ def prepare_model(config: Config, folder: Path, record: Path) -> None:
     log = Record("sources", asdict(config.model))
     print(f"Preparing {config.model.title} from {config.model.source}", flush=True)
     provenance = checkpoints.prepare_model(config.model, folder)
-    projections = find_projections(folder, config.model)
-    check_loadable(folder, config.model)
+    model = fitted(config.model, provenance["model_type"])
+    projections = find_projections(folder, model)
+    check_loadable(folder, model)
     log.finish(record, provenance=provenance, projections=[asdict(p) for p in projections])
 
 

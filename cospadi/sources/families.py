@@ -1,0 +1,122 @@
+"""Where the projections of each model family are, by the ``model_type`` of its ``config.json``.
+
+Families with the names of Llama need no row. A family is here when its blocks are alike and its projections are linear
+layers; names are those of transformers' modules and of the files, which are the same for these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from cospadi.sources.settings import ModelConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names that differ from Llama's."""
+
+    blocks: str
+    shared_inputs: tuple[tuple[str, ...], ...]
+    """Projections of a block, those that read the same input together."""
+    attention: str = "self_attn"
+    attended: tuple[str, ...] = ()
+    """Projections of keys and values. None where they are fused with the queries, which nobody looks at."""
+
+
+_KEYS = ("self_attn.k_proj", "self_attn.v_proj")
+_SEPARATE = ("self_attn.q_proj", *_KEYS)
+_UP_DOWN = Family(
+    "model.layers", (_SEPARATE, ("self_attn.o_proj",), ("mlp.up_proj",), ("mlp.down_proj",)), attended=_KEYS
+)
+_GATE_UP = Family(
+    "model.layers",
+    (_SEPARATE, ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+    attended=_KEYS,
+)
+
+FAMILIES = {
+    "apertus": _UP_DOWN,
+    "arcee": _UP_DOWN,
+    "nemotron": _UP_DOWN,
+    "glm": _GATE_UP,
+    "glm4": _GATE_UP,
+    "phi3": Family(
+        "model.layers",
+        (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+    ),
+    "phi": Family("model.layers", ((*_SEPARATE, "mlp.fc1"), ("self_attn.dense",), ("mlp.fc2",)), attended=_KEYS),
+    "starcoder2": Family(
+        "model.layers", (_SEPARATE, ("self_attn.o_proj",), ("mlp.c_fc",), ("mlp.c_proj",)), attended=_KEYS
+    ),
+    "opt": Family("model.decoder.layers", (_SEPARATE, ("self_attn.out_proj",), ("fc1",), ("fc2",)), attended=_KEYS),
+    "falcon": Family(
+        "transformer.h",
+        (
+            ("self_attention.query_key_value",),
+            ("self_attention.dense",),
+            ("mlp.dense_h_to_4h",),
+            ("mlp.dense_4h_to_h",),
+        ),
+        attention="self_attention",
+    ),
+    "bloom": Family(
+        "transformer.h",
+        (
+            ("self_attention.query_key_value",),
+            ("self_attention.dense",),
+            ("mlp.dense_h_to_4h",),
+            ("mlp.dense_4h_to_h",),
+        ),
+        attention="self_attention",
+    ),
+    "mpt": Family(
+        "transformer.blocks",
+        (("attn.Wqkv",), ("attn.out_proj",), ("ffn.up_proj",), ("ffn.down_proj",)),
+        attention="attn",
+    ),
+    "gptj": Family(
+        "transformer.h",
+        (("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in"), ("attn.out_proj",), ("mlp.fc_out",)),
+        attention="attn",
+        attended=("attn.k_proj", "attn.v_proj"),
+    ),
+    "minicpm3": Family(
+        "model.layers",
+        (
+            ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+            ("self_attn.q_b_proj",),
+            ("self_attn.kv_b_proj",),
+            ("self_attn.o_proj",),
+            ("mlp.gate_proj", "mlp.up_proj"),
+            ("mlp.down_proj",),
+        ),
+    ),
+    "codegen": Family(
+        "transformer.h", (("attn.qkv_proj", "mlp.fc_in"), ("attn.out_proj",), ("mlp.fc_out",)), attention="attn"
+    ),
+    "persimmon": Family(
+        "model.layers",
+        (
+            ("self_attn.query_key_value",),
+            ("self_attn.dense",),
+            ("mlp.dense_h_to_4h",),
+            ("mlp.dense_4h_to_h",),
+        ),
+    ),
+}
+"""Rows by ``model_type``."""
+
+
+def fitted(model: ModelConfig, model_type: str | None) -> ModelConfig:
+    """``model`` with the names of its family, unless somebody has set names of his own."""
+    unset = ModelConfig()
+    family = FAMILIES.get(model_type or "")
+    if family is None or (model.blocks, model.shared_inputs) != (unset.blocks, unset.shared_inputs):
+        return model
+    return replace(
+        model,
+        blocks=family.blocks,
+        shared_inputs=[list(group) for group in family.shared_inputs],
+        attention=family.attention,
+        attended=list(family.attended),
+    )
