@@ -79,6 +79,12 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             near = did_you_mean(unknown[1], [command.name for command in COMMANDS])
             message = f"{unknown[1]} is not a command{near} `{self.prog} --help` lists all of them."
+        setting = re.match(r"unrecognized arguments: (\S+=\S*)", message)
+        if setting:
+            message = (
+                f"{setting[1]} is not taken here. Settings stand together, before or after all options; `cospadi compress` "
+                f"takes each with --set: --set {setting[1]}."
+            )
         super().error(message)
 
 

@@ -123,7 +123,25 @@ def _nothing_found(checkpoint: Checkpoint, config: ModelConfig, missing: list[st
     family = checkpoint.config.get("model_type", "unknown")
     return (
         f"{checkpoint.folder} (model_type {family}) lacks the projections {', '.join(missing)} under {config.blocks}. "
-        f"Matrices found: {', '.join(kinds)}. Set model.blocks and model.shared_inputs to match, in conf/model."
+        f"Matrices found: {', '.join(kinds)}. Set model.blocks and model.shared_inputs to match, in conf/model or for one "
+        f"compress{_suggested(kinds)}."
+    )
+
+
+def _suggested(kinds: list[str]) -> str:
+    """Options that name every matrix of the largest list of blocks, each with an input of its own, ready to paste."""
+    of_blocks: dict[str, list[str]] = {}
+    for kind in kinds:
+        blocks, found, projection = kind.partition(".<i>.")
+        if found and ".<i>." not in projection:
+            of_blocks.setdefault(blocks, []).append(projection)
+    if not of_blocks:
+        return ""
+    blocks, projections = max(of_blocks.items(), key=lambda item: len(item[1]))
+    inputs = ",".join(f"[{projection}]" for projection in projections)
+    return (
+        f": --set model.blocks={blocks} --set 'model.shared_inputs=[{inputs}]' --set 'model.attended=[]' (write those that "
+        "read the same input in one pair of brackets)"
     )
 
 

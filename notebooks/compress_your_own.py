@@ -37,7 +37,7 @@ SETTINGS = os.environ.get("COSPADI_SETTINGS", "").split()  # calibration.n_sampl
 
 # %%
 settings = ["factorization=cospadi_plus", f"factorization.compression_ratio={RATIO}", *SETTINGS]
-ledger = compress_to(MODEL, OUT, settings, TEXT, keep_work=True)
+ledger = compress_to(MODEL, OUT, settings, TEXT, keep_work=True, overwrite=True)
 
 # %% [markdown]
 # ## How large it is
@@ -60,7 +60,7 @@ generate.write_on(model, OUT, "The capital of France is", tokens=24)
 # The factors were kept in `<out>.work` and are used again, so that only the rounding is new. The int8 model replaces the first one.
 
 # %%
-ledger = compress_to(MODEL, OUT, [*settings, "quantization=int8"], TEXT, keep_work=True)
+ledger = compress_to(MODEL, OUT, [*settings, "quantization=int8"], TEXT, keep_work=True, overwrite=True)
 print(checkpoint_ledger.ledger_text(ledger))
 generate.write_on(cospadi.load(OUT), OUT, "The capital of France is", tokens=24)
 

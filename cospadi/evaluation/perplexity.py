@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -105,6 +105,25 @@ def perplexity(mean_nll: float, stderr: float | None) -> tuple[float, float | No
     return value, value * stderr if stderr is not None and math.isfinite(value) else None
 
 
+class TokenMetric(NamedTuple):
+    """A metric against the dense model: the mean over tokens of a value that `compare_tokens` computes."""
+
+    name: str
+    """Key in an evaluation record."""
+    token_value: str
+    """Key in what `compare_tokens` returns."""
+    protocol: str
+    """What is measured, as the protocol says it."""
+    of_dense: float
+    """Value of the dense model itself, by definition."""
+
+
+TOKEN_METRICS = (
+    TokenMetric("kl_to_dense", "kl", "KL(dense || model), nats per token", 0.0),
+    TokenMetric("top1_agreement", "agrees", "same most likely token as the dense model", 1.0),
+)
+
+
 def compare_tokens(
     logits: Float[Tensor, "tokens vocab"],
     targets: Int[Tensor, " tokens"],
@@ -180,9 +199,8 @@ def measure_tokens(
             if write_reference is not None:
                 kept.append(hidden.cpu())
                 kept_nll.append(tokens["nll"].float().cpu())
-            means.append(
-                [tokens[name].mean().item() if name in tokens else math.nan for name in ("nll", "kl", "agrees")]
-            )
+            values = ("nll", *(metric.token_value for metric in TOKEN_METRICS))
+            means.append([tokens[name].mean().item() if name in tokens else math.nan for name in values])
             so_far = exponential(sum(m[0] for m in means) / len(means))
             if progress:
                 progress.step(f"window {index + 1}", f"perplexity so far {so_far:.2f}")
@@ -193,7 +211,7 @@ def measure_tokens(
 
 
 def _summary(
-    means: Float[Tensor, "windows 3"], window: int, compared: bool, is_reference: bool
+    means: Float[Tensor, "windows metrics"], window: int, compared: bool, is_reference: bool
 ) -> dict[str, dict[str, Any]]:
     n = len(means)
     tokens = f"{n} non-overlapping windows of {window} tokens, documents joined by a blank line"
@@ -207,28 +225,21 @@ def _summary(
             "per_window": means[:, 0].tolist(),
         }
     }
-    for column, name, what in (
-        (1, "kl_to_dense", "KL(dense || model), nats per token"),
-        (2, "top1_agreement", "same most likely token as the dense model"),
-    ):
+    for metric, of_windows in zip(TOKEN_METRICS, means.T[1:], strict=True):
+        what = metric.protocol
         if compared:
-            value, stderr = mean_stderr(means[:, column])
+            value, stderr = mean_stderr(of_windows)
             protocol = f"{what}, {tokens}; {errors}"
-            result[name] = {
-                "value": value,
-                "stderr": stderr,
-                "protocol": protocol,
-                "per_window": means[:, column].tolist(),
-            }
+            per_window = {"per_window": of_windows.tolist()}
         elif is_reference:
-            exact = 0.0 if name == "kl_to_dense" else 1.0
-            result[name] = {
-                "value": exact,
-                "stderr": 0.0,
-                "protocol": f"{what}: this is the dense model, exact by definition",
-            }
+            value, stderr = metric.of_dense, 0.0
+            protocol = f"{what}: this is the dense model, exact by definition"
+            per_window = {}
         else:
-            result[name] = {"value": None, "stderr": None, "protocol": f"{what}: not measured, no reference was given"}
+            value, stderr = None, None
+            protocol = f"{what}: not measured, no reference was given"
+            per_window = {}
+        result[metric.name] = {"value": value, "stderr": stderr, "protocol": protocol, **per_window}
     return result
 
 

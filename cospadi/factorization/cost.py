@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import singledispatch
 
-from cospadi.errors import AUTO
+from cospadi.errors import AUTO, UserError
 from cospadi.factorization import budget
 from cospadi.factorization.settings import (
     IDENTITY,
@@ -39,7 +39,7 @@ def factorize(config: FactorizationConfig, d_in: int, d_out: int, members: int =
     Every method has the whitener (a Cholesky factor), the whitened weight and the error afterwards.
 
     Raises:
-        TypeError: nobody has counted the work of this method.
+        UserError: nobody has counted the work of this method.
     """
     common = Work(double=d_in**3 / 3 + 4 * d_in**2 * d_out) * members
     return common + own_work(config, d_in, d_out, members)
@@ -50,9 +50,9 @@ def own_work(config: FactorizationConfig, d_in: int, d_out: int, members: int) -
     """The work of the method itself, beside what all methods do.
 
     Raises:
-        TypeError: nobody has counted the work of this method.
+        UserError: nobody has counted the work of this method.
     """
-    raise TypeError(
+    raise UserError(
         f"Nothing is known about the work of {type(config).__name__}. "
         "Register a function for it with cospadi.factorization.cost.own_work."
     )

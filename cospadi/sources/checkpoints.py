@@ -185,7 +185,15 @@ def _from_seed(config: ModelConfig, folder: Path) -> dict[str, Any]:
         torch.manual_seed(config.seed)
         try:
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-        except (ValueError, RuntimeError, TypeError, ZeroDivisionError, AttributeError, KeyError) as error:
+        except (
+            ValueError,
+            RuntimeError,
+            TypeError,
+            ZeroDivisionError,
+            AttributeError,
+            KeyError,
+            AssertionError,
+        ) as error:
             raise _bad_architecture(config, error) from error
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     _save(model.eval(), tokenizer, folder)

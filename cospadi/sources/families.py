@@ -37,6 +37,7 @@ _GATE_UP = Family(
 FAMILIES = {
     "apertus": _UP_DOWN,
     "arcee": _UP_DOWN,
+    "jais2": _UP_DOWN,
     "nemotron": _UP_DOWN,
     "glm": _GATE_UP,
     "glm4": _GATE_UP,
@@ -49,6 +50,28 @@ FAMILIES = {
         "model.layers", (_SEPARATE, ("self_attn.o_proj",), ("mlp.c_fc",), ("mlp.c_proj",)), attended=_KEYS
     ),
     "opt": Family("model.decoder.layers", (_SEPARATE, ("self_attn.out_proj",), ("fc1",), ("fc2",)), attended=_KEYS),
+    "xglm": Family("model.layers", (_SEPARATE, ("self_attn.out_proj",), ("fc1",), ("fc2",)), attended=_KEYS),
+    "gpt_neo": Family(
+        "transformer.h",
+        (
+            ("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
+            ("attn.attention.out_proj",),
+            ("mlp.c_fc",),
+            ("mlp.c_proj",),
+        ),
+        attention="attn",
+        attended=("attn.attention.k_proj", "attn.attention.v_proj"),
+    ),
+    "falcon_h1": Family(
+        "model.layers",
+        (
+            _SEPARATE,
+            ("self_attn.o_proj",),
+            ("feed_forward.gate_proj", "feed_forward.up_proj"),
+            ("feed_forward.down_proj",),
+        ),
+        attended=_KEYS,
+    ),
     "falcon": Family(
         "transformer.h",
         (

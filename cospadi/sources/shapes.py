@@ -83,9 +83,9 @@ def shape_of(model: ModelConfig) -> Shape:
     local = local_path(model.source)
     for folder in (Path(RESULTS, "sources", "models", model.name, "checkpoint"), *([local] if local else [])):
         if (folder / "config.json").is_file():
-            return _shape(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            return _shape(json.loads((folder / "config.json").read_text(encoding="utf-8")), model.source)
     if model.architecture:
-        return _shape({"vocab_size": 257, "tie_word_embeddings": True, **model.architecture})
+        return _shape({"vocab_size": 257, "tie_word_embeddings": True, **model.architecture}, model.source)
     if model.source not in KNOWN:
         raise UserError(
             f"The shape of model.source={model.source} is not known before it is fetched. Prepare it (snakemake "
@@ -94,7 +94,18 @@ def shape_of(model: ModelConfig) -> Shape:
     return KNOWN[model.source]
 
 
-def _shape(config: dict[str, Any]) -> Shape:
+def _shape(config: dict[str, Any], source: str) -> Shape:
+    """
+    Raises:
+        UserError: the family has other projections than Llama's, whose sizes nobody has counted.
+    """
+    needed = ("num_attention_heads", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    missing = [name for name in needed if name not in config]
+    if missing:
+        raise UserError(
+            f"model.source={source} cannot be planned: its config has no {', '.join(missing)}, and only models with the "
+            "projections of Llama are counted. Leave it out of the plan; it can be compressed all the same."
+        )
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     return Shape(

@@ -148,5 +148,5 @@ def test_a_machine_is_measured_in_seconds():
 
 
 def test_a_method_whose_work_is_not_counted_is_not_free():
-    with pytest.raises(TypeError, match="Nothing is known about the work of FactorizationConfig"):
+    with pytest.raises(UserError, match="Nothing is known about the work of FactorizationConfig"):
         factorize(FactorizationConfig(name="new", title="New"), 64, 64)

@@ -47,7 +47,7 @@ def test_a_method_is_a_settings_class_a_function_and_its_work():
     config = FirstRowsConfig(name="first_rows", title="First rows", compression_ratio=0.5)
     with pytest.raises(UserError, match="No factorization method is registered for FirstRowsConfig"):
         factorize(config, problem())
-    with pytest.raises(TypeError, match="Nothing is known about the work of FirstRowsConfig"):
+    with pytest.raises(UserError, match="Nothing is known about the work of FirstRowsConfig"):
         cost.factorize(config, 32, 24)
     alone(first_rows)
 
