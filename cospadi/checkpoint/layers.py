@@ -20,7 +20,7 @@ from cospadi.factorization.factors import Dense, LowRank, SparseDictionary, Spar
 from cospadi.factorization.settings import FIXED_ATOMS, IDENTITY, NO_FIXED_ATOMS
 from cospadi.packing.bits import unpack_bits
 from cospadi.packing.formats import bits_of
-from cospadi.packing.matrix import empty_packed, groups, unpack
+from cospadi.packing.matrix import decoded, empty_packed, groups, unpack
 
 SHARES = "shares"
 """Key of a layer's description in a checkpoint: path of the layer that stores what this one shares."""
@@ -212,7 +212,7 @@ class SparseDictionaryLinear(CompressedLinear):
             codes = codes.to(self.storage)
             return codes.masked_scatter_(bits.bool(), self._values()).view(self.out_features, self.all_atoms)
         name, group_size = self.formats["values"]
-        stored = unpack(self.values, name, self.n_values).float()
+        stored = decoded(unpack(self.values, name, self.n_values), name)
         codes = codes.masked_scatter_(bits.bool(), stored).view(self.out_features, self.all_atoms)
         return codes * self.values_scales.float().repeat_interleave(group_size, dim=1)[:, : self.all_atoms]
 

@@ -5,7 +5,7 @@ The packed form of ``coefficients (atoms × d_out)`` lies output by output:
 - ``mask``: a bit per coefficient, non-zero or not, from the low bit of a byte to the high one. Output ``j`` begins at bit
   ``j · atoms``, in the middle of a byte where that is not a multiple of 8.
 - ``values``: the non-zeros in the same order, 16 bits each; or codes of 8 or 4 bits without gaps, with ``scales``: one for
-  each ``group_size`` atoms of an output (`cospadi.quantization.matrix`).
+  each ``group_size`` atoms of an output (`cospadi.packing.matrix`).
 - ``offsets``: where each output's values begin, and at the end how many there are.
 
 A value's place is the number of ones before its bit, and counting them is what this file is about: per byte by one

@@ -7,7 +7,7 @@ A number is ``code · scale``. Codes of ``intN`` are the whole numbers of N bits
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,10 @@ class Format:
     highest: float
     """The highest code."""
     dtype: str
-    """torch dtype that holds a code. Rounding to the nearest code is rounding to that dtype."""
+    """torch dtype that holds a code. Without a table, rounding to the nearest code is rounding to that dtype."""
+    table: tuple[float, ...] = ()
+    """The codes in ascending order, 0 among them, where they are neither whole numbers nor floats of ``dtype``; they are
+    held as their places in the table, counted from that of 0."""
     form: int | None = None
     """Form in which the kernels multiply its codes as they are stored; ``None``: they do not.
 
@@ -40,19 +43,24 @@ class Format:
     def whole(cls, bits: int, form: int | None = None) -> Format:
         """Whole numbers of ``bits`` bits in two's complement."""
         half = 2.0 ** (bits - 1)
-        return cls(f"int{bits}", bits, -half, half - 1, "int8", form)
+        return cls(f"int{bits}", bits, -half, half - 1, "int8", form=form)
+
+    @classmethod
+    def of_table(cls, name: str, bits: int, table: Sequence[float]) -> Format:
+        """Any 2^bits numbers, 0 among them."""
+        return cls(name, bits, min(table), max(table), "int8", tuple(sorted(table)))
 
     @property
     def is_whole(self) -> bool:
         """Whether codes are whole numbers, so that any wider format of whole numbers holds them, too."""
-        return self.dtype == "int8"
+        return self.dtype == "int8" and not self.table
 
 
 FORMATS = {
     format.name: format
     for format in (
         *(Format.whole(bits, {4: INT4_FORM, 8: INT8_FORM}.get(bits)) for bits in range(2, 9)),
-        Format("float8", 8, -448.0, 448.0, "float8_e4m3fn", FLOAT8_FORM),
+        Format("float8", 8, -448.0, 448.0, "float8_e4m3fn", form=FLOAT8_FORM),
     )
 }
 """Every number format by its name."""

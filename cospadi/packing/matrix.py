@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
-from cospadi.packing.formats import LANES, bits_of, format_of, packed_bytes
+from cospadi.packing.formats import LANES, Format, bits_of, format_of, packed_bytes
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Quantized:
 
     def float(self) -> Float[Tensor, "rows columns"]:
         """The numbers in float32: products of a code and a scale are exact there."""
-        return self.codes.float() * by_row(self.scales.float(), self.group_size, len(self.codes))
+        return decoded(self.codes, self.format) * by_row(self.scales.float(), self.group_size, len(self.codes))
 
     @property
     def nonzero(self) -> Shaped[Tensor, "rows columns"]:
@@ -95,7 +95,44 @@ def nearest(numbers: Tensor, name: str) -> Tensor:
     """
     format = format_of(name)
     numbers = numbers.clamp_(format.lowest, format.highest)
+    if format.table:
+        return _table(format, numbers)[_places(format, numbers)]
     return numbers.round_() if format.is_whole else numbers.to(code_dtype(name)).to(numbers.dtype)
+
+
+def encoded(values: Tensor, name: str) -> Tensor:
+    """Numbers that are codes, in the dtype that holds them.
+
+    >>> encoded(torch.tensor([-8.0, 7.0]), "int4").dtype
+    torch.int8
+    """
+    format = format_of(name)
+    if not format.table:
+        return values.to(code_dtype(name))
+    # Places counted from that of 0, so that memory filled with zeros holds zeros; the last ones go round to the front.
+    half = 2 ** (format.bits - 1)
+    counted = _places(format, values) - format.table.index(0.0)
+    return ((counted + half) % (2 * half) - half).to(code_dtype(name))
+
+
+def decoded(codes: Tensor, name: str) -> Tensor:
+    """The numbers that codes stand for, in float32."""
+    format = format_of(name)
+    numbers = codes.float()
+    if not format.table:
+        return numbers
+    places = (codes.long() + format.table.index(0.0)) % 2**format.bits
+    return _table(format, numbers)[places]
+
+
+def _table(format: Format, like: Tensor) -> Tensor:
+    return torch.tensor(format.table, dtype=like.dtype, device=like.device)
+
+
+def _places(format: Format, numbers: Tensor) -> Tensor:
+    """Places in the table of the nearest codes: numbers are compared with the middles between neighbours."""
+    table = _table(format, numbers)
+    return torch.bucketize(numbers.contiguous(), (table[1:] + table[:-1]) / 2)
 
 
 def pack(codes: Shaped[Tensor, "*rows columns"], name: str) -> UInt8[Tensor, "*rows bytes"]:

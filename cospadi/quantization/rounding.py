@@ -19,7 +19,7 @@ from torch import Tensor
 from cospadi.errors import UserError
 from cospadi.factorization.solvers.pruning import inverse_factor
 from cospadi.packing.formats import format_of
-from cospadi.packing.matrix import Quantized, by_row, code_dtype, groups, nearest
+from cospadi.packing.matrix import Quantized, by_row, encoded, groups, nearest
 
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 """Scales to try, as fractions of the one that just holds the largest number: clipping may cost less than coarse steps."""
@@ -242,4 +242,4 @@ def _coded(numbers: Tensor, scales: Tensor, name: str) -> Tensor:
 
 def _codes(values: Tensor, scales: Tensor, name: str) -> Tensor:
     """The codes of numbers that are multiples of their scales, in the dtype of the format."""
-    return _coded(values, scales, name).to(code_dtype(name))
+    return encoded(_coded(values, scales, name), name)
