@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -144,7 +145,8 @@ def _is_named(group: str, name: str) -> bool:
 
 def _set(setting: str, value: str) -> str:
     """A Hydra override whose value is taken literally."""
-    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+    # Hydra takes a backslash as it is, unless quotes follow it.
+    quoted = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
     return f"{setting}='{quoted}'"
 
 

@@ -161,11 +161,22 @@ def load(overrides: Sequence[str]) -> Config:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
+            composed = compose("config", overrides=[_as_text(override) for override in overrides])
             _refuse_added_keys(composed)
             return OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(_one_sentence(error)) from error
+
+
+def _as_text(override: str) -> str:
+    """``override`` with a name that looks like a number in quotes: Hydra takes ``quantization=8`` for a count of files.
+
+    >>> _as_text("quantization=8"), _as_text("calibration.damping=8")
+    ("quantization='8'", 'calibration.damping=8')
+    """
+    group, _, value = override.partition("=")
+    folder = CONF / group.lstrip("+").partition("@")[0]
+    return f"{group}='{value}'" if re.fullmatch(r"[\d.]+", value) and folder.is_dir() else override
 
 
 def _refuse_added_keys(node: DictConfig, path: str = "") -> None:

@@ -250,3 +250,10 @@ def test_a_renamed_method_is_refused_with_its_new_name(old, new):
     with pytest.raises(UserError, match=f"factorization={old} is called {new} now. Set factorization={new}"):
         load([f"factorization={old}"])
     assert load([f"factorization={new}"]).factorization.name == new
+
+
+@pytest.mark.parametrize("override", ["quantization=8", "model=135", "factorization=3", "text@calibration.text=2"])
+def test_a_number_where_a_name_is_wanted_is_a_name_that_does_not_exist(override):
+    told = message(override)
+    assert override in told.replace("text=2", "text@calibration.text=2")
+    assert "does not exist" in told

@@ -50,6 +50,13 @@ def compress(config: Config, work: Path) -> tuple[Path, Path, Path]:
     factors = work / "factors.safetensors"
     record = work / "factorization.json"
 
+    # The text first: a mistyped path is found before a model is fetched.
+    chain.run(
+        "text",
+        recipes.of_text(text),
+        documents,
+        lambda: sources.prepare_text(text, documents, work / "text.json"),
+    )
     chain.run(
         "model",
         recipes.of_stage("model", config),
@@ -57,12 +64,6 @@ def compress(config: Config, work: Path) -> tuple[Path, Path, Path]:
         lambda: sources.prepare_model(config, model, work / "model.json"),
     )
     config = replace(config, model=fitted(config.model, read_json(model / "config.json").get("model_type")))
-    chain.run(
-        "text",
-        recipes.of_text(text),
-        documents,
-        lambda: sources.prepare_text(text, documents, work / "text.json"),
-    )
     chain.run(
         "calibration",
         recipes.of_stage("calibration", config),

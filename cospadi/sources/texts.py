@@ -57,9 +57,18 @@ def _place(config: TextConfig) -> Iterator[Path]:
     if path.is_dir() and config.parser != "plain":
         raise UserError(
             f"text.source={path} is a folder, and text.parser={config.parser} reads one file. "
-            "Name a file, or set text.parser to plain (a folder of .txt files) or dataset."
+            "Name a file, or set text.parser to plain (a folder of .txt files) or dataset; for one compress it is --set "
+            "calibration.text.parser=plain."
+        )
+    if config.parser == "lines" and path.suffix in _TABLES:
+        raise UserError(
+            f"text.source={path} is a table ({path.suffix}), and text.parser=lines would read its braces and keys as text. "
+            "Write out the column that holds the text, a document a line."
         )
     yield path
+
+
+_TABLES = (".jsonl", ".json", ".csv", ".tsv")
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -217,6 +217,7 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    "Δ": r"$\Delta$",
     "†": r"\textsuperscript{\dag}",
     "–": "--",
     "—": "---",

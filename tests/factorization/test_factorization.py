@@ -1,3 +1,5 @@
+import re
+
 """Factorization: budgets are kept and filled, whitening is exact, every method agrees with a slow reference."""
 
 from fractions import Fraction
@@ -189,9 +191,11 @@ def test_whitening_turns_output_error_into_plain_error(d_in, d_out, seed):
 @given(st.integers(2, 24), seeds, st.floats(-6, 6))
 def test_a_gram_that_misses_a_direction_needs_damping(d_in, seed, magnitude):
     inputs = normal(seed, d_in - 1, d_in) * 10**magnitude  # rank d_in - 1; rounding may or may not show it
-    with pytest.raises(UserError, match=r"calibration\.damping"):
+    with pytest.raises(UserError, match=r"calibration\.damping") as refused:
         whitener(inputs.T @ inputs)
     gram = inputs.T @ inputs
+    advised = float(re.search(r"calibration\.damping to (\S+) or more", str(refused.value))[1])
+    whitener(gram, damping=advised)
     root = whitener(gram, damping=1e-6)
     torch.testing.assert_close(root.T @ root, gram + 1e-6 * gram.diagonal().mean() * torch.eye(d_in).double())
 

@@ -1008,3 +1008,11 @@ def test_companions_of_any_spelling_come_along(checkpoint, tmp_path):
     prompt = [{"role": "user", "content": "hi"}]
     tokenizer = load_tokenizer(tmp_path / "model")
     assert tokenizer.apply_chat_template(prompt, chat_template="rag", tokenize=False) == "RAG hi"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
+def test_a_table_is_not_read_as_lines_of_text(tmp_path, suffix):
+    file = tmp_path / f"text{suffix}"
+    file.write_text('{"text": "a document"}\n')
+    with pytest.raises(UserError, match=r"is a table .*Write out the column that holds the text, a document a line"):
+        read_documents(text(source=str(file), parser="lines", sha256=""))

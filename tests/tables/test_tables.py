@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from cospadi.errors import UserError
-from cospadi.tables import figures
+from cospadi.tables import figures, paper
 from cospadi.tables.cells import LEADING_COLUMNS, PROJECTION_COLUMNS, Cell, projection_errors, read_summary, summary
 from cospadi.tables.error_maps import error_maps as _error_maps
 from cospadi.tables.figures import write_figures
@@ -565,3 +565,11 @@ def test_titles_of_error_maps_leave_the_means_room(model):
         assert title.get_window_extent().x1 <= panel.get_window_extent().x1
         title.set_text(title.get_text().rpartition("\n")[2])  # the mean is at the right of the last line
         assert not title.get_text() or not overlapping([title.get_window_extent(), mean.get_window_extent()])
+
+
+def test_every_letter_of_a_latex_table_is_one_that_latex_knows():
+    """pdflatex with utf8 input knows the Latin letters; everything else has to be written out."""
+    letters = "Δ ± × · ↑ ↓ → ≤ ≥ ≈ − ‖ ∞ … † – —"
+    assert paper._escape_latex(letters).isascii()
+    for table in tables(study(), "A study"):
+        assert all(ord(letter) < 0x250 for letter in table.latex())

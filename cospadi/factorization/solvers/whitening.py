@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -28,10 +30,13 @@ def whitener(gram: Float[Tensor, "d_in d_in"], damping: float = 0.0) -> Float[Te
     factor, failed_at = torch.linalg.cholesky_ex(damped, upper=True)
     if failed_at or _barely_definite(factor):
         lowest = torch.linalg.eigvalsh(gram)[0]
+        # Ten times what would lift the smallest eigenvalue to zero, as a power of ten, and more than there is now.
+        lacking = max(10 * float(-lowest / gram.diagonal().mean().clamp_min(1e-300)), 10 * damping, 1e-6)
+        enough = 10.0 ** math.ceil(math.log10(lacking))
         raise UserError(
             f"The {len(gram)}×{len(gram)} gram is not positive definite: smallest eigenvalue {lowest:.1e}, "
             f"damping {damping:g}. The calibration tokens leave some input direction unseen. "
-            "Raise calibration.n_samples, or set calibration.damping to 1e-6 or more."
+            f"Set calibration.damping to {enough:.0e} or more, or take a longer and more varied calibration.text."
         )
     return factor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cospadi.errors import UserError
 from cospadi.pipeline.study import Study
 from cospadi.records import read_json
 from cospadi.tables.cells import Cell
@@ -15,7 +16,12 @@ from cospadi.tables.report import write_report
 
 
 def tabulate(study: Study, folder: Path) -> None:
-    """Room 7: records -> tables and figures."""
+    """Room 7: records -> tables and figures.
+
+    Raises:
+        UserError: the study is not finished.
+    """
+    require_records(study)
     cells = list(study_cells(study).values())
     paired = differences(cells, study.study.against or study.study.methods[-1])
     printed = tables(cells, study.study.title, paired, study.study.published)
@@ -23,6 +29,19 @@ def tabulate(study: Study, folder: Path) -> None:
     write_overviews(cells, folder)
     write_figures(cells, folder, printed)
     write_report(cells, folder, study.study.title, printed)
+
+
+def require_records(study: Study) -> None:
+    """
+    Raises:
+        UserError: a cell of the study is not finished.
+    """
+    missing = [record for record in study.inputs_of_tables() if not Path(record).is_file()]
+    if missing:
+        raise UserError(
+            f"Study {study.name} is not finished in {Path.cwd()}: {len(missing)} records are missing, the first is {missing[0]}. "
+            f"Run it: snakemake --cores all --config study={study.name}"
+        )
 
 
 def study_cells(study: Study, unfinished: bool = False) -> dict[str, Cell]:

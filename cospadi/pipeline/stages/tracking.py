@@ -31,6 +31,11 @@ def track(study: Study, folder: Path) -> None:
         raise UserError("tracking.mode=disabled: there is nothing to do. Set tracking=offline, or auto.")
     mode.require_key(tracking)
     log = Record("tracking", asdict(tracking))
+    if not study_cells(study, unfinished=True):
+        raise UserError(
+            f"Study {study.name} has no finished cell in {Path.cwd()}, so there is nothing to log. Run the study there, or change "
+            "to the folder where it ran."
+        )
     book = Logbook(_runs(study), folder, tracking)
     progress = Progress(len(book.new), f"W&B: {len(book.runs)} runs of study {study.name}; those to write")
     for name, where in book.write_new():
