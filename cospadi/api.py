@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from cospadi.calibration.collect import draw_samples, gather
 from cospadi.calibration.statistics import InputStatistics
+from cospadi.checkpoint.card import card
 from cospadi.checkpoint.ledger import ledger
 from cospadi.checkpoint.linear import CompressedLinear
 from cospadi.checkpoint.specs import layer_of
@@ -26,9 +27,9 @@ from cospadi.factorization.groups import factorized, groups_of, problems_from, r
 from cospadi.factorization.problem import Problem
 from cospadi.factorization.settings import IDENTITY, CoSpaDiConfig
 from cospadi.models import Projection
-from cospadi.pipeline import chain
+from cospadi.pipeline import chain, outcome
 from cospadi.quantization.methods import quantize
-from cospadi.records import check_output_folder, own_folder, read_json
+from cospadi.records import add_to_folder, check_output_folder, own_folder, read_json
 from cospadi.settings import CONF, Config, load
 from cospadi.sources.addresses import local_path
 from cospadi.sources.families import fitted
@@ -52,6 +53,8 @@ def compress_to(
     keep_work: bool = False,
     stub: bool = False,
     overwrite: bool = False,
+    measure: bool = False,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Load, calibrate, factorize, save. What is finished waits in ``<out>.work`` until the checkpoint is written.
 
@@ -63,6 +66,8 @@ def compress_to(
         keep_work: leave ``<out>.work`` behind.
         stub: see `cospadi.checkpoint.write`.
         overwrite: replace a checkpoint that an earlier call wrote to ``out``.
+        dtype: of embeddings, norms and head; by default that of the model.
+        measure: load the model before and after and measure what it cost, on text that calibration did not see.
 
     Returns:
         the ledger (`cospadi.checkpoint.ledger`) of what was written.
@@ -81,10 +86,40 @@ def compress_to(
     with _alone(work, out):
         model, factors, record = chain.compress(config, work)
         summary = _summary(config, read_json(record))
-        write(out, model, read_factors([factors]), summary, stub=stub)
+        write(out, model, read_factors([factors]), summary, stub=stub, dtype=dtype)
+        sizes = ledger(out)
+        if measure:
+            sizes["outcome"] = _outcome(config, model, out, work)
+        add_to_folder(out, "README.md", _card(config, source, sizes))
         if not keep_work:
             shutil.rmtree(work)
-    return ledger(out)
+    return sizes
+
+
+def _outcome(config: Config, model: Path, out: Path, work: Path) -> dict[str, Any] | None:
+    """What the compression cost; ``None``, and a line that says why, where it cannot be measured."""
+    print("Measuring what it cost", flush=True)
+    config = replace(config, model=fitted(config.model, read_json(model / "config.json").get("model_type")))
+    try:
+        return outcome.measured(config, model, out, work / "documents.json", work).as_record()
+    except UserError as error:
+        print(f"Not measured: {str(error).rstrip('.')}.", flush=True)
+        return None
+
+
+def _card(config: Config, source: str, sizes: dict[str, Any]) -> str:
+    is_hub_id = (
+        local_path(config.model.source) is None and "/" in config.model.source and ":" not in config.model.source
+    )
+    quantization = f" and {config.quantization.title}" if config.quantization.changes else ""
+    return card(
+        title=_public_name(source),
+        base=config.model.source if is_hub_id else None,
+        method=f"{config.factorization.name}{quantization}",
+        calibration=config.calibration.text.title,
+        removed=sizes["removed"],
+        outcome=sizes.get("outcome"),
+    )
 
 
 @contextmanager

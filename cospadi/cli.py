@@ -26,6 +26,7 @@ YOUR_MODEL = "your model"
 STUDIES = "studies"
 MEASURING = "measuring"
 STAGES = "stages, which the rules of a study run"
+DTYPES = ("float16", "bfloat16", "float32")
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -151,6 +152,12 @@ def _compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stub", action="store_true", help="add lines that import cospadi for trust_remote_code=True")
     parser.add_argument("--keep-work", action="store_true", help="keep <out>.work with grams and factors")
     parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of embeddings, norms and head (default: that of the model; factors have 16 bits)",
+    )
+    parser.add_argument("--no-measure", action="store_true", help="do not load the models to measure what it cost")
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace a checkpoint that an earlier run wrote to OUT"
     )
 
@@ -158,12 +165,18 @@ def _compress_options(parser: argparse.ArgumentParser) -> None:
 def _compress(o: argparse.Namespace) -> None:
     from cospadi.api import compress_to
     from cospadi.checkpoint.ledger import ledger_text
+    from cospadi.pipeline.outcome import Outcome, outcome_text
 
     overrides = [f"factorization={o.method}", f"quantization={o.quantize}"]
     overrides += [] if o.ratio is None else [f"factorization.compression_ratio={o.ratio}"]
     overrides += [f"{room}.device={o.device}" for room in ("calibration", "factorization", "quantization")]
     overrides += o.overrides
-    print(ledger_text(compress_to(o.model, o.out, overrides, o.calibration, o.keep_work, o.stub, o.overwrite)))
+    measure = not o.no_measure
+    sizes = compress_to(o.model, o.out, overrides, o.calibration, o.keep_work, o.stub, o.overwrite, measure, o.dtype)
+    print(ledger_text(sizes))
+    if sizes.get("outcome"):
+        print("\n" + outcome_text(Outcome(**sizes["outcome"])))
+    print(f'\nNext: cospadi generate {o.out} "The capital of France is"; {o.out}/README.md says how it is loaded.')
 
 
 def _info_options(parser: argparse.ArgumentParser) -> None:
@@ -181,8 +194,7 @@ def _info(o: argparse.Namespace) -> None:
 def _densify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a folder that cospadi compress wrote")
     parser.add_argument("out", type=Path, help="folder to write")
-    dtypes = ("float16", "bfloat16", "float32")
-    parser.add_argument("--dtype", choices=dtypes, help="of all tensors (default: that of the compressed checkpoint)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: that of the compressed checkpoint)")
 
 
 def _densify(o: argparse.Namespace) -> None:

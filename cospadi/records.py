@@ -24,6 +24,8 @@ PACKAGES = ("cospadi", "torch", "transformers", "datasets", "lm_eval", "hydra-co
 DENSE = "dense"
 """The uncompressed model, in paths and tables."""
 _MARK = ".cospadi"
+_AS_WRITTEN = " as written: sha256 "
+"""In a line of the mark, between a file and its hash."""
 _MARK_TEXT = "Written by cospadi, which may replace this folder."
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -84,14 +86,25 @@ def _refuse_foreign_folder(path: Path) -> None:
     listed = mark.read_text(encoding="utf-8").splitlines()[1:]
     if not listed:  # a work folder, or one that an earlier version wrote
         return
-    ours = {_MARK, *listed}
-    foreign = sorted(str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir())
-    foreign = [file for file in foreign if file not in ours]
+    hashes = dict(line.partition(_AS_WRITTEN)[::2] for line in listed)
+    foreign = []
+    for file in sorted(path.rglob("*")):
+        name = str(file.relative_to(path))
+        is_edited = bool(hashes.get(name)) and file_hash(file) != hashes[name]
+        if not file.is_dir() and name != _MARK and (name not in hashes or is_edited):
+            foreign.append(name)
     if foreign:
         raise UserError(
             f"{path} holds files that this project did not write ({', '.join(foreign[:3])}{' …' if len(foreign) > 3 else ''}), "
             "so it is left alone. Move them, or name another path."
         )
+
+
+def add_to_folder(folder: Path, name: str, text: str) -> None:
+    """One more file of ours in a folder that was written here; edited by somebody, it is theirs."""
+    write_text(Path(folder) / name, text)
+    with (Path(folder) / _MARK).open("a", encoding="utf-8") as mark:
+        mark.write(f"{name}{_AS_WRITTEN}{text_hash(text)}\n")
 
 
 def own_folder(path: Path) -> Path:

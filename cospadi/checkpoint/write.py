@@ -45,11 +45,12 @@ def write(
     record: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
     stub: bool = False,
+    dtype: str | None = None,
 ) -> None:
     """The checkpoint ``source`` with the projections named in ``factors`` compressed, a shard in memory at a time.
 
     Factors that hold the same dictionary, or left factor, share it: the first stores it. Tensors that are not compressed
-    keep their dtype, as do tokenizer and generation settings. With ``stub`` a few lines of Python are put beside them that
+    keep their dtype, unless ``dtype`` names one; tokenizer and generation settings are copied. With ``stub`` a few lines of Python are put beside them that
     import cospadi, for programs that load with ``trust_remote_code=True`` and cannot import it themselves; nothing runs
     them unasked.
 
@@ -64,10 +65,11 @@ def write(
     modules = {}
     with new_path(folder) as partial:
         partial.mkdir()
-        _write_shards(partial, _compressed(checkpoint, factors, modules, set(unread)), shard_bytes)
+        tensors = _compressed(checkpoint, factors, modules, set(unread), dtype)
+        _write_shards(partial, tensors, shard_bytes)
         if not modules:
             raise UserError("No projection was compressed: every one was left dense. Choose another ratio or method.")
-        config = _plain_config(checkpoint)
+        config = _plain_config(checkpoint) | ({"dtype": dtype} if dtype else {})
         config["quantization_config"] = {
             "quant_method": METHOD,
             "format_version": format_version(modules),
@@ -104,8 +106,14 @@ def _compressed(
     factors: Iterable[tuple[str, Factors]],
     modules: dict[str, dict[str, Any]],
     unread: set[str],
+    dtype: str | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the compressed checkpoint; fills ``modules`` with what the config has to say."""
+
+    def other(name: str) -> Tensor:
+        tensor = checkpoint.read(name)
+        return _cast(name, tensor, getattr(torch, dtype)) if dtype and tensor.is_floating_point() else tensor
+
     replaced = set(unread)
     names = set(checkpoint.names)
     first = WeakTensorKeyDictionary()  # whatever several hold is alive until the last of them has come
@@ -116,7 +124,7 @@ def _compressed(
             )
         if isinstance(compact, Dense) and not compact.formats:
             continue
-        bias = checkpoint.read(f"{name}.bias") if f"{name}.bias" in names else None
+        bias = other(f"{name}.bias") if f"{name}.bias" in names else None
         layer = layer_of(compact, bias)
         shared = shared_matrix(compact)
         owner = name if shared is None else first.setdefault(shared, name)
@@ -125,7 +133,7 @@ def _compressed(
         tensors = layer.state_dict()
         parts = parts_of(name, modules[name])
         yield from ((full, tensors[part]) for part, full in parts.items() if full == f"{name}.{part}")
-    yield from ((name, checkpoint.read(name)) for name in checkpoint.names if name not in replaced)
+    yield from ((name, other(name)) for name in checkpoint.names if name not in replaced)
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:

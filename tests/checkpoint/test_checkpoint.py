@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import cospadi
 from cospadi import cli
 from cospadi.api import compress_to
+from cospadi.calibration.collect import draw_samples
 from cospadi.checkpoint import ledger
 from cospadi.checkpoint import write as checkpoint
 from cospadi.checkpoint.checksums import CHECKSUMS
@@ -859,3 +861,60 @@ def test_a_copy_of_a_tied_weight_is_stored_once(made, tmp_path, text):
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     model = cospadi.load(tmp_path / "out")
     assert torch.equal(model.get_output_embeddings().weight, embedding)
+
+
+# --- what it cost, and the card
+
+
+def test_compress_ends_by_measuring_and_writes_a_card(made, tmp_path, text, capsys):
+    command = [
+        "compress",
+        str(made()[0]),
+        str(tmp_path / "out"),
+        "--method",
+        "svd_llm",
+        "--ratio",
+        "0.5",
+        "--calibration",
+        text,
+    ]
+    command += [word for setting in SMALL[1:] for word in ("--set", setting)]
+    assert cli.main(command) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"On 8 × 32 tokens of text file that calibration did not see:", told)
+    before, after = map(float, re.search(r"perplexity +(\S+) before, (\S+) after", told).groups())
+    divergence = float(re.search(r"KL to dense +(\S+) nats", told)[1])
+    assert divergence > 0
+    assert "Add --dtype bfloat16 to store embeddings and head in 16 bits" in told  # the model is in float32
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| perplexity, 8 × 32 tokens | {before:.2f} | {after:.2f} |" in card
+    assert "base_model" not in card  # it is not on a hub
+    assert str(tmp_path) not in card
+
+    # By hand: the same windows, through both models.
+    documents = [line for line in Path(text).read_text().splitlines() if line]
+    drawn = draw_samples(cospadi.models.load_tokenizer(made()[0]), documents, 16, 32, 42)[8:]
+    for folder, load, perplexity in (
+        (made()[0], AutoModelForCausalLM.from_pretrained, before),
+        (tmp_path / "out", cospadi.load, after),
+    ):
+        with torch.no_grad():
+            logits = load(folder)(drawn).logits[:, :-1].flatten(end_dim=1)
+        loss = torch.nn.functional.cross_entropy(logits, drawn[:, 1:].flatten())
+        assert float(loss.exp()) == pytest.approx(perplexity, rel=1e-3)
+
+    assert cli.main([*command, "--overwrite", "--no-measure", "--dtype", "bfloat16"]) == 0  # the card is ours
+    assert "before" not in capsys.readouterr().out.split("Next:")[0].split("removed")[-1]
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert cospadi.load(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_a_text_that_calibration_used_up_is_a_line(made, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("A line is a document, and this one is repeated.\n" * 6)
+    settings = ["factorization=svd_llm", "calibration.n_samples=9", "calibration.sample_length=32", SMALL[-1]]
+    sizes = compress_to(str(made()[0]), tmp_path / "out", settings, str(text), measure=True)
+    assert sizes["outcome"] is None
+    assert "Not measured: text file has no tokens that calibration did not see." in capsys.readouterr().out
+    assert "before" not in (tmp_path / "out" / "README.md").read_text()

@@ -1,7 +1,6 @@
-import re
-
 """Factorization: budgets are kept and filled, whitening is exact, every method agrees with a slow reference."""
 
+import re
 from fractions import Fraction
 
 import hypothesis.strategies as st
