@@ -222,6 +222,23 @@ def _generate(o: argparse.Namespace) -> None:
     write_on(load(o.checkpoint).to(device), o.checkpoint, o.prompt, o.tokens, o.temperature, o.seed)
 
 
+def _serve_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        f"{parser.description}. It is transformers' own server: POST /v1/completions, /v1/chat/completions and /v1/responses, "
+        "GET /health."
+    )
+    parser.add_argument("checkpoint", type=Path, help="a folder that cospadi compress wrote")
+    parser.add_argument("--host", default="localhost", help="address to listen on (default %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
+
+
+def _serve(o: argparse.Namespace) -> None:
+    from cospadi.checkpoint.serve import serve
+
+    serve(o.checkpoint, o.host, o.port, o.device)
+
+
 # --- studies
 
 
@@ -300,6 +317,19 @@ def _track(o: argparse.Namespace) -> None:
 
 def _workspace(o: argparse.Namespace) -> None:
     _stage("tracking").workspace(_study(o.overrides), o.definition)
+
+
+def _nothing(parser: argparse.ArgumentParser) -> None:
+    """No options."""
+
+
+def _list(group: str) -> Callable[[argparse.Namespace], None]:
+    def run(o: argparse.Namespace) -> None:
+        from cospadi.pipeline.listing import listing
+
+        print(listing(group))
+
+    return run
 
 
 def _completion_options(parser: argparse.ArgumentParser) -> None:
@@ -424,6 +454,16 @@ COMMANDS = (
         YOUR_MODEL,
         _densify_options,
     ),
+    Command(
+        "serve",
+        _serve,
+        "answer over HTTP with a compressed model, like OpenAI's API",
+        YOUR_MODEL,
+        _serve_options,
+        ("serve",),
+    ),
+    Command("methods", _list("factorization"), "the methods that --method takes", YOUR_MODEL, _nothing),
+    Command("models", _list("model"), "the models that have a name here", YOUR_MODEL, _nothing),
     Command("completion", _completion, "what completes commands in a shell", YOUR_MODEL, _completion_options),
     Command(
         "plan",

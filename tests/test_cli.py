@@ -280,3 +280,14 @@ def test_ctrl_c_is_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(cli, "COMMANDS", commands)
     assert cli.main(["info", "x"]) == 130
     assert "type the same command again" in capsys.readouterr().err
+
+
+def test_methods_and_models_are_listed(capsys):
+    assert cli.main(["methods"]) == 0
+    methods = capsys.readouterr().out.splitlines()
+    assert sorted(line.split()[0] for line in methods) == sorted(
+        file.stem for file in (CONF / "factorization").glob("*.yaml")
+    )
+    assert any(line.startswith("svd_llm") and "SVD-LLM" in line for line in methods)
+    assert cli.main(["models"]) == 0
+    assert "smollm2_135m" in capsys.readouterr().out

@@ -1,14 +1,19 @@
 """Compressed checkpoints: smaller, whole, bit for bit, and refused in a sentence when something is wrong with them."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from filelock import FileLock
@@ -918,3 +923,39 @@ def test_a_text_that_calibration_used_up_is_a_line(made, tmp_path, capsys):
     assert sizes["outcome"] is None
     assert "Not measured: text file has no tokens that calibration did not see." in capsys.readouterr().out
     assert "before" not in (tmp_path / "out" / "README.md").read_text()
+
+
+# --- over HTTP
+
+
+def test_a_compressed_model_is_served(made):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    folder = str(made()[1])
+    command = [sys.executable, "-m", "cospadi", "serve", folder, "--port", str(port), "--device", "cpu"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        address = f"http://localhost:{port}"
+        for _ in range(240):
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{address}/health", timeout=1).is_success:
+                    break
+            assert server.poll() is None, server.stdout.read()
+            time.sleep(0.25)
+        asked = {"model": folder, "prompt": "abc", "max_tokens": 3, "temperature": 0}
+        answer = httpx.post(f"{address}/v1/completions", json=asked, timeout=60)
+        assert answer.status_code == 200, answer.text
+        text = answer.json()["choices"][0]["text"]
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(timeout=30)
+    tokenizer = cospadi.models.load_tokenizer(Path(folder))
+    ids = tokenizer("abc", return_tensors="pt")["input_ids"]
+    written = cospadi.load(folder).generate(ids, max_new_tokens=3, do_sample=False)
+    assert text == tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_a_folder_that_is_not_compressed_is_not_served(made, capsys):
+    assert cli.main(["serve", str(made()[0])]) == 1
+    assert "is not compressed by cospadi" in capsys.readouterr().err
