@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cospadi import records
-from cospadi.tables.cells import Cell, ordered
+from cospadi.tables.cells import Cell, ordered, quantization_of, summary
+from cospadi.tables.metrics import METRICS
 from cospadi.tables.paper import STDERR_NOTE, PaperTable, ratio_label, rendered
 from cospadi.tables.rulegraph import drawn
 
@@ -33,6 +35,7 @@ def write_report(cells: Sequence[Cell], folder: Path, study_title: str, printed:
     page = rendered(
         "report.html",
         title=study_title,
+        headlines=headlines(cells),
         tables=printed,
         figures=[(name, caption, _data(folder / f"{name}.png")) for name, caption in FIGURES.items()],
         written=[(title, texts) for model, title in _titles(cells).items() if (texts := written(cells, model))],
@@ -43,6 +46,33 @@ def write_report(cells: Sequence[Cell], folder: Path, study_title: str, printed:
     )
     records.write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def headlines(cells: Sequence[Cell]) -> list[str]:
+    """Who comes nearest to the dense model at every ratio, in 16 bits: a sentence per model and ratio.
+
+    By KL divergence where it was measured, otherwise by token perplexity; nothing where a method has no rival.
+    """
+    frame = summary(cells)
+    lines = []
+    for (model, ratio), rows in frame[frame["compression_ratio"] > 0].groupby(
+        ["model_title", "compression_ratio"], sort=False
+    ):
+        alike = rows[rows["method"].map(quantization_of) == ""]
+        for metric in (METRICS["kl_to_dense"], METRICS["token_perplexity"]):
+            measured = alike[alike[metric.name].map(math.isfinite)].sort_values(metric.name)
+            if len(measured) < 2:
+                continue
+            first = measured.iloc[0]
+            second = measured.iloc[1]
+            unit = f" {metric.unit}" if metric.unit else ""
+            lines.append(
+                f"{model}, {ratio:.0%} of the bits removed: {first['method_title']} comes nearest to the dense model, "
+                f"{metric.long_title} {metric.print(first[metric.name])}{unit}; next is {second['method_title']} with "
+                f"{metric.print(second[metric.name])}."
+            )
+            break
+    return lines
 
 
 def written(cells: Sequence[Cell], model: str) -> list[tuple[str, list[str], list[tuple[str, list[str | None]]]]]:

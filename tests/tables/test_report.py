@@ -7,12 +7,12 @@ import subprocess
 
 import pytest
 from PIL import Image
-from test_tables import cell, dense
+from test_tables import cell, dense, study
 
 from cospadi.tables.figures import write_figures
 from cospadi.tables.paired import differences
 from cospadi.tables.render import tables
-from cospadi.tables.report import FIGURES, write_report, written
+from cospadi.tables.report import FIGURES, headlines, write_report, written
 from cospadi.tables.rulegraph import drawn
 
 DOT = """digraph snakemake_dag {
@@ -117,3 +117,16 @@ def test_a_browser_without_network_shows_tables_and_figures(page, tmp_path):
     seen = re.search(r"<title>(.*?)</title>", browse(probe, tmp_path / "other", "--dump-dom").stdout)[1]
     pictures = ",".join(["true"] * len(FIGURES))
     assert html.unescape(seen) == f'{{"pictures":[{pictures}],"rows":8,"boxes":4,"loaded":0}}'
+
+
+def test_the_headline_names_the_nearest_and_the_next():
+    cells = study(methods=("svd", "svd_llm", "cospadi"), ratios=(0.2,))
+    rows = {c.method: c.evaluation["kl_to_dense"]["value"] for c in cells if not c.is_dense}
+    first, second, *_ = sorted(rows, key=rows.get)
+    titles = {c.method: c.method_title for c in cells}
+    (line,) = headlines(cells)
+    assert "20% of the bits removed" in line
+    assert line.index(titles[first]) < line.index(titles[second])
+    assert f"next is {titles[second]} with" in line
+    alone = [c for c in cells if c.is_dense or c.method == "svd"]
+    assert headlines(alone) == []
