@@ -84,12 +84,12 @@ def compress_to(
         raise UserError(f"{out} is the model itself. Name another folder to write.")
     work = own_folder(out.with_name(f"{out.name}.work"))
     with _alone(work, out):
-        model, factors, record = chain.compress(config, work)
-        summary = _summary(config, read_json(record))
-        write(out, model, read_factors([factors]), summary, stub=stub, dtype=dtype)
+        made = chain.compress(config, work)
+        summary = _summary(config, [read_json(record) for record in made.records])
+        write(out, made.model, read_factors(made.factors), summary, stub=stub, dtype=dtype)
         sizes = ledger(out)
         if measure:
-            sizes["outcome"] = _outcome(config, model, out, work)
+            sizes["outcome"] = _outcome(config, made.model, out, work)
         add_to_folder(out, "README.md", _card(config, source, sizes))
         if not keep_work:
             shutil.rmtree(work)
@@ -185,8 +185,10 @@ def _set(setting: str, value: str) -> str:
     return f"{setting}='{quoted}'"
 
 
-def _summary(config: Config, record: dict[str, Any]) -> dict[str, Any]:
-    """How the checkpoint was made: what goes into its config."""
+def _summary(config: Config, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How the checkpoint was made: what goes into its config. ``records`` are those of its blocks of layers."""
+    projections = [row for record in records for row in record["projections"]]
+    inputs = {file: digest for record in records for file, digest in record["inputs"].items()}
     factorization = {k: v for k, v in asdict(config.factorization).items() if k != "device"}
     calibration = {k: v for k, v in asdict(config.calibration).items() if k not in ("device", "text")}
     quantization = {k: v for k, v in asdict(config.quantization).items() if k != "device"}
@@ -194,9 +196,9 @@ def _summary(config: Config, record: dict[str, Any]) -> dict[str, Any]:
         "factorization": factorization,
         **({"quantization": quantization} if config.quantization.changes else {}),
         "calibration": calibration | {"text": _public_name(config.calibration.text.source)},
-        "inputs": {Path(file).name: digest for file, digest in record["inputs"].items()},
-        "versions": record["versions"],
-        "output_error_mean": sum(p["output_error"] for p in record["projections"]) / len(record["projections"]),
+        "inputs": {Path(file).name: digest for file, digest in inputs.items()},
+        "versions": records[0]["versions"],
+        "output_error_mean": sum(row["output_error"] for row in projections) / len(projections),
     }
 
 

@@ -384,3 +384,14 @@ def layers_together(config: FactorizationConfig, n_layers: int) -> int:
     if not isinstance(config, GroupedConfig) or config.group_size == 1:
         return 1
     return n_layers if config.pairing == MATCHED else config.group_size
+
+
+def layer_blocks(config: FactorizationConfig, n_layers: int, per_block: int) -> list[str]:
+    """Consecutive layers that one job takes, as ``first-last``: ``per_block`` of them, more where that would cut a group.
+
+    >>> layer_blocks(SVDConfig(), 5, per_block=2), layer_blocks(BasisSharingConfig(group_size=4), 5, per_block=1)
+    (['000-001', '002-003', '004-004'], ['000-003', '004-004'])
+    """
+    together = layers_together(config, n_layers)
+    step = -(-per_block // together) * together
+    return [f"{first:03d}-{min(first + step, n_layers) - 1:03d}" for first in range(0, n_layers, step)]

@@ -5,16 +5,31 @@ Both run the functions of `cospadi.pipeline.stages`, and both leave out what is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from cospadi.models import find_projections
+from cospadi.factorization.settings import layer_blocks
+from cospadi.models import Projection, find_projections
 from cospadi.pipeline import recipes
 from cospadi.pipeline.stages import calibration, factorization, quantization, sources
 from cospadi.records import read_json, write_json
 from cospadi.settings import Config
 from cospadi.sources.families import fitted
+
+BLOCK_BYTES = 2 * 2**30
+"""Bytes of dense 16-bit projections that one factorization takes at most: all it has packed stays in memory until it ends."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What the stages leave behind: a file of factors, and its record, for every block of layers."""
+
+    model: Path
+    """The dense checkpoint."""
+    factors: list[Path]
+    records: list[Path]
 
 
 class Chain:
@@ -36,19 +51,13 @@ class Chain:
         write_json(note, recipe)
 
 
-def compress(config: Config, work: Path) -> tuple[Path, Path, Path]:
-    """Fetch, calibrate, factorize and, if asked for, quantize one model. What is finished in ``work`` is used again.
-
-    Returns:
-        the dense checkpoint, the factors of all its projections, and their record.
-    """
+def compress(config: Config, work: Path) -> Compressed:
+    """Fetch, calibrate, factorize and, if asked for, quantize one model. What is finished in ``work`` is used again."""
     chain = Chain(work)
     text = config.calibration.text
     model = work / "model"
     documents = work / "documents.json"
     grams = work / "grams"
-    factors = work / "factors.safetensors"
-    record = work / "factorization.json"
 
     # The text first: a mistyped path is found before a model is fetched.
     chain.run(
@@ -70,22 +79,35 @@ def compress(config: Config, work: Path) -> tuple[Path, Path, Path]:
         grams,
         lambda: calibration.calibrate(config, model, documents, grams, work / "calibration.json"),
     )
-    last = max(p.layer for p in find_projections(model, config.model))
-    chain.run(
-        "factorization",
-        recipes.of_stage("factorization", config),
-        factors,
-        lambda: factorization.factorize(config, model, grams, f"0-{last}", factors, record, None),
-    )
-    if not config.quantization.changes:
-        return model, factors, record
+    blocks = _blocks(config, find_projections(model, config.model))
+    factorized = _factorized(chain, config, model, grams, blocks)
+    return _quantized(chain, config, grams, factorized) if config.quantization.changes else factorized
 
-    quantized = work / "quantized.safetensors"
-    quantized_record = work / "quantization.json"
-    chain.run(
-        "quantization",
-        recipes.of_stage("quantization", config),
-        quantized,
-        lambda: quantization.quantize(config, model, grams, factors, record, quantized, quantized_record),
+
+def _blocks(config: Config, projections: Sequence[Projection]) -> list[str]:
+    """Blocks of layers, as ``first-last``, of at most `BLOCK_BYTES`, or of one layer or group where that is larger."""
+    n_layers = 1 + max(p.layer for p in projections)
+    bytes_per_layer = sum(2 * p.d_in * p.d_out for p in projections) / n_layers
+    return layer_blocks(config.factorization, n_layers, max(1, int(BLOCK_BYTES / bytes_per_layer)))
+
+
+def _factorized(chain: Chain, config: Config, model: Path, grams: Path, blocks: Sequence[str]) -> Compressed:
+    folder = chain.folder / "factorization"
+    made = Compressed(model, [folder / f"{b}.safetensors" for b in blocks], [folder / f"{b}.json" for b in blocks])
+    for block, factors, record in zip(blocks, made.factors, made.records, strict=True):
+        function = partial(factorization.factorize, config, model, grams, block, factors, record, None)
+        chain.run(f"factorization-{block}", recipes.of_stage("factorization", config), factors, function)
+    return made
+
+
+def _quantized(chain: Chain, config: Config, grams: Path, before: Compressed) -> Compressed:
+    folder = chain.folder / "quantization"
+    made = Compressed(
+        before.model, [folder / file.name for file in before.factors], [folder / file.name for file in before.records]
     )
-    return model, quantized, quantized_record
+    for factors, record, smaller, new_record in zip(
+        before.factors, before.records, made.factors, made.records, strict=True
+    ):
+        function = partial(quantization.quantize, config, before.model, grams, factors, record, smaller, new_record)
+        chain.run(f"quantization-{factors.stem}", recipes.of_stage("quantization", config), smaller, function)
+    return made

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cospadi.errors import UserError, did_you_mean
 from cospadi.evaluation.task_names import check_tasks
-from cospadi.factorization.settings import layers_together
+from cospadi.factorization.settings import layer_blocks
 from cospadi.pipeline import recipes
 from cospadi.quantization.settings import NONE, QuantizationConfig
 from cospadi.records import DENSE, RESULTS, file_hash
@@ -251,9 +251,7 @@ class Study:
         """The blocks of layers that factorization jobs cover, as ``first-last``; none cuts layers apart that share."""
         config = self.config(cell.model, cell.method, cell.ratio)
         depth = n_layers(config.model)
-        together = layers_together(config.factorization, depth)
-        step = -(-(self.study.layers_per_job or depth) // together) * together
-        return [f"{first:03d}-{min(first + step, depth) - 1:03d}" for first in range(0, depth, step)]
+        return layer_blocks(config.factorization, depth, self.study.layers_per_job or depth)
 
     def searches_ranks(self, method: str) -> bool:
         return self.config(method=method).factorization.searches_ranks

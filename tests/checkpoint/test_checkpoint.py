@@ -41,6 +41,7 @@ from cospadi.factorization.methods import factorize_groups
 from cospadi.factorization.problem import Problem
 from cospadi.factorization.settings import CoSpaDiConfig, OATSConfig, PlainConfig, SVDLLMConfig, WandaConfig
 from cospadi.models import Checkpoint, find_projections
+from cospadi.pipeline import chain
 from cospadi.pipeline.stages import calibration, factorization, sources
 from cospadi.quantization.methods import quantize
 from cospadi.quantization.settings import QuantizationConfig
@@ -645,7 +646,8 @@ def test_compress_notices_new_weights_and_a_new_text(made, tmp_path):
         compress_to(str(tmp_path / "dense"), tmp_path / "out", settings, str(text), keep_work=True, overwrite=True)
         return [
             row["output_error"]
-            for row in json.loads((tmp_path / "out.work/factorization.json").read_text())["projections"]
+            for record in sorted((tmp_path / "out.work/factorization").glob("*.json"))
+            for row in json.loads(record.read_text())["projections"]
         ]
 
     first = errors()
@@ -837,6 +839,25 @@ def test_a_factorization_goes_on_after_the_groups_it_had_finished(made, tmp_path
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert files[0] == files[1]
     assert not list(tmp_path.glob("*.work"))
+
+
+@pytest.mark.parametrize("method", ["svd_llm", "cospadi_plus", "basis_sharing"])
+def test_a_model_larger_than_a_block_is_factorized_in_parts(made, tmp_path, text, monkeypatch, method):
+    """With the same result: no more than a block's factors are in memory, and groups stay whole."""
+    settings = [f"factorization={method}", *SMALL[1:], "quantization=int8"]
+    compress_to(str(made()[0]), tmp_path / "whole", settings, text)
+    monkeypatch.setattr(chain, "BLOCK_BYTES", 1)
+    compress_to(str(made()[0]), tmp_path / "parts", settings, text, keep_work=True)
+    blocks = sorted(file.name for file in (tmp_path / "parts.work/factorization").glob("*.safetensors"))
+    together = ["000-001.safetensors"]  # a basis is shared by two layers
+    assert blocks == (together if method == "basis_sharing" else ["000-000.safetensors", "001-001.safetensors"])
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+    records = [
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["record"]
+        for name in ("whole", "parts")
+    ]
+    assert records[0]["output_error_mean"] == pytest.approx(records[1]["output_error_mean"])
 
 
 # --- tensors that transformers passes over

@@ -537,14 +537,14 @@ def shared_parameters(model):
 
 def rows_of(folder):
     """The rows of the last record."""
-    work = folder / "out.work"
-    quantized = work / "quantization.json"
-    return json.loads((quantized if quantized.exists() else work / "factorization.json").read_text())["projections"]
+    return json.loads(factors_file(folder).with_suffix(".json").read_text())["projections"]
 
 
 def factors_file(folder):
-    quantized = folder / "out.work/quantized.safetensors"
-    return quantized if quantized.exists() else folder / "out.work/factors.safetensors"
+    """The factors that the checkpoint was made from: of one block of layers, as the model is small."""
+    quantized = list((folder / "out.work/quantization").glob("*.safetensors"))
+    (file,) = quantized or (folder / "out.work/factorization").glob("*.safetensors")
+    return file
 
 
 def groups_in(folder):
