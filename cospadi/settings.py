@@ -57,8 +57,8 @@ class StudyConfig:
     """Names of ``conf/quantization`` files, every one for every method and ratio; ``none`` is the factors in 16 bits."""
     quantizations_of: dict[str, list[str]] = field(default_factory=dict)
     """Quantizations of single methods, where they are other ones: ``plain: [int8, int4]``."""
-    layers_per_job: int | None = None
-    """Blocks that one factorization job covers; ``null``: all of the model."""
+    layers_per_job: int | None = 15
+    """Blocks that one factorization job covers; ``null``: all of the model. Its factors are filed under them."""
     against: str | None = None
     """The method that all others of a ratio are compared with, document by document; ``null``: the last of ``methods``."""
     published: list[str] = field(default_factory=list)

@@ -11,6 +11,7 @@ import pytest
 
 from cospadi.errors import UserError
 from cospadi.pipeline import locks
+from cospadi.pipeline.study import Study
 from cospadi.pipeline.sweep import planned
 from cospadi.tables.cells import read_summary
 
@@ -32,6 +33,14 @@ def sweep(folder: Path, *arguments: str) -> str:
     )
     assert run.returncode == 0, run.stdout[-5000:]
     return run.stdout
+
+
+def test_a_sweep_files_its_factors_where_the_default_study_does():
+    of_default = Study("default")
+    cell = next(cell for cell in of_default.cells if cell.method == "svd_llm")
+    settings = (f"model={cell.model}", "factorization=svd_llm", f"factorization.compression_ratio={cell.ratio}")
+    _, (of_sweep,) = planned(settings, multirun=False)
+    assert of_sweep.layers(cell) == of_default.layers(cell) == ["000-014", "015-029"]
 
 
 def records(folder: Path) -> dict[Path, int]:
