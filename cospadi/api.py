@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from cospadi.models import Projection
 from cospadi.pipeline import chain, outcome
 from cospadi.quantization.methods import quantize
 from cospadi.records import add_to_folder, check_output_folder, own_folder, read_json
-from cospadi.settings import CONF, Config, load
+from cospadi.settings import Config, load, model_overrides, text_overrides
 from cospadi.sources.addresses import local_path
 from cospadi.sources.families import fitted
 from cospadi.sources.files import quantization_of
@@ -141,14 +140,9 @@ def configured(source: str, overrides: Sequence[str], text: str | None) -> Confi
     Raises:
         UserError: naming the setting that is invalid.
     """
-    if _is_named("model", source):
-        chosen = [f"model={source}"]
-    else:
-        chosen = ["model=any", _set("model.source", source)]
-    if text is not None and _is_named("text", text):
-        chosen.append(f"text@calibration.text={text}")
-    elif text is not None:
-        chosen += ["text@calibration.text=file", _set("calibration.text.source", str(Path(text).resolve()))]
+    chosen = model_overrides(source)
+    if text is not None:
+        chosen += text_overrides("calibration.text", text)
     config = load([*chosen, *overrides])
     factorization = config.factorization
     beside_identity = isinstance(factorization, CoSpaDiConfig) and factorization.fixed_atoms == IDENTITY
@@ -160,29 +154,6 @@ def configured(source: str, overrides: Sequence[str], text: str | None) -> Confi
     if factorization.searches_ranks:
         raise UserError("compress has no rank search. Take factorization=asvd, or run the study that has asvd_search.")
     return config
-
-
-def _is_named(group: str, name: str) -> bool:
-    """Whether ``name`` is that of a file in ``conf/<group>``. Whatever is written like a path is a path.
-
-    Raises:
-        UserError: ``name`` is also that of something in this folder.
-    """
-    is_bare = Path(name).name == name and name not in (".", "..")
-    if not is_bare or not (CONF / group / f"{name}.yaml").is_file():
-        return False
-    if Path(name).exists():
-        raise UserError(
-            f"{name} is both a file in {CONF / group} and something in this folder. Write ./{name} for what is here."
-        )
-    return True
-
-
-def _set(setting: str, value: str) -> str:
-    """A Hydra override whose value is taken literally."""
-    # Hydra takes a backslash as it is, unless quotes follow it.
-    quoted = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
-    return f"{setting}='{quoted}'"
 
 
 def _summary(config: Config, records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0 when its files are written."""
     parser = _parser()
     _complete(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(_stage_of_rules(sys.argv[1:] if arguments is None else arguments))
     try:
         for extra in options.extras:
             require_extra(extra, f"cospadi {options.command}")
@@ -70,6 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.filename}: {error.strerror}. Check the paths of this command.", file=sys.stderr)
         return 1
     return 0
+
+
+def _stage_of_rules(arguments: Sequence[str]) -> Sequence[str]:
+    """``evaluate`` as the rules of a study call it is ``evaluate-cell``.
+
+    Their text stays as it was: Snakemake compares it, and would measure every finished cell again.
+    """
+    is_of_rules = list(arguments[:1]) == ["evaluate"] and "--record" in arguments
+    return ["evaluate-cell", *arguments[1:]] if is_of_rules else arguments
 
 
 class _Parser(argparse.ArgumentParser):
@@ -176,7 +185,10 @@ def _compress(o: argparse.Namespace) -> None:
     print(ledger_text(sizes))
     if sizes.get("outcome"):
         print("\n" + outcome_text(Outcome(**sizes["outcome"])))
-    print(f'\nNext: cospadi generate {o.out} "The capital of France is"; {o.out}/README.md says how it is loaded.')
+    print(
+        f'\nNext: cospadi generate {o.out} "The capital of France is", or cospadi evaluate {o.out} --dense {o.model}; '
+        f"{o.out}/README.md says how it is loaded."
+    )
 
 
 def _info_options(parser: argparse.ArgumentParser) -> None:
@@ -202,6 +214,39 @@ def _densify(o: argparse.Namespace) -> None:
 
     densify(o.checkpoint, o.out, o.dtype)
     print(f"{o.out}: an ordinary checkpoint.")
+
+
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a folder that cospadi compress wrote, any other model's folder, or a hub id")
+    parser.add_argument("--dense", metavar="MODEL", help="the model that it is compared with, token by token")
+    parser.add_argument(
+        "--text",
+        default="wikipedia_articles",
+        metavar="TEXT",
+        help="a text file, a document a line, or a file in conf/text (default %(default)s: the default study's)",
+    )
+    parser.add_argument("--tasks", default="", help="tasks of lm-eval as well: arc_easy,piqa; needs cospadi[study]")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="in which both run (default %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a further setting, as Hydra takes it: --set evaluation.n_windows=32; may be repeated",
+    )
+
+
+def _evaluate(o: argparse.Namespace) -> None:
+    from cospadi.pipeline.measurement import evaluate, report_text
+    from cospadi.settings import load, text_overrides
+
+    settings = ["evaluation=embedded", *text_overrides("evaluation.text", o.text), "evaluation.n_windows=null"]
+    settings += [f"evaluation.tasks=[{o.tasks}]", f"evaluation.device={o.device}"]
+    report = evaluate(o.model, o.dense, load([*settings, *o.overrides]).evaluation, o.dtype, quiet=o.json)
+    print(json.dumps(asdict(report), indent=2) if o.json else report_text(report))
 
 
 def _generate_options(parser: argparse.ArgumentParser) -> None:
@@ -430,7 +475,7 @@ def _quantize(o: argparse.Namespace) -> None:
     _stage("quantization").quantize(config, o.model, o.grams, o.factors, o.factorization, o.quantized, o.record)
 
 
-def _evaluate(o: argparse.Namespace) -> None:
+def _evaluate_cell(o: argparse.Namespace) -> None:
     config = _config(o.overrides)
     _stage("evaluation").evaluate(
         config, o.model, o.documents, o.factors_files, o.reference, o.record, o.samples, o.second_text_files
@@ -446,6 +491,13 @@ COMMANDS = (
         _compress_options,
     ),
     Command("info", _info, "the bytes of a compressed checkpoint, part by part", YOUR_MODEL, _info_options),
+    Command(
+        "evaluate",
+        _evaluate,
+        "perplexity, divergence from the dense model, tasks, bytes and speed of a model",
+        YOUR_MODEL,
+        _evaluate_options,
+    ),
     Command("generate", _generate, "let a compressed model write on", YOUR_MODEL, _generate_options),
     Command(
         "densify",
@@ -569,8 +621,8 @@ COMMANDS = (
         ),
     ),
     Command(
-        "evaluate",
-        _evaluate,
+        "evaluate-cell",
+        _evaluate_cell,
         "measure the dense model, or a compressed one",
         STAGES,
         _overrides_and(

@@ -168,6 +168,51 @@ def load(overrides: Sequence[str]) -> Config:
         raise UserError(_one_sentence(error)) from error
 
 
+def model_overrides(source: str) -> list[str]:
+    """Settings that take a model as a command line names it: a file of ``conf/model``, a folder, a hub id.
+
+    Raises:
+        UserError: the name is a file of ``conf/model`` and something in this folder.
+    """
+    if _is_named("model", source):
+        return [f"model={source}"]
+    return ["model=any", literal("model.source", source)]
+
+
+def text_overrides(place: str, text: str) -> list[str]:
+    """Settings that put a text in ``place`` (``calibration.text``): a file of ``conf/text``, or a text file.
+
+    Raises:
+        UserError: the name is a file of ``conf/text`` and something in this folder.
+    """
+    if _is_named("text", text):
+        return [f"text@{place}={text}"]
+    return [f"text@{place}=file", literal(f"{place}.source", str(Path(text).resolve()))]
+
+
+def literal(setting: str, value: str) -> str:
+    """A Hydra override whose value is taken literally."""
+    # Hydra takes a backslash as it is, unless quotes follow it.
+    quoted = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
+    return f"{setting}='{quoted}'"
+
+
+def _is_named(group: str, name: str) -> bool:
+    """Whether ``name`` is that of a file in ``conf/<group>``. Whatever is written like a path is a path.
+
+    Raises:
+        UserError: ``name`` is also that of something in this folder.
+    """
+    is_bare = Path(name).name == name and name not in (".", "..")
+    if not is_bare or not (CONF / group / f"{name}.yaml").is_file():
+        return False
+    if Path(name).exists():
+        raise UserError(
+            f"{name} is both a file in {CONF / group} and something in this folder. Write ./{name} for what is here."
+        )
+    return True
+
+
 def _as_text(override: str) -> str:
     """``override`` with a name that looks like a number in quotes: Hydra takes ``quantization=8`` for a count of files.
 

@@ -220,7 +220,7 @@ def test_commands_are_completed(tmp_path):
     [
         (["tabulate", "--folder", "t"], "pandas", "study"),
         (["track", "--folder", "t"], "wandb", "track"),
-        (["evaluate"], "lm-eval", "study"),
+        (["evaluate-cell"], "lm-eval", "study"),
     ],
 )
 def test_a_command_names_the_extra_it_needs_before_it_starts(refused, monkeypatch, command, missing, extra):
@@ -232,9 +232,9 @@ def test_a_command_names_the_extra_it_needs_before_it_starts(refused, monkeypatc
         return installed(package)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    if command == ["evaluate"]:
+    if command == ["evaluate-cell"]:
         files = ("model", "documents", "reference", "samples", "record")
-        command = ["evaluate", *(word for name in files for word in (f"--{name}", "x"))]
+        command = [*command, *(word for name in files for word in (f"--{name}", "x"))]
     told = refused(*command)
     assert told.startswith(f"cospadi {command[0]} needs {missing}, which is not installed.")
     assert told.endswith(f"pip install 'cospadi[{extra}]'.")

@@ -65,12 +65,12 @@ def measured(config: Config, dense: Path, compressed: Path, documents: Path, wor
     with float32_products(exact=True):
         network = models.load(dense, config.model.dtype, device)
         before = measure_tokens(network, windows, write_reference=reference, quiet=True)
-        speed_before = _decoding_speed(network)
+        speed_before = decoding_speed(network)
         dense_bytes = sum(2 * parameter.numel() for parameter in network.parameters())
         del network
         smaller = load(compressed, config.model.dtype).to(device)
         after = measure_tokens(smaller, windows, reference=reference, quiet=True)
-        speed_after = _decoding_speed(smaller)
+        speed_after = decoding_speed(smaller)
     return Outcome(
         n_windows=windows.shape[0],
         window=windows.shape[1],
@@ -106,7 +106,7 @@ def unseen_windows(config: Config, model: Path, documents: Path) -> Int[Tensor, 
 
 
 @torch.inference_mode()
-def _decoding_speed(network: PreTrainedModel) -> float:
+def decoding_speed(network: PreTrainedModel) -> float:
     """Tokens per second, one by one with a cache, after a few that warm it up."""
     ids = torch.ones(1, 8, dtype=torch.int64, device=network.device)
     greedy = {"do_sample": False, "pad_token_id": 0}
