@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from cospadi.errors import UserError
+from cospadi.sources.architecture import auto_class, auto_class_of, quiet
 from cospadi.sources.files import weight_files
 from cospadi.sources.settings import ModelConfig
 
@@ -153,11 +154,12 @@ def check_loadable(folder: Path, config: ModelConfig) -> None:
     """
     from accelerate import init_empty_weights
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
+        settings = AutoConfig.from_pretrained(folder)
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            model = auto_class(settings).from_config(settings)
         load_tokenizer(folder)
         projections = find_projections(folder, config)
         for p in projections:
@@ -187,10 +189,8 @@ def unread_tensors(folder: Path) -> list[str]:
 
     What transformers itself reports is the reference: it renames tensors while it loads.
     """
-    from transformers import AutoModelForCausalLM
-
-    with _quiet():
-        model, report = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", output_loading_info=True)
+    with quiet():
+        model, report = auto_class_of(folder).from_pretrained(folder, device_map="meta", output_loading_info=True)
     checkpoint = Checkpoint(folder)
     names = set(checkpoint.names)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -202,28 +202,9 @@ def unread_tensors(folder: Path) -> list[str]:
     return sorted({*(set(report["unexpected_keys"]) & names), *copies})
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without its table of what was not loaded, and without its bar."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def load(folder: Path, dtype: str, device: torch.device) -> PreTrainedModel:
     """The whole dense model, ready to evaluate."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model = auto_class_of(folder).from_pretrained(folder, dtype=getattr(torch, dtype))
     return model.to(device).eval()
 
 
@@ -260,7 +241,7 @@ class BlockWalker:
 
     def __init__(self, folder: Path, config: ModelConfig, device: torch.device, attention: str | None = None):
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         self.checkpoint = Checkpoint(folder)
         self.config = config
@@ -268,7 +249,7 @@ class BlockWalker:
         self.dtype = getattr(torch, config.dtype)
         with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are computed, not stored
             settings = AutoConfig.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_config(settings, dtype=self.dtype, attn_implementation=attention)
+            model = auto_class(settings).from_config(settings, dtype=self.dtype, attn_implementation=attention)
         decoder_path, _, blocks_name = config.blocks.rpartition(".")
         self.decoder = model.get_submodule(decoder_path).eval()
         self.blocks: nn.ModuleList = self.decoder.get_submodule(blocks_name)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from cospadi import devices
 from cospadi.bench.cases import SHAPES, atoms_and_sparsity
@@ -33,6 +32,7 @@ from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.progress import Progress
 from cospadi.records import read_json, write_json, write_text
+from cospadi.sources.architecture import auto_class_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,7 +113,7 @@ def _opened(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         ) from error
     if compressed:
         return load(folder, dtype)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return auto_class_of(folder).from_pretrained(folder, dtype=dtype).eval()
 
 
 def _apart(work: Callable[..., Row], *arguments: Any) -> Row:

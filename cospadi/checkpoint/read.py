@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 
 from cospadi.checkpoint.layers import SHARES
 from cospadi.checkpoint.specs import empty_layer, ties
@@ -17,6 +16,7 @@ from cospadi.errors import UserError
 from cospadi.models import Checkpoint
 from cospadi.records import read_json
 from cospadi.sources.addresses import brief
+from cospadi.sources.architecture import auto_class_of
 from cospadi.sources.files import INDEX, WEIGHTS, weight_files
 from cospadi.sources.settings import DTYPES
 
@@ -46,7 +46,7 @@ def compression_of(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path | str, dtype: str | torch.dtype = "auto", **options: Any) -> PreTrainedModel:
-    """A compressed model, ready to use; ``options`` go to ``AutoModelForCausalLM.from_pretrained``.
+    """A compressed model, ready to use; ``options`` go to ``from_pretrained``.
 
     Everything is checked before a model is returned: format, checksums, and that no tensor is missing or left over.
 
@@ -59,7 +59,7 @@ def load(folder: Path | str, dtype: str | torch.dtype = "auto", **options: Any) 
         raise UserError(f"dtype={dtype} is not known. Choose auto, {', '.join(DTYPES)}.")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+        model, report = auto_class_of(folder).from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except SafetensorError as error:
         raise UserError(f"A safetensors file of {folder} is damaged or cut short ({error}). Copy it again.") from error
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -80,14 +81,20 @@ class CoSpaDiQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        put_empty_layers(model, self.quantization_config.modules)
+        put_empty_layers(model, modules_of(model, self.quantization_config.modules))
         if checkpoint_files:
             refuse_gaps(model, verify_files(checkpoint_files))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        """
+        Raises:
+            UserError: a layer is damaged, or on the disk while it shares with another.
+        """
+        refuse_offloaded_sharing(model, modules_of(model, self.quantization_config.modules))
         for layer in model.modules():
             if isinstance(layer, CompressedLinear):
-                layer.check()
+                if not _is_offloaded(layer):  # its numbers are on the disk, and their checksums were right
+                    layer.check()
                 # Stored bits are not trained: transformers makes every floating parameter trainable when it loads.
                 layer.requires_grad_(False)
         return model
@@ -100,11 +107,27 @@ class CoSpaDiQuantizer(HfQuantizer):
         return False
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """For ``save_pretrained``: the checksums of what it is about to write."""
-        return None, {CHECKSUMS: json.dumps({name: checksum(tensor) for name, tensor in model.state_dict().items()})}
+        """For ``save_pretrained``: the checksums of what it is about to write.
+
+        Compressed layers are stored under the names of modules, and so is all that is beside them: nothing that
+        transformers renamed while it loaded is renamed again.
+        """
+        model._weight_conversions = []
+        sums = {name: checksum(_in_memory(model, name, tensor)) for name, tensor in model.state_dict().items()}
+        return None, {CHECKSUMS: json.dumps(sums)}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """Ordinary linear layers again, each with the weight multiplied out."""
+        """Ordinary linear layers again, each with the weight multiplied out.
+
+        Raises:
+            UserError: a layer is offloaded to disk.
+        """
+        away = [n for n, layer in model.named_modules() if isinstance(layer, CompressedLinear) and _is_offloaded(layer)]
+        if away:
+            raise UserError(
+                f"{away[0]} is offloaded to disk, so its weight cannot be multiplied out. Load the model without offloading, or "
+                "run cospadi densify on its folder, which reads one layer at a time."
+            )
         shared = ties(specs(model))
         for name, layer in list(model.named_modules()):
             if isinstance(layer, CompressedLinear):
@@ -117,6 +140,45 @@ class CoSpaDiQuantizer(HfQuantizer):
         for keys in ("all_tied_weights_keys", "_tied_weights_keys") if shared else ():
             setattr(model, keys, {k: v for k, v in (getattr(model, keys, None) or {}).items() if k not in shared})
         return model
+
+
+def _is_offloaded(layer: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in layer.parameters())
+
+
+def _in_memory(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, read from the disk where accelerate keeps it there."""
+    return load_offloaded_parameter(model, name) if tensor.is_meta else tensor
+
+
+def refuse_offloaded_sharing(model: nn.Module, modules: Mapping[str, dict[str, Any]]) -> None:
+    """
+    Raises:
+        UserError: layers that share a tensor are on the disk, where each would be given one of its own.
+    """
+    for name, owner in ties(modules).items():
+        if any(_is_offloaded(model.get_submodule(part.rpartition(".")[0])) for part in (name, owner)):
+            raise UserError(
+                f"{name.rpartition('.')[0]} shares its dictionary or basis with another layer, and one of them is offloaded to disk. "
+                "Keep layers that share in memory: give from_pretrained another device_map or more max_memory."
+            )
+
+
+def modules_of(model: nn.Module, modules: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Descriptions by the names that the layers have in ``model``: without a prefix where it is the decoder alone.
+
+    A checkpoint is written under the names of the whole language model; `AutoModel` builds what is below its
+    ``base_model_prefix``.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    is_base = prefix != "." and not hasattr(model, prefix[:-1])
+    if not is_base:
+        return dict(modules)
+
+    def own(name: str) -> str:
+        return name.removeprefix(prefix)
+
+    return {own(name): spec | ({SHARES: own(spec[SHARES])} if SHARES in spec else {}) for name, spec in modules.items()}
 
 
 def put_empty_layers(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
@@ -172,11 +234,18 @@ def declare_ties(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
 def refuse_gaps(model: nn.Module, stored: set[str]) -> None:
     """Compare what a model needs with what its files hold: transformers would fill gaps with random numbers.
 
+    The class that was saved must be whole. Another one may have a head of its own, which is trained later.
+
     Raises:
         UserError: naming what is missing.
     """
+    prefix = f"{model.base_model_prefix}."
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    missing = sorted(set(model.state_dict()) - stored - tied)
+    needed = set(model.state_dict()) - tied
+    if type(model).__name__ not in (model.config.architectures or [type(model).__name__]):
+        is_base = not hasattr(model, model.base_model_prefix)
+        needed = {f"{prefix}{name}" for name in needed} if is_base else {n for n in needed if n.startswith(prefix)}
+    missing = sorted(needed - stored)
     if missing:
         raise UserError(
             f"The checkpoint's files lack {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}, which its "

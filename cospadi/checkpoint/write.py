@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from cospadi.checkpoint.checksums import CHECKSUMS, checksum, verify_files
 from cospadi.checkpoint.layers import SHARES
@@ -23,6 +23,7 @@ from cospadi.errors import UserError
 from cospadi.factorization.factors import Dense, Factors, shared_matrix
 from cospadi.models import Checkpoint, unread_tensors
 from cospadi.records import check_output_folder, new_path, write_json, write_tensors
+from cospadi.sources.architecture import auto_class, write_original_names
 from cospadi.sources.files import INDEX, companions, weight_files
 
 SHARD_BYTES = 2 * 2**30
@@ -95,8 +96,9 @@ def _plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _write_stub(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """The ``auto_map`` that leads to it."""
-    kind = type(AutoConfig.for_model(config["model_type"]))
-    model = AutoModelForCausalLM._model_mapping[kind].__name__
+    settings = AutoConfig.for_model(config["model_type"])
+    kind = type(settings)
+    model = auto_class(settings)._model_mapping[kind].__name__
     (folder / f"{STUB}.py").write_text(_STUB.format(config=kind.__name__, model=model), encoding="utf-8")
     return {"AutoConfig": f"{STUB}.{kind.__name__}", "AutoModelForCausalLM": f"{STUB}.{model}"}
 
@@ -200,6 +202,7 @@ def densify(folder: Path, out: Path, dtype: str | None = None, shard_bytes: int 
         partial.mkdir()
         _write_shards(partial, _dense(checkpoint, compression["modules"], getattr(torch, dtype)), shard_bytes)
         write_json(partial / "config.json", config | {"dtype": dtype})
+        write_original_names(partial, shard_bytes)
         _copy_companions(folder, partial)
 
 

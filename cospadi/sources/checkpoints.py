@@ -15,6 +15,7 @@ from cospadi import records
 from cospadi.errors import UserError
 from cospadi.sources import wheels
 from cospadi.sources.addresses import RANDOM, WHEEL, brief, check_hub_id, existing, local_path
+from cospadi.sources.architecture import auto_class, write_module_names
 from cospadi.sources.files import (
     COMPANIONS,
     INDEX,
@@ -52,6 +53,7 @@ def prepare_model(config: ModelConfig, folder: Path) -> dict[str, Any]:
         partial.mkdir()
         provenance = {"source": config.source, "kind": kind, **prepare(config, partial)}
         _check_complete(config, partial)
+        _rename(config, partial)
         provenance |= _describe(config, partial)
     return provenance
 
@@ -195,14 +197,13 @@ def _stored_dtype(gguf: Path, model: Any) -> Any:
 def _from_seed(config: ModelConfig, folder: Path) -> dict[str, Any]:
     """A model with random weights and a byte-level tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     tokenizer = _byte_tokenizer()
     settings = _random_settings(config, tokenizer)
     with torch.random.fork_rng(devices=[]):  # the caller's own random numbers go on undisturbed
         torch.manual_seed(config.seed)
         try:
-            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+            model = auto_class(settings).from_config(settings, dtype=torch.float32)
         except (
             ValueError,
             RuntimeError,
@@ -220,18 +221,17 @@ def _from_seed(config: ModelConfig, folder: Path) -> dict[str, Any]:
 
 def _random_settings(config: ModelConfig, tokenizer: Any) -> Any:
     """The transformers config of a ``random:`` source."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import AutoConfig
 
     model_type = config.source.removeprefix(RANDOM)
     try:
         default = AutoConfig.for_model(model_type)
-    except ValueError:
-        default = None
-    if type(default) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        auto_class(default)
+    except ValueError as error:
         raise UserError(
             f"model.source={config.source}: {model_type or 'nothing'} is not a model_type of a causal language model in "
             "transformers. Use for instance random:llama or random:qwen3."
-        )
+        ) from error
     unknown = [name for name in config.architecture if not hasattr(default, name)]
     if unknown:
         raise UserError(f"model.architecture.{unknown[0]} is not a field of a {model_type} config. Correct its name.")
@@ -326,6 +326,18 @@ def _check_complete(config: ModelConfig, folder: Path) -> None:
                 f"model.source={config.source} lacks {len(missing)} of {len(shards)} weight files: "
                 f"{', '.join(missing[:3])}. Fetch it again."
             )
+
+
+def _rename(config: ModelConfig, folder: Path) -> None:
+    """Names of modules in the files, whatever the source has.
+
+    Raises:
+        UserError: the source is a part of a model.
+    """
+    try:
+        write_module_names(folder)
+    except UserError as error:
+        raise UserError(f"model.source={config.source}: {error}") from error
 
 
 def _describe(config: ModelConfig, folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Where the projections of each model family are, by the ``model_type`` of its ``config.json``.
 
 Families with the names of Llama need no row. A family is here when its blocks are alike and its projections are linear
-layers; names are those of transformers' modules and of the files, which are the same for these.
+layers. Names are those of transformers' modules, under which every checkpoint is prepared (`cospadi.sources.architecture`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,48 @@ _GATE_UP = Family(
     attended=_KEYS,
 )
 
+_LLAMA = ModelConfig()
+_ATTENTION_ALONE = Family("model.layers", (_SEPARATE, ("self_attn.o_proj",)), attended=_KEYS)
+"""Of models with experts, which stay as they are."""
+_LATENT = Family(
+    "model.layers",
+    (
+        ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+        ("self_attn.q_b_proj",),
+        ("self_attn.kv_b_proj",),
+        ("self_attn.o_proj",),
+    ),
+)
+"""Of models with latent attention and experts, which stay as they are."""
+_FUSED = (
+    ("attention.query_key_value",),
+    ("attention.dense",),
+    ("mlp.dense_h_to_4h",),
+    ("mlp.dense_4h_to_h",),
+)
+
+
+def _beside_images(blocks: str = "model.language_model.layers") -> Family:
+    """Llama's names in the language model of a multimodal one."""
+    return Family(blocks, tuple(map(tuple, _LLAMA.shared_inputs)), attended=tuple(_LLAMA.attended))
+
+
 FAMILIES = {
+    "gpt_neox": Family("gpt_neox.layers", _FUSED, attention="attention"),
+    "qwen3_moe": _ATTENTION_ALONE,
+    "qwen2_moe": _ATTENTION_ALONE,
+    "mixtral": _ATTENTION_ALONE,
+    "olmoe": _ATTENTION_ALONE,
+    "gpt_oss": _ATTENTION_ALONE,
+    "deepseek_v3": _LATENT,
+    "deepseek_v2": _LATENT,
+    "gemma3": _beside_images(),
+    "qwen2_vl": _beside_images(),
+    "qwen2_5_vl": _beside_images(),
+    "qwen3_vl": _beside_images(),
+    "llava": _beside_images(),
+    "mistral3": _beside_images(),
+    "smolvlm": _beside_images("model.text_model.layers"),
     "apertus": _UP_DOWN,
     "arcee": _UP_DOWN,
     "jais2": _UP_DOWN,

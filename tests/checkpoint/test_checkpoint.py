@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import cospadi
 from cospadi import cli
@@ -980,3 +980,71 @@ def test_a_compressed_model_is_served(made):
 def test_a_folder_that_is_not_compressed_is_not_served(made, capsys):
     assert cli.main(["serve", str(made()[0])]) == 1
     assert "is not compressed by cospadi" in capsys.readouterr().err
+
+
+# --- other classes, other places
+
+
+def test_other_classes_load_a_compressed_checkpoint(made):
+    """As they load a dense one: the decoder alone, and with a head that is yet to be trained."""
+    for method in ("cospadi", "svd_llm"):
+        _, compressed = made(method=method)
+        ids = torch.arange(20)[None]
+        whole = cospadi.load(compressed)
+        with torch.no_grad():
+            hidden = whole.model(ids).last_hidden_state
+            assert torch.equal(AutoModel.from_pretrained(compressed)(ids).last_hidden_state, hidden)
+            labelled = AutoModelForSequenceClassification.from_pretrained(compressed)
+            assert torch.equal(labelled.model(ids).last_hidden_state, hidden)
+        assert labelled.score.weight.isfinite().all()
+
+
+def test_a_checkpoint_without_its_embeddings_is_refused_by_every_class(made, tmp_path):
+    shutil.copytree(made()[1], tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    with safe_open(file, framework="pt") as tensors:
+        metadata = tensors.metadata()
+    rest = {name: tensor for name, tensor in load_file(file).items() if "embed_tokens" not in name}
+    save_file(rest, file, metadata)
+    for kind in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
+        with pytest.raises(UserError, match="embed_tokens"):
+            kind.from_pretrained(tmp_path / "out")
+
+
+def test_a_source_saved_without_its_head_is_understood_or_refused(made, tmp_path, text):
+    """As transformers does: tied embeddings are the head; another head would be random."""
+    dense, _ = made()
+    config = AutoConfig.from_pretrained(dense)
+    tied = AutoModelForCausalLM.from_config(type(config)(**config.to_dict() | {"tie_word_embeddings": True}))
+    for name, model in (("tied", tied), ("untied", AutoModelForCausalLM.from_pretrained(dense))):
+        model.model.save_pretrained(tmp_path / name)
+        cospadi.models.load_tokenizer(dense).save_pretrained(tmp_path / name)
+        assert "layers.0.mlp.up_proj.weight" in load_file(tmp_path / name / "model.safetensors")
+    compress_to(str(tmp_path / "tied"), tmp_path / "out", SMALL, text)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        far = (cospadi.load(tmp_path / "out")(ids).logits - tied.eval()(ids).logits).norm() / tied(ids).logits.norm()
+    assert far < 1
+    with pytest.raises(UserError, match=r"lack lm_head\.weight.*random numbers.*Save the whole LlamaForCausalLM"):
+        compress_to(str(tmp_path / "untied"), tmp_path / "out2", SMALL, text)
+
+
+ON_DISK = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+ON_DISK |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+
+
+def test_a_model_that_is_partly_on_disk_is_saved_and_not_multiplied_out(made, tmp_path):
+    _, compressed = made(method="svd_llm")
+    expected = logits(cospadi.load(compressed))
+    model = AutoModelForCausalLM.from_pretrained(compressed, device_map=ON_DISK, offload_folder=tmp_path / "off")
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(UserError, match=r"model\.layers\.1.* is offloaded to disk"):
+        model.dequantize()
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(cospadi.load(tmp_path / "saved")), expected)
+
+
+def test_layers_that_share_are_not_loaded_to_disk(made, tmp_path, text):
+    compress_to(str(made()[0]), tmp_path / "out", ["factorization=cospadi_plus", *SMALL[1:]], text)
+    with pytest.raises(UserError, match=r"shares its dictionary or basis .* offloaded to disk"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map=ON_DISK, offload_folder=tmp_path / "off")

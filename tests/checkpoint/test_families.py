@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 import cospadi
 from cospadi.api import compress_to
 from cospadi.checkpoint.linear import CompressedLinear
 from cospadi.checkpoint.write import densify
 from cospadi.errors import UserError
+from cospadi.models import Checkpoint, load_tokenizer
+from cospadi.sources.architecture import auto_class, auto_class_of
 from cospadi.sources.checkpoints import prepare_model
 from cospadi.sources.families import FAMILIES
 from cospadi.sources.settings import ModelConfig
@@ -41,6 +43,39 @@ TINY = {
     "xglm": {"d_model": 64, "attention_heads": 4, "ffn_dim": 96, "pad_token_id": 0, "max_position_embeddings": 128},
 }
 """Sizes of the families whose config has other fields than Llama's."""
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+RANKS = {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
+LATENT = RANKS | {"v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+TINY |= {
+    "deepseek_v2": LLAMA | EXPERTS | LATENT,
+    "deepseek_v3": LLAMA | EXPERTS | LATENT,
+    "gpt_neox": SIZES | {"intermediate_size": 96},
+    "gpt_oss": WIDE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": LLAMA | {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": LLAMA | EXPERTS | {"shared_expert_intermediate_size": 32},
+    "qwen3_moe": WIDE | EXPERTS,
+}
+IMAGES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+TOWER = IMAGES | {"intermediate_size": 32}
+IN_BLOCKS = {"depth": 1, "num_heads": 2}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+BESIDE_IMAGES = {
+    "gemma3": ({}, TOWER),
+    "llava": ({"model_type": "llama"}, TOWER | {"model_type": "clip_vision_model"}),
+    "mistral3": ({"model_type": "mistral"}, TOWER | {"model_type": "pixtral", "head_dim": 16}),
+    "qwen2_vl": (ROPE, IN_BLOCKS | {"embed_dim": 32, "hidden_size": 64}),
+    "qwen2_5_vl": (ROPE, IN_BLOCKS | {"hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 64}),
+    "qwen3_vl": (
+        ROPE,
+        IN_BLOCKS
+        | {"hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+    ),
+    "smolvlm": ({"model_type": "llama"}, TOWER),
+}
+"""Of models that read images: what their language model has besides `WIDE`, and the config of what looks at the images."""
+RENAMED = ("gpt_neox", "qwen3_moe", "deepseek_v3", "gemma3", "qwen2_5_vl")
+"""Families whose files name tensors otherwise than their models."""
 TINY["gpt_neo"]["attention_types"] = [[["global", "local"], 1]]
 DEFAULT_NAMES = (
     *(
@@ -61,6 +96,7 @@ DEFAULT_NAMES = (
 )
 """Families with Llama's names, which need no row of the table."""
 ALL = sorted({*DEFAULT_NAMES, *FAMILIES})
+IDS = torch.randint(1, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 SETTINGS = ["calibration.n_samples=8", "calibration.sample_length=32", "calibration.damping=1e-3"]
 
 
@@ -71,29 +107,71 @@ def text(tmp_path_factory):
     return str(file)
 
 
+def written(family: str, folder: Path) -> None:
+    """A random model as transformers saves it, with a tokenizer of bytes."""
+    if family in BESIDE_IMAGES:
+        of_text, of_images = BESIDE_IMAGES[family]
+        text = {"vocab_size": 257, "num_hidden_layers": 2, **WIDE, **of_text}
+        config = AutoConfig.for_model(family, text_config=text, vision_config=of_images, tie_word_embeddings=False)
+    else:
+        sizes = TINY.get(family, LLAMA | ({"num_key_value_heads": 4} if family == "vaultgemma" else {}))
+        config = AutoConfig.for_model(family, **{"vocab_size": 257, "num_hidden_layers": 2, **sizes})
+    torch.manual_seed(0)
+    auto_class(config).from_config(config, dtype=torch.float32).save_pretrained(folder)
+    llama = ModelConfig("bytes", "bytes", "random:llama", architecture=LLAMA, n_layers=2)
+    prepare_model(llama, folder.with_name("bytes"))
+    load_tokenizer(folder.with_name("bytes")).save_pretrained(folder)
+
+
+def stored(folder: Path) -> set[str]:
+    return set(Checkpoint(folder).names)
+
+
+def logits_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
 @pytest.mark.parametrize("family", ALL)
 def test_a_family_goes_all_the_way(family, tmp_path, text):
-    sizes = TINY.get(family, LLAMA | ({"num_key_value_heads": 4} if family == "vaultgemma" else {}))
-    model = ModelConfig(
-        name=family, title=family, source=f"random:{family}", architecture={"vocab_size": 257, **sizes}, n_layers=2
+    written(family, tmp_path / "dense")
+    compress_to(
+        str(tmp_path / "dense"),
+        tmp_path / "out",
+        ["factorization=cospadi_plus", "factorization.n_rounds=2", *SETTINGS],
+        text,
     )
-    prepare_model(model, tmp_path / "dense")
-    compress_to(str(tmp_path / "dense"), tmp_path / "out", ["factorization=cospadi_plus", *SETTINGS], text)
     compressed = cospadi.load(tmp_path / "out")
     layers = [name for name, layer in compressed.named_modules() if isinstance(layer, CompressedLinear)]
     assert len(layers) % 2 == 0
     assert len(layers) >= 2 * 4
 
-    ids = torch.randint(1, 256, (2, 24), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits = compressed(ids).logits
+    logits = logits_of(compressed)
     compressed.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits_of(cospadi.load(tmp_path / "again")), logits)
+
     densify(tmp_path / "out", tmp_path / "flat", dtype="float32")
-    with torch.no_grad():
-        assert torch.equal(cospadi.load(tmp_path / "again")(ids).logits, logits)
-        flat = AutoModelForCausalLM.from_pretrained(tmp_path / "flat").eval()(ids).logits
+    flat = logits_of(auto_class_of(tmp_path / "flat").from_pretrained(tmp_path / "flat").eval())
     torch.testing.assert_close(flat, logits, rtol=1e-4, atol=1e-5 * float(logits.abs().max()))
-    assert compressed.generate(ids[:1], max_new_tokens=2, do_sample=False).shape[1] > ids.shape[1]
+    assert stored(tmp_path / "flat") == stored(tmp_path / "dense")
+    assert compressed.generate(IDS[:1], max_new_tokens=2, do_sample=False).shape[1] > IDS.shape[1]
+
+
+@pytest.mark.parametrize("family", RENAMED)
+def test_a_renamed_model_in_memory_is_calibrated_alike_and_saved_for_good(family, tmp_path, text):
+    """Its blocks run inside the whole model there, and one by one in ``cospadi compress``."""
+    written(family, tmp_path / "dense")
+    settings = ["factorization=svd_llm", *SETTINGS]
+    compress_to(str(tmp_path / "dense"), tmp_path / "out", settings, text)
+    logits = logits_of(cospadi.load(tmp_path / "out"))
+    dense = auto_class_of(tmp_path / "dense").from_pretrained(tmp_path / "dense")
+    far = float((logits_of(dense) - logits).abs().max())
+    tokenizer = load_tokenizer(tmp_path / "dense")
+    documents = Path(text).read_text(encoding="utf-8").splitlines()
+    smaller = cospadi.compress(dense, tokenizer, texts=documents, overrides=SETTINGS, method="svd_llm")
+    assert float((logits_of(smaller) - logits).abs().max()) < 0.02 * far
+    smaller.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits_of(cospadi.load(tmp_path / "saved")), logits_of(smaller))
 
 
 def test_the_families_are_those_of_the_documentation():
