@@ -13,44 +13,66 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cospadi import records
 from cospadi.bench.render import Row
+from cospadi.settings import load
 from cospadi.tables.style import colours, style
 
-PANELS = 12
-"""Panels at most: so many problems are chosen evenly."""
-COLOURED_LIKE = {"htp": "cospadi"}
-"""The method whose colour a solver has; any other solver takes the next free colour."""
+MATRICES = 4
+"""Matrices at most, a row of panels each: so many are chosen evenly."""
+DRAWN_AS = {"htp": "cospadi", "ksvd": "cospadi_ksvd", "orthogonal": "compot", "one_shot": "rocket"}
+"""The method whose title and colour a solver has, as in tables and figures; any other solver keeps its own name."""
 
 
 def write_figure(rows: Sequence[Row], file: Path) -> None:
-    """Error over seconds: a panel per problem, a line per solver, its end marked."""
-    solved = [row for row in rows if "curve" in row]
-    names = list(dict.fromkeys(row["solver"] for row in solved))
-    palette = dict(zip(names, colours([COLOURED_LIKE.get(name, name) for name in names]).values(), strict=True))
-    panels = _evenly(list(dict.fromkeys((row["weight"], row["ratio"]) for row in solved)), PANELS)
-    width = min(len(panels), 4)
-    height = math.ceil(len(panels) / width)
+    """Error over seconds: a row of panels per matrix, a column per ratio, a line per solver, its end marked."""
     with style({"axes.titlesize": 10}):
-        figure = Figure(figsize=(max(5.0, 2.9 * width), 0.7 + 2.4 * height), layout="constrained")
-        axes = figure.subplots(height, width, squeeze=False)
-        for axis, (weight, ratio) in zip(axes.flat, panels, strict=False):
-            _draw(axis, [row for row in solved if (row["weight"], row["ratio"]) == (weight, ratio)], palette)
-            axis.set_title(f"{weight}, ratio {ratio:g}")
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        for i in range(len(panels)):
-            axes.flat[i].set_xlabel("Seconds" if i + width >= len(panels) else "")
-            axes.flat[i].set_ylabel("" if i % width else "Output error ↓")
-        entries = [Line2D([], [], color=palette[name], marker="o", markersize=5, label=name) for name in names]
-        columns = min(len(entries), 3 if width < 3 else 6)
-        figure.legend(handles=entries, loc="outside lower center", ncols=columns)
+        figure = solver_figure([row for row in rows if "curve" in row])
         with records.new_path(file) as partial:
             figure.savefig(partial, format=file.suffix[1:], dpi=150, facecolor="white")
+
+
+def solver_figure(rows: Sequence[Row]) -> Figure:
+    """The figure of the ``rows`` that have a curve."""
+    names = list(dict.fromkeys(row["solver"] for row in rows))
+    palette = dict(zip(names, colours([DRAWN_AS.get(name, name) for name in names]).values(), strict=True))
+    weights = _evenly(list(dict.fromkeys(row["weight"] for row in rows)), MATRICES)
+    ratios = sorted({row["ratio"] for row in rows})
+    size = (max(5.0, 2.9 * len(ratios)), 0.7 + 2.4 * len(weights))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(weights), len(ratios), squeeze=False)
+    for i, weight in enumerate(weights):
+        for panel, ratio in zip(panels[i], ratios, strict=True):
+            of_panel = [row for row in rows if (row["weight"], row["ratio"]) == (weight, ratio)]
+            panel.set_visible(bool(of_panel))
+            if of_panel:
+                _draw(panel, of_panel, palette)
+            panel.set_title(f"{weight}, ratio {ratio:g}")
+            panel.set_xlabel("Seconds" if i + 1 == len(weights) else "")
+        panels[i, 0].set_ylabel("Output error ↓")
+    entries = [
+        Line2D([], [], color=palette[name], marker="o", markersize=5, label=solver_title(name)) for name in names
+    ]
+    columns = min(len(entries), max(2, len(ratios)))
+    figure.legend(handles=entries, loc="outside lower center", ncols=columns)
+    return figure
+
+
+def solver_title(name: str) -> str:
+    """How the tables name the method that a solver is the heart of.
+
+    >>> solver_title("one_shot"), solver_title("ksvd_plain")
+    ('ROCKET factorization', 'CoSpaDi (K-SVD), plain')
+    """
+    solver = name.removesuffix("_plain")
+    if solver not in DRAWN_AS:
+        return name
+    title = load([f"factorization={DRAWN_AS[solver]}"]).factorization.title
+    return title if solver == name else f"{title}, plain"
 
 
 def _draw(axis: Axes, rows: Sequence[Row], palette: dict[str, str]) -> None:
     axis.set_xscale("log")
     for row in rows:
-        times, errors = zip(*row["curve"], strict=True)
+        times, errors = zip(*sorted(row["curve"]), strict=True)  # by time
         look = {"color": palette[row["solver"]], "zorder": 4 if row["solver"] == "htp" else 3}
         axis.plot(times, errors, **look)
         axis.plot(times[-1], errors[-1], "o", markersize=5, markeredgecolor="white", markeredgewidth=0.8, **look)

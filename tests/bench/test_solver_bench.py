@@ -9,6 +9,7 @@ import torch
 
 from cospadi import cli
 from cospadi.bench import cases, render, solver
+from cospadi.bench.figure import solver_figure
 from cospadi.bench.solvers import MEASURED, Settings, suited, timed
 from cospadi.bench.usage import usage
 from cospadi.factorization.solvers.ksvd import first_atoms, ksvd
@@ -161,6 +162,28 @@ def test_the_report_is_printed_and_progress_is_not(capsys):
     assert "left" not in captured.out
     assert "2/2" in captured.err
     assert "ksvd" not in captured.out
+
+
+def test_a_row_of_the_figure_is_a_matrix_and_solvers_have_the_titles_of_the_tables():
+    rows = [
+        {
+            "weight": weight,
+            "ratio": ratio,
+            "solver": solver,
+            "output_error": 0.2,
+            "curve": [[2.0, 0.3], [1.0, 0.4], [3.0, 0.2]],
+        }
+        for weight in ("q", "down")
+        for ratio in (0.2, 0.3, 0.5)
+        for solver in ("htp", "ksvd", "ksvd_plain", "one_shot")
+    ]
+    drawn = solver_figure(rows)
+    titles = [panel.get_title() for panel in drawn.axes]
+    assert titles == [f"{weight}, ratio {ratio}" for weight in ("q", "down") for ratio in (0.2, 0.3, 0.5)]
+    (legend,) = drawn.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == ["CoSpaDi", "CoSpaDi (K-SVD)", "CoSpaDi (K-SVD), plain", "ROCKET factorization"]
+    assert list(drawn.axes[0].lines[0].get_xdata()) == [1.0, 2.0, 3.0]
 
 
 def test_the_figure_is_a_picture(reports):
