@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from omegaconf import MISSING
 
@@ -28,12 +29,19 @@ METRICS = ("own", "mean")
 CONSECUTIVE = "consecutive"
 SAME_INPUT = "same_input"
 MATCHED = "matched"
+LOW_RANK = "low rank"
+DICTIONARY = "dictionary"
+PRUNING = "pruning"
+FAMILIES = (LOW_RANK, DICTIONARY, PRUNING, "")
+"""What a method makes of a weight, in the order of the rows of a table; the last is none of these."""
 
 
 @dataclass
 class FactorizationConfig:
     """Settings that every factorization method has."""
 
+    family: ClassVar[str] = ""
+    """Which of `FAMILIES` it belongs to: tables group their rows by it. Not a setting."""
     name: str = MISSING
     """The file name in ``conf/factorization``: the row's method in the tables."""
     title: str = MISSING
@@ -121,15 +129,21 @@ class GroupedConfig(FactorizationConfig):
 class SVDConfig(FactorizationConfig):
     """Truncated SVD of the weight itself: needs no data."""
 
+    family: ClassVar[str] = LOW_RANK
+
 
 @dataclass
 class SVDLLMConfig(FactorizationConfig):
     """Truncated SVD of the whitened weight (SVD-LLM, arXiv:2403.07378)."""
 
+    family: ClassVar[str] = LOW_RANK
+
 
 @dataclass
 class BasisSharingConfig(GroupedConfig):
     """Truncated SVD of the whitened weights of a group, one basis for all (Basis Sharing, arXiv:2410.03765)."""
+
+    family: ClassVar[str] = LOW_RANK
 
 
 @dataclass
@@ -157,6 +171,7 @@ class RankSearchConfig:
 class ASVDConfig(FactorizationConfig):
     """Truncated SVD of the activation-scaled weight (ASVD, arXiv:2312.05821)."""
 
+    family: ClassVar[str] = LOW_RANK
     alpha: float = 0.5
     """Exponent of the mean absolute activation."""
     rank_search: RankSearchConfig | None = None
@@ -175,6 +190,7 @@ class ASVDConfig(FactorizationConfig):
 class CoSpaDiConfig(GroupedConfig):
     """Sparse dictionary learning on the whitened weight (CoSpaDi, arXiv:2509.22075)."""
 
+    family: ClassVar[str] = DICTIONARY
     solver: str = "htp"
     """``htp`` (default), ``ksvd`` (the paper's), ``orthogonal`` (COMPOT's) or ``one_shot`` (ROCKET's)."""
     fixed_atoms: str = NO_FIXED_ATOMS
@@ -284,10 +300,14 @@ class CoSpaDiConfig(GroupedConfig):
 class MagnitudeConfig(FactorizationConfig):
     """The largest weights and a 1-bit mask: needs no data."""
 
+    family: ClassVar[str] = PRUNING
+
 
 @dataclass
 class PruningConfig(FactorizationConfig):
     """Settings of the pruning methods that use calibration data."""
+
+    family: ClassVar[str] = PRUNING
 
     pattern: str | None = None
     """``N:M``, such as ``"2:4"``: N of every M consecutive inputs of an output stay. ``null``: any of them may."""
@@ -345,6 +365,8 @@ class SparseGPTConfig(PruningConfig):
 @dataclass
 class OATSConfig(FactorizationConfig):
     """A sparse plus a low-rank weight by alternating thresholding (OATS, arXiv:2409.13652)."""
+
+    family: ClassVar[str] = PRUNING
 
     rank_ratio: float = 0.25
     """Fraction of the values kept that goes to the low-rank part."""

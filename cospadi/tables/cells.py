@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from cospadi.errors import UserError
+from cospadi.factorization.settings import FAMILIES
 from cospadi.tables.metrics import METRICS
 
 QUANTIZED = "+"
@@ -58,6 +59,7 @@ _TEXTS = (
     "model_title",
     "method_title",
     "quantization_title",
+    "family",
 )
 
 
@@ -85,6 +87,8 @@ class Cell:
     """Name of the ``conf/quantization`` file; empty for 16 bits."""
     quantization_title: str = ""
     """How tables and figures name it, behind the method."""
+    family: str = ""
+    """What its method makes of a weight, one of `FAMILIES` (`cospadi/factorization/settings.py`)."""
     samples: Path | None = None
     """Folder of the evaluation's logs, a JSON line per document; ``None``: not kept."""
 
@@ -111,6 +115,14 @@ def quantization_of(method: str) -> str:
     return method.partition(QUANTIZED)[2]
 
 
+def factorization_of(method: str) -> str:
+    """
+    >>> factorization_of("cospadi_plus+int8"), factorization_of("svd")
+    ('cospadi_plus', 'svd')
+    """
+    return method.partition(QUANTIZED)[0]
+
+
 def number(value: object) -> float:
     """A record's number as a float: ``null`` is NaN, and so is the text ``"nan"``, which JSON needs; likewise ``"inf"``.
 
@@ -121,7 +133,7 @@ def number(value: object) -> float:
 
 
 def ordered(cells: Sequence[Cell]) -> list[Cell]:
-    """By model, then the dense row, then ratio; models and methods keep the order in which the study names them."""
+    """By model, then the dense row, then ratio, then family; models and methods keep the study's order."""
     models = list(dict.fromkeys(cell.model for cell in cells))
     methods = list(dict.fromkeys(cell.method for cell in cells))
     return sorted(
@@ -130,6 +142,7 @@ def ordered(cells: Sequence[Cell]) -> list[Cell]:
             models.index(cell.model),
             not cell.is_dense,
             cell.compression_ratio or 0.0,
+            FAMILIES.index(cell.family),
             methods.index(cell.method),
         ),
     )
@@ -168,6 +181,7 @@ def summary(cells: Sequence[Cell]) -> pd.DataFrame:
         *("weight_error_mean", "fallbacks", "evaluate_seconds", "limit"),
         *(f"{task}_{detail}" for task in tasks for detail in ("metric", "higher_is_better")),
         *("fallback_reasons", "diverged", "second_text", "model_title", "method_title", "quantization_title"),
+        "family",
     ]
     frame = pd.DataFrame([_summary_row(cell, tasks, dense_sizes[cell.model]) for cell in cells], columns=columns)
     return _typed(frame, tasks)
@@ -220,6 +234,7 @@ def _summary_row(cell: Cell, tasks: Sequence[str], dense_sizes: dict[str, int]) 
         "model_title": cell.model_title,
         "method_title": cell.method_title,
         "quantization_title": cell.quantization_title,
+        "family": cell.family,
         "second_text": second_text(cell),
         "evaluate_seconds": number(cell.evaluation.get("seconds")),
         "limit": cell.evaluation.get("limit"),

@@ -16,6 +16,7 @@ from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from cospadi.tables.emphasis import middle, most_shared
 from cospadi.tables.paper import join
 from cospadi.tables.style import SOFT
 
@@ -36,14 +37,19 @@ def error_maps(frame: pd.DataFrame, errors: pd.DataFrame) -> Figure:
         width = len(models)
         columns = [[part for part in parts if part[0][0] == model] for model in models]
         parts = [part for row in itertools.zip_longest(*columns) for part in row]
+    has_column_per_model = width == len(models) > 1
     height = math.ceil(len(parts) / width)
     rows_down = errors.groupby("model")["projection"].nunique().max()
     panel_height = 0.65 + 0.2 * rows_down
     figure_width = 6.6 if width == 1 else 9.0
-    headings = _headings(parts, titles, models if len(models) > 1 else {}, (figure_width - 1.2) / width - 0.4)
+    # A column of one model names it once, at its head.
+    named_models = models if len(models) > 1 and not has_column_per_model else {}
+    headings = _headings(parts, titles, named_models, (figure_width - 1.2) / width - 0.4)
     panel_height += 0.17 * headings[0].count("\n")
     figure = Figure(figsize=(figure_width, 0.5 + panel_height * height), layout="constrained")
     panels = figure.subplots(height, width, squeeze=False)
+    if has_column_per_model:
+        headings[:width] = [f"{model}\n{heading}" for model, heading in zip(models.values(), headings, strict=False)]
     finite = errors["output_error"][errors["output_error"].map(math.isfinite)]
     norm, extend = _scale(finite)
     palette = colormaps["viridis"].with_extremes(bad="#e4e4e8")
@@ -111,23 +117,6 @@ def _draw_map(panel: Axes, part: pd.DataFrame, title: str, norm: Normalize, pale
     panel.set_title(title, fontsize=10)
     panel.set_title(aside, fontsize=9, loc="right", color=SOFT, weight="normal")
     return bool(pd.isna(values).any())
-
-
-def most_shared(errors: pd.DataFrame) -> pd.Series:
-    """The ratios that most models and methods have."""
-    pairs = errors.drop_duplicates(["model", "method", "compression_ratio"])
-    times = pairs["compression_ratio"].value_counts()
-    return pd.Series(times[times == times.max()].index, dtype=float)
-
-
-def middle(ratios: pd.Series) -> float:
-    """The middle one of the ratios that occur (the lower of two).
-
-    >>> middle(pd.Series([0.2, 0.5, 0.3, 0.4, 0.2]))
-    0.3
-    """
-    measured = sorted(set(ratios.dropna()))
-    return float(measured[(len(measured) - 1) // 2]) if measured else math.nan
 
 
 def _scale(finite: pd.Series):

@@ -1,4 +1,4 @@
-"""A table like a paper's, and its writers: Markdown, LaTeX (booktabs), HTML, CSV."""
+"""A table like a paper's, and its writers: Markdown, HTML, CSV."""
 
 from __future__ import annotations
 
@@ -106,44 +106,6 @@ class PaperTable:
         notes = "\n".join(f"- {_escape_markdown(note)}" for note in notes)
         return f"### {_escape_markdown(self.title)}\n\n{table}\n\n{notes}\n"
 
-    def latex(self) -> str:
-        """A ``table`` environment for ``booktabs``; ``graphicx`` shrinks it to the text width."""
-        rows = []
-        for group in self.groups:
-            rows.append(r"\midrule")
-            for first, row in zip([True] + [False] * (len(group) - 1), group, strict=True):
-                texts = [_escape_latex(ratio_label(row)) if first else "", _escape_latex(row.label)]
-                texts += [
-                    rf"\textbf{{{_escape_latex(entry.text)}}}" if entry.best else _escape_latex(entry.text)
-                    for entry in row.entries
-                ]
-                rows.append(" & ".join(texts) + r" \\")
-        heads = ["Ratio", "Method", *(_escape_latex(join(" ", column.title, column.arrow)) for column in self.columns)]
-        units = ["", "", *(f"({_escape_latex(column.unit)})" if column.unit else "" for column in self.columns)]
-        return "\n".join(
-            [
-                r"% Needs \usepackage{booktabs,graphicx} and \usepackage[utf8]{inputenc}.",
-                r"\begin{table}[t]",
-                r"\centering",
-                rf"\caption{{{_escape_latex(self.title)}}}",
-                rf"\label{{tab:{_label(self.name)}}}",
-                r"\resizebox{\textwidth}{!}{%",
-                rf"\begin{{tabular}}{{ll{'r' * len(self.columns)}}}",
-                r"\toprule",
-                " & ".join(heads) + r" \\",
-                " & ".join(units) + r" \\",
-                *rows,
-                r"\bottomrule",
-                r"\end{tabular}}",
-                r"\par\smallskip",
-                r"\begin{minipage}{\textwidth}\footnotesize",
-                "\\\\\n".join(_escape_latex(note) for note in self.notes),
-                r"\end{minipage}",
-                r"\end{table}",
-                "",
-            ]
-        )
-
     def html(self) -> str:
         """A page of its own: no scripts, no fonts and no styles from elsewhere."""
         return rendered("page.html", table=self, ratio_label=ratio_label, stderr_note=STDERR_NOTE)
@@ -195,53 +157,5 @@ def join(separator: str, *parts: str) -> str:
     return separator.join(part for part in parts if part)
 
 
-def _label(name: str) -> str:
-    return "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in name)
-
-
 def _escape_markdown(text: str) -> str:
     return " ".join(text.replace("|", r"\|").replace("<", "&lt;").split())
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "%": r"\%",
-    "&": r"\&",
-    "_": r"\_",
-    "#": r"\#",
-    "$": r"\$",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "Δ": r"$\Delta$",
-    "†": r"\textsuperscript{\dag}",
-    "–": "--",
-    "—": "---",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "·": r"$\cdot$",
-    "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$",
-    "→": r"$\rightarrow$",
-    "≤": r"$\leq$",
-    "≥": r"$\geq$",
-    "≈": r"$\approx$",
-    "−": r"$-$",
-    "‖": r"$\|$",
-    "∞": r"$\infty$",
-    "…": r"\ldots{}",
-    "\n": " ",
-}
-
-
-def _escape_latex(text: str) -> str:
-    """Every character that LaTeX would act on, made printable.
-
-    >>> print(_escape_latex("50 % of A_b & c"))
-    50 \\% of A\\_b \\& c
-    """
-    return "".join(_LATEX.get(letter, letter) for letter in text)

@@ -1,4 +1,4 @@
-"""Perplexity against megabytes: every method in every number of bits on one plot, and the front that no other is below."""
+"""Quality against megabytes: every method in every number of bits on one plot, and the front that no other is below."""
 
 from __future__ import annotations
 
@@ -11,59 +11,50 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from cospadi.records import DENSE
-from cospadi.tables.cells import QUANTIZED
-from cospadi.tables.metrics import METRICS
-from cospadi.tables.style import INK, MARKERS, SOFT, label_logarithmic
+from cospadi.tables.cells import factorization_of, quantization_of
+from cospadi.tables.emphasis import factorizations, palette
+from cospadi.tables.lines import (
+    LineEnd,
+    add_legend,
+    axis_label,
+    draw_dense,
+    leading_lines,
+    markers,
+    name_lines,
+    panel_height,
+    upper_limit,
+)
+from cospadi.tables.metrics import METRICS, Metric
+from cospadi.tables.style import GREY, SOFT, label_logarithmic
+
+SHOWN = (METRICS["token_perplexity"], METRICS["kl_to_dense"])
+"""The metrics that have a panel."""
 
 
-def pareto_figure(frame: pd.DataFrame, palette: dict[str, str]) -> Figure:
-    """A panel per model: stored megabytes of the projections and token perplexity, both logarithmic.
+def pareto_figure(frame: pd.DataFrame) -> Figure:
+    """A row per model: stored megabytes of the projections against perplexity and against KL to dense, all logarithmic.
 
-    A colour is a factorization, a marker a quantization, a line joins the ratios of one of each. The grey steps are the
-    front: a point on them has the lowest perplexity of all that are as small.
+    Smaller models are further right, as in the figures against the ratio. A colour is a factorization, a marker a
+    quantization, a line joins the ratios of one of each. The grey steps are the front: a point on them is the best of all
+    that are as small.
     """
     models = dict(zip(frame["model"], frame["model_title"], strict=True))
-    compressed = frame[frame["method"] != DENSE]
-    titles = zip(compressed["method"], compressed["method_title"], compressed["quantization_title"], strict=True)
-    bases = {}
-    bits = {"": "16 bits"}
-    for method, title, quantization_title in titles:
-        base, _, quantization = method.partition(QUANTIZED)
-        bases[base] = title.removesuffix(f", {quantization_title}")
-        bits[quantization] = quantization_title or bits[""]
-    markers = dict(zip(bits, MARKERS * (1 + len(bits) // len(MARKERS)), strict=False))
-    figure = Figure(figsize=(max(6.6, 4.4 * len(models)), 4.3), layout="constrained")
-    panels = figure.subplots(1, len(models), squeeze=False)[0]
-    for panel, (model, title) in zip(panels, models.items(), strict=True):
-        rows = frame[frame["model"] == model]
-        _draw(panel, rows[_drawn(rows)], palette, markers)
-        dense = rows[rows["method"] == DENSE]
-        if not dense.empty and math.isfinite(dense["token_perplexity"].iloc[0]):
-            panel.axhline(dense["token_perplexity"].iloc[0], color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=2)
-        if panel.get_yscale() == "log":
-            label_logarithmic(panel.xaxis)
-            label_logarithmic(panel.yaxis)
-        panel.set(title=title, xlabel="Projections, MB stored")
-    panels[0].set_ylabel(METRICS["token_perplexity"].label)
-    entries = [Line2D([], [], color=palette[name], label=title) for name, title in bases.items()]
-    entries += [
-        Line2D([], [], color=SOFT, marker=markers[name], linestyle="none", label=title) for name, title in bits.items()
-    ]
-    entries.append(Line2D([], [], color=SOFT, alpha=0.6, linewidth=5, label="none smaller is better"))
-    columns = _legend_columns([entry.get_label() for entry in entries], figure.get_figwidth())
-    figure.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=9)
-    figure.set_figheight(4.3 + 0.19 * (math.ceil(len(entries) / columns) - 1))
+    metrics = [metric for metric in SHOWN if _drawn(frame, metric).any()] or list(SHOWN[:1])
+    names = factorizations(frame)
+    size = (5.4 * len(metrics), panel_height(names) * len(models) + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(models), len(metrics), squeeze=False)
+    named = []
+    for row, (model, title) in zip(panels, models.items(), strict=True):
+        for panel, metric in zip(row, metrics, strict=True):
+            ends = _draw(panel, frame, model, metric)
+            panel.set(title=title if panel is row[0] else "", xlabel="Projections, MB stored (smaller →)")
+            named.append((panel, ends))
+    front_entry = Line2D([], [], color=SOFT, alpha=0.3, linewidth=5, label="Pareto front: the best of all as small")
+    add_legend(figure, frame, [front_entry])
+    for panel, ends in named:
+        name_lines(panel, ends)
     return figure
-
-
-def _legend_columns(titles: Sequence[str], width: float | int) -> int:
-    """As many columns as fit beside one another into ``width`` inches, at most 4.
-
-    >>> _legend_columns(["SVD", "Wanda"], 6.6), _legend_columns(["CoSpaDi+, no learned atoms"], 6.6)
-    (4, 2)
-    """
-    widest = 0.6 + 0.085 * max(map(len, titles))
-    return max(1, min(4, int(width / widest)))
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -79,32 +70,55 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return best
 
 
-def _drawn(rows: pd.DataFrame) -> pd.Series:
-    """Compressed rows whose size and perplexity were measured, and are numbers."""
-    loss = rows["token_perplexity"]
+def _drawn(rows: pd.DataFrame, metric: Metric) -> pd.Series:
+    """Compressed rows whose size and loss were measured, and are numbers."""
+    loss = rows[metric.name]
     return (rows["method"] != DENSE) & (rows["stored_bits"].fillna(0) > 0) & loss.map(math.isfinite) & (loss > 0)
 
 
-def _draw(panel: Axes, rows: pd.DataFrame, palette: dict[str, str], markers: dict[str, str]) -> None:
-    """Draw the front and a line per method into a panel."""
+def _draw(panel: Axes, frame: pd.DataFrame, model: str, metric: Metric) -> list[LineEnd]:
+    """Draw the front and a line per method into a panel; returns the ends of the lines that have a name."""
+    of_model = frame[frame["model"] == model]
+    rows = of_model[_drawn(of_model, metric)]
+    panel.set_ylabel(metric.label)
     if rows.empty:
         panel.text(0.5, 0.5, "not measured", transform=panel.transAxes, ha="center", va="center", color=SOFT)
-        return
+        return []
     panel.set(xscale="log", yscale="log")
-    size = rows["stored_bits"].astype(float) / 8e6
-    best = front(list(zip(size, rows["token_perplexity"], strict=True)))
+    rows = rows.assign(megabytes=rows["stored_bits"].astype(float) / 8e6)
+    best = front(list(zip(rows["megabytes"], rows[metric.name], strict=True)))
     panel.step(*zip(*best, strict=True), where="post", color=SOFT, alpha=0.3, linewidth=5, zorder=1)
+
+    limit = upper_limit(of_model, metric)
+    titles = factorizations(frame)
+    of_name = palette(frame)
+    shapes = markers(frame)
+    leading = leading_lines(list(rows["method"]))
+    ends = []
     for method, of_method in rows.groupby("method", sort=False):
-        base, _, quantization = str(method).partition(QUANTIZED)
-        ordered = of_method.sort_values("stored_bits")
+        base = factorization_of(str(method))
+        line = of_method.sort_values("megabytes", ascending=False)
         panel.plot(
-            size[ordered.index],
-            ordered["token_perplexity"],
-            color=palette[base],
-            marker=markers[quantization],
-            markersize=6,
+            line["megabytes"],
+            line[metric.name],
+            color=of_name[base],
+            marker=shapes[quantization_of(str(method))],
+            markersize=5,
             markeredgecolor="white",
             markeredgewidth=0.8,
-            linewidth=1.2,
-            zorder=3,
+            linewidth=1.4,
+            zorder=3 if of_name[base] == GREY else 4,
         )
+        if method in leading:
+            ends.append(LineEnd(line["megabytes"].iloc[-1], line[metric.name].iloc[-1], titles[base], of_name[base]))
+
+    panel.invert_xaxis()
+    if math.isfinite(limit):
+        panel.set_ylim(top=limit)
+    panel.set_ylabel(axis_label(metric, limit))
+    dense = of_model.loc[of_model["method"] == DENSE]
+    if not dense.empty and metric.of_dense is None and math.isfinite(dense[metric.name].iloc[0]):
+        ends.append(draw_dense(panel, dense[metric.name].iloc[0], metric, dense["method_title"].iloc[0]))
+    label_logarithmic(panel.xaxis)
+    label_logarithmic(panel.yaxis)
+    return ends

@@ -11,6 +11,7 @@ import pandas as pd
 from cospadi import records
 from cospadi.errors import UserError
 from cospadi.records import DENSE
+from cospadi.tables import latex
 from cospadi.tables.cells import (
     Cell,
     measurements,
@@ -182,7 +183,8 @@ def tables(
 def write_tables(
     cells: Sequence[Cell], folder: Path, printed: Sequence[PaperTable], differences: pd.DataFrame | None = None
 ) -> list[Path]:
-    """``summary.csv``, ``projections.csv``, and each ``printed`` table as ``.md``, ``.tex``, ``.html`` and ``.csv``.
+    """``summary.csv``, ``projections.csv``, and each ``printed`` table as ``.md``, ``.tex``, ``.html`` and ``.csv``,
+    and as ``<model>_paper.tex`` with as many columns as a page has room for.
 
     With ``differences`` also ``paired.csv``. Rows of published sources are in the printed tables alone.
     """
@@ -196,7 +198,8 @@ def write_tables(
         if table.name in ("summary", "projections", "paired"):
             raise UserError(f"A model named {table.name} would overwrite {table.name}.csv. Rename it in conf/model.")
         texts[f"{table.name}.md"] = table.markdown()
-        texts[f"{table.name}.tex"] = table.latex()
+        texts[f"{table.name}.tex"] = latex.wide(table)
+        texts[f"{table.name}_paper.tex"] = latex.narrow(table)
         texts[f"{table.name}.html"] = table.html()
         texts[f"{table.name}.csv"] = table.csv()
     for name, text in texts.items():

@@ -15,10 +15,13 @@ from cospadi.tables.paper import STDERR_NOTE, PaperTable, ratio_label, rendered
 from cospadi.tables.rulegraph import drawn
 
 FIGURES = {
-    "pareto": "Token perplexity against the megabytes that the compressed projections take on disk. Lower and further left is "
-    "better; the steps join what nothing as small beats.",
-    "perplexity": "Token perplexity against the fraction of bits that is gone. The dashed line is the uncompressed model.",
-    "accuracy": "Average accuracy against the fraction of bits that is gone, with one standard error.",
+    "pareto": "Token perplexity, and KL divergence to the dense model, against the megabytes that the compressed projections "
+    "take on disk. Lower and further right is better; the grey steps join what nothing as small beats. In colour: the method of "
+    "the paper, and the nearest to the dense model of every family of methods. An arrow at a name: the line ends above the axis.",
+    "perplexity": "Token perplexity, with one standard error, against the fraction of bits that is gone. Marks of one ratio are "
+    "moved sideways so that they can be told apart. The dashed line is the uncompressed model.",
+    "accuracy": "Average accuracy, with one standard error, against the fraction of bits that is gone. Marks of one ratio are "
+    "moved sideways.",
     "output_error": "Error of every projection's outputs on the calibration text, layer by layer: what a factorization "
     "minimises. Darker is better.",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +29,8 @@ MARKERS = "osD^v<>phd*8"
 INK = "#1c2024"
 SOFT = "#60646c"
 LINE = "#d9d9e0"
+GREY = "#a4a8ae"
+"""Lines that do not stand out."""
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -54,8 +56,12 @@ STYLE = {
 }
 
 
-def colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour per method: its own where it has one, else the next free one. Colour-blind readers can tell them apart."""
+def colours(methods: Iterable[str]) -> dict[str, str]:
+    """A colour per factorization, given by name: its own where it has one, else the next free one.
+
+    Colour-blind readers can tell them apart.
+    """
+    methods = list(methods)
     free = iter(_COLOURS * (1 + len(methods) // len(_COLOURS)))
     return {method: _KNOWN_COLOURS[method] if method in _KNOWN_COLOURS else next(free) for method in methods}
 
@@ -80,18 +86,19 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 def label_logarithmic(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis whose limits are set: few enough not to touch, and at least three if possible.
 
-    Over more than two decades the powers of ten have labels, below that 1, 2 and 5 of each decade, or every digit.
+    Over more than two decades the powers of ten have labels, below that as few digits of each decade as give three.
     """
-    low, high = axis.get_view_interval()
+    low, high = sorted(axis.get_view_interval())
     decades = math.log10(high / low)
     if decades > 2.2:
         axis.set_major_locator(LogLocator(10, (1.0,), numticks=9))
         axis.set_minor_locator(LogLocator(10, range(2, 10), numticks=200))
     else:
-        axis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0), numticks=20))
         axis.set_minor_locator(NullLocator())
-        if sum(low <= tick <= high for tick in axis.get_majorticklocs()) < 3:
-            axis.set_major_locator(LogLocator(10, range(1, 10), numticks=50))
+        for digits in ((1, 2, 5), (1, 2, 3, 5, 7), range(1, 10)):
+            axis.set_major_locator(LogLocator(10, digits, numticks=50))
+            if sum(low <= tick <= high for tick in axis.get_majorticklocs()) >= 3:
+                break
     axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(_plain_number))
 

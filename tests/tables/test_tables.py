@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from cospadi.errors import UserError
-from cospadi.tables import figures, paper
+from cospadi.tables import figures
 from cospadi.tables.cells import LEADING_COLUMNS, PROJECTION_COLUMNS, Cell, projection_errors, read_summary, summary
 from cospadi.tables.error_maps import error_maps as _error_maps
 from cospadi.tables.figures import write_figures
@@ -63,7 +63,7 @@ def evaluation(ppl, accuracy, tasks=("arc_easy", "heldout_cloze"), limit=None):
     }
 
 
-def factorization(method, compression_ratio, layers, fallback=None):
+def factorization(method, compression_ratio, layers, fallback=None, title=""):
     projections = [
         {
             "name": f"model.layers.{layer}.{projection}",
@@ -87,7 +87,7 @@ def factorization(method, compression_ratio, layers, fallback=None):
         for layer in layers
         for projection, d_in in (("self_attn.q_proj", 64), ("mlp.down_proj", 192))
     ]
-    settings = {"name": method, "title": TITLES[method], "compression_ratio": compression_ratio}
+    settings = {"name": method, "title": title or TITLES[method], "compression_ratio": compression_ratio}
     settings |= {"solver": "htp"} if method == "cospadi" else {}
     calibration = {"n_samples": 64, "sample_length": 1024, "seed": 42, "text": {"title": "Lee news"}}
     return {
@@ -270,7 +270,6 @@ def test_a_fallback_gets_a_dagger_and_a_note():
     assert [r.label for r in table.groups[0]] == ["SVD†", "CoSpaDi"]
     assert "† SVD at 0.2" in table.markdown()
     assert "1 × damping raised to 1e-3" in table.markdown()
-    assert r"SVD\textsuperscript{\dag}" in table.latex()
     assert "†" not in paper_table(summary([cell("cospadi", 0.2)]), "small").markdown()
 
 
@@ -305,34 +304,6 @@ def test_markdown_says_the_same_numbers(frame):
         assert float(line[2].strip("*")) == pytest.approx(100 * expected["arc_easy"], abs=0.05)
     assert body[3][at] == "**74.40**"
     assert "74.40** ± 0.50" in table.markdown(stderr=True)
-
-
-def test_latex_escapes_and_is_well_formed():
-    cells = [cell("svd", 0.2), cell("cospadi", 0.2), dense()]
-    for renamed in cells:
-        renamed.model = "50%_A&B"
-        renamed.model_title = r"50 % of A_B & #1 {x} $y ~z^2 \w"
-    text = paper_table(summary(cells), "50%_A&B", protocol_notes=notes(cells, "50%_A&B")).latex()
-    assert r"50 \% of A\_B \& \#1 \{x\} \$y \textasciitilde{}z\textasciicircum{}2 \textbackslash{}w" in text
-    assert r"0-shot\_acc 50 \%" in text
-    assert r"\label{tab:50--A-B}" in text
-    body = re.search(r"\\toprule\n(.*)\\bottomrule", text, re.DOTALL)[1]
-    n_columns = len(re.search(r"\{tabular\}\{(\w+)\}", text)[1])
-    lines = [line for line in body.splitlines() if line != r"\midrule"]
-    assert all(len(re.findall(r"(?<!\\)&", line)) == n_columns - 1 for line in lines)
-    assert all(line.endswith(r" \\") for line in lines)
-    assert body.count(r"\midrule") == 2  # before the dense row, before the ratio
-    assert r"\textbf{74.40}" in body
-    bare = re.sub(r"\\[\\{}%&_#$]", "", text)
-    depth = 0
-    for letter in bare:
-        depth += {"{": 1, "}": -1}.get(letter, 0)
-        assert depth >= 0
-    assert depth == 0
-    assert re.findall(r"\\begin\{(\w+)\}", bare) == ["table", "tabular", "minipage"]
-    assert re.findall(r"\\end\{(\w+)\}", bare) == ["tabular", "minipage", "table"]
-    assert not set(re.sub(r"%.*", "", bare)) & set("_#~^&%") - {"&"}
-    assert bare.isascii() or not re.search(r"[†–±×↑↓]", bare)
 
 
 class Tags(HTMLParser):
@@ -375,7 +346,9 @@ def test_csv_holds_exact_values(frame):
 def test_writes_every_format_of_every_model(tmp_path):
     cells = study(models=("small", "other"))
     paths = write_tables(cells, tmp_path / "tables", tables(cells, "A study"))
-    formats = [f"{model}.{kind}" for model in ("small", "other") for kind in ("md", "tex", "html", "csv")]
+    formats = [
+        f"{model}{kind}" for model in ("small", "other") for kind in (".md", ".tex", "_paper.tex", ".html", ".csv")
+    ]
     assert [path.name for path in paths] == ["summary.csv", "projections.csv", *formats]
     assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == sorted(path.name for path in paths)
     assert (tmp_path / "tables/small.md").read_text(encoding="utf-8").startswith("### A study: Small-1M\n")
@@ -565,11 +538,3 @@ def test_titles_of_error_maps_leave_the_means_room(model):
         assert title.get_window_extent().x1 <= panel.get_window_extent().x1
         title.set_text(title.get_text().rpartition("\n")[2])  # the mean is at the right of the last line
         assert not title.get_text() or not overlapping([title.get_window_extent(), mean.get_window_extent()])
-
-
-def test_every_letter_of_a_latex_table_is_one_that_latex_knows():
-    """pdflatex with utf8 input knows the Latin letters; everything else has to be written out."""
-    letters = "Δ ± × · ↑ ↓ → ≤ ≥ ≈ − ‖ ∞ … † – —"
-    assert paper._escape_latex(letters).isascii()
-    for table in tables(study(), "A study"):
-        assert all(ord(letter) < 0x250 for letter in table.latex())

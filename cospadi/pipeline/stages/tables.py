@@ -72,6 +72,7 @@ def study_cells(study: Study, unfinished: bool = False) -> dict[str, Cell]:
                 read_json(record),
                 [read_json(Path(record)) for record in study.earlier_records(cell)],
                 *((cell.quantization, config.quantization.title) if config.quantization.changes else ("", "")),
+                family=config.factorization.family,
                 samples=record.parent / "samples",
             )
     return cells

@@ -1,0 +1,42 @@
+"""A study of many methods, made of the numbers in ``docs/results.md``, to draw."""
+
+import re
+from pathlib import Path
+
+from test_tables import factorization, measured
+
+from cospadi.settings import load
+from cospadi.tables.cells import Cell
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results.md"
+
+
+def numbers() -> dict[str, list[tuple[float, float]]]:
+    """Perplexity and KL of every method at 0.2, 0.3, 0.4 and 0.5."""
+    text = RESULTS.read_text(encoding="utf-8").partition("## Every method at equal bytes")[2].partition("*`make")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE)
+    return {
+        name: [tuple(map(float, pair.replace("*", "").split(" / "))) for pair in row.split(" | ")] for name, row in rows
+    }
+
+
+def cells() -> list[Cell]:
+    """A cell per method and ratio, and the dense model."""
+    made = [_cell("dense", "Dense", None, 21.67, 0.0, "")]
+    for name, row in numbers().items():
+        config = load([f"factorization={name}"]).factorization
+        made += [
+            _cell(name, config.title, ratio, *pair, config.family)
+            for ratio, pair in zip((0.2, 0.3, 0.4, 0.5), row, strict=True)
+        ]
+    return made
+
+
+def _cell(method, title, ratio, perplexity, divergence, family):
+    evaluation = {
+        "token_perplexity": measured(perplexity, 0.02 * perplexity),
+        "kl_to_dense": measured(divergence, 0.03 * divergence),
+        "average_accuracy": measured(0.25 / (1 + divergence), 0.014, tasks=["cloze"]),
+    }
+    made = [] if ratio is None else [factorization(method, ratio, range(4), title=title)]
+    return Cell("smollm2", "SmolLM2-135M", method, title, ratio, made, evaluation, family=family)
