@@ -19,8 +19,7 @@ import os
 from pathlib import Path
 
 import pandas as pd
-from IPython.display import HTML, Markdown, display
-from matplotlib import pyplot as plt
+from IPython.display import HTML, Image, Markdown, display
 
 from cospadi.tables.cells import read_summary
 
@@ -49,24 +48,19 @@ for model in models:
     display(Markdown((tables / f"{model}_overview.md").read_text(encoding="utf-8")))
 
 # %% [markdown]
-# ## Perplexity against megabytes
+# ## Quality against megabytes
 #
-# Bytes are counted from the tensors on disk, masks and indices included. Lower left is better.
+# Bytes are counted from the tensors on disk, masks and indices included. Lower right is better. In colour: the method of the paper, and
+# the nearest to the dense model of every family of methods.
 
 # %%
-compressed = summary[summary["method"] != "dense"]
-for model, rows in compressed.groupby("model", sort=False):
-    figure, panel = plt.subplots(figsize=(7, 4.5))
-    for title, points in rows.groupby("method_title", sort=False):
-        points = points.sort_values("stored_bits")
-        panel.plot(points["stored_bits"].astype(float) / 8e6, points["token_perplexity"], marker="o", label=title)
-    dense = summary[(summary["model"] == model) & (summary["method"] == "dense")]["token_perplexity"].iloc[0]
-    panel.axhline(dense, linestyle="--", color="grey", label="Dense")
-    panel.set(
-        xlabel="Projections, MB stored", ylabel="Token perplexity", yscale="log", title=rows["model_title"].iloc[0]
-    )
-    panel.legend(fontsize=8)
-    plt.show()
+display(Image(tables / "pareto.png"))
+
+# %% [markdown]
+# ## Perplexity against the ratio, with standard errors
+
+# %%
+display(Image(tables / "perplexity.png"))
 
 # %% [markdown]
 # ## Which differences are real?
@@ -83,16 +77,11 @@ display(against[against["measure"].isin(["average_accuracy", "nll"])].round(4))
 # %% [markdown]
 # ## Where in the model the error arises
 #
-# Relative error of every projection's outputs on the calibration text, one projection at a time.
+# Relative error of every projection's outputs on the calibration text, one projection at a time, at the middle one of the ratios
+# that most methods have. Darker is better.
 
 # %%
-errors = pd.read_csv(tables / "projections.csv")
-ratio = sorted(errors["compression_ratio"].unique())[(errors["compression_ratio"].nunique() - 1) // 2]
-by_layer = errors[errors["compression_ratio"] == ratio].pivot_table(
-    index="layer", columns=["model", "method"], values="output_error", aggfunc="mean"
-)
-by_layer.plot(figsize=(8, 4.5), ylabel=f"Mean output error at ratio {ratio:g}", logy=True).legend(fontsize=8)
-plt.show()
+display(Image(tables / "output_error.png"))
 
 # %% [markdown]
 # ## The other way round: how small can it be?
@@ -101,6 +90,7 @@ plt.show()
 
 # %%
 ALLOWED = 1.25  # times the dense model's
+compressed = summary[summary["method"] != "dense"]
 base = summary[summary["method"] == "dense"].set_index("model")["token_perplexity"]
 good = compressed[compressed["token_perplexity"] <= ALLOWED * compressed["model"].map(base)]
 smallest = good.loc[good.groupby(["model", "method"])["stored_bits"].idxmin()] if len(good) else good

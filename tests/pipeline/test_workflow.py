@@ -1,5 +1,6 @@
 """The pipeline as a person runs it: snakemake in a folder of its own, on tiny random models."""
 
+import base64
 import csv
 import json
 import os
@@ -332,10 +333,30 @@ def printed(notebook) -> str:
 def test_the_tour_of_the_results_runs(finished):
     notebook = executed("results", finished, COSPADI_STUDY="smoke")
     pictures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert len(pictures) == len(MODELS) + 1
+    figures = ("pareto", "perplexity", "output_error")
+    files = [finished / f"results/tables/smoke/{name}.png" for name in figures]
+    assert [base64.b64decode(picture["data"]["image/png"]) for picture in pictures] == [
+        file.read_bytes() for file in files
+    ]
     shown = printed(notebook)
     for row in rows(finished):
         assert row["method_title"] in shown
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_notebooks_writes_the_executed_tour(finished):
+    """The commands of the target itself, with the programs of this environment."""
+    plan = ["make", "-n", "-o", ".venv/.installed", "notebooks", "STUDY=smoke"]
+    commands = subprocess.run(plan, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "jupytext" in commands
+    (finished / "notebooks").symlink_to(ROOT / "notebooks")
+    commands = commands.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+    run = subprocess.run(
+        ["sh", "-ec", commands], cwd=finished, check=False, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    tour = json.loads((finished / "results/notebooks/smoke.ipynb").read_text(encoding="utf-8"))
+    assert any("image/png" in output.get("data", {}) for cell in tour["cells"] for output in cell.get("outputs", []))
 
 
 def test_compress_your_own_model_runs(tmp_path):
