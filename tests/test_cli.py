@@ -16,6 +16,8 @@ from packaging.requirements import Requirement
 
 import cospadi
 from cospadi import cli
+from cospadi.cli.command import STAGES
+from cospadi.cli.model import SHELLS
 from cospadi.errors import UserError, packages_of
 from cospadi.factorization.files import read_factors
 from cospadi.records import read_json, write_json
@@ -182,7 +184,7 @@ def test_help_groups_every_command_by_who_needs_it(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    places = [text.index(f"\n{group}:") for group in ("your model", "studies", "measuring", cli.STAGES)]
+    places = [text.index(f"\n{group}:") for group in ("your model", "studies", "measuring", STAGES)]
     assert places == sorted(places)
     for command in cli.COMMANDS:
         assert re.search(rf"^  {command.name} +{re.escape(command.summary)}$", text, re.MULTILINE)
@@ -195,7 +197,7 @@ def test_a_mistyped_command_names_the_nearest(capsys):
     assert "compres is not a command. Did you mean compress?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("shell", cli.SHELLS)
+@pytest.mark.parametrize("shell", SHELLS)
 def test_shells_get_their_completion(shell, capsys):
     assert cli.main(["completion", shell]) == 0
     assert "cospadi" in capsys.readouterr().out

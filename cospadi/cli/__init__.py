@@ -1,0 +1,112 @@
+"""The command line: ``cospadi <command>``. The rules of a study run the same commands.
+
+Settings are Hydra overrides (``model=smollm2_135m factorization=cospadi factorization.compression_ratio=0.3``), files are
+options. A mistake of the person typing ends in one sentence and exit code 1. Nothing heavy is imported before a command
+is known: torch takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from cospadi import __version__
+from cospadi.cli import bench, model, stages, study
+from cospadi.errors import UserError, did_you_mean, require_extra
+
+COMMANDS = (*model.COMMANDS, *study.COMMANDS, *bench.COMMANDS, *stages.COMMANDS)
+"""Every command, in the order of ``--help``."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0 when its files are written."""
+    parser = _parser()
+    _complete(parser)
+    options = parser.parse_args(_stage_of_rules(sys.argv[1:] if arguments is None else arguments))
+    try:
+        for extra in options.extras:
+            require_extra(extra, f"cospadi {options.command}")
+        options.run(options)
+        sys.stdout.flush()  # a closed pipe shows here, not when Python ends
+    except KeyboardInterrupt:
+        print("\nStopped. Finished work is kept: type the same command again to go on.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read it has seen enough
+        return 0
+    except UserError as error:
+        if os.environ.get("COSPADI_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        if os.environ.get("COSPADI_TRACEBACK"):
+            raise
+        print(f"error: {error.filename}: {error.strerror}. Check the paths of this command.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _stage_of_rules(arguments: Sequence[str]) -> Sequence[str]:
+    """``evaluate`` as the rules of a study call it is ``evaluate-cell``.
+
+    Their text stays as it was: Snakemake compares it, and would measure every finished cell again.
+    """
+    is_of_rules = list(arguments[:1]) == ["evaluate"] and "--record" in arguments
+    return ["evaluate-cell", *arguments[1:]] if is_of_rules else arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, with the nearest command where one is mistyped."""
+
+    def error(self, message: str) -> None:
+        unknown = re.match(r"argument COMMAND: invalid choice: '([^']*)'", message)
+        if unknown:
+            near = did_you_mean(unknown[1], [command.name for command in COMMANDS])
+            message = f"{unknown[1]} is not a command{near} `{self.prog} --help` lists all of them."
+        setting = re.match(r"unrecognized arguments: (\S+=\S*)", message)
+        if setting:
+            message = (
+                f"{setting[1]} is not taken here. Settings stand together, before or after all options; `cospadi compress` "
+                f"takes each with --set: --set {setting[1]}."
+            )
+        super().error(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="cospadi",
+        usage="cospadi [--version] COMMAND …",
+        description="Compress a language model, or run the stages of a study.",
+        epilog=_listing(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"cospadi {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", help=argparse.SUPPRESS, parser_class=_Parser)
+    for command in COMMANDS:
+        sub = commands.add_parser(command.name, description=command.summary, allow_abbrev=False)
+        sub.set_defaults(command=command.name, run=command.run, extras=command.extras)
+        command.add_options(sub)
+    return parser
+
+
+def _listing() -> str:
+    """All commands by who needs them, for ``--help``."""
+    width = max(len(command.name) for command in COMMANDS)
+    lines = []
+    for group in dict.fromkeys(command.group for command in COMMANDS):
+        lines += ["", f"{group}:"]
+        lines += [f"  {c.name:<{width}}  {c.summary}" for c in COMMANDS if c.group == group]
+    return "\n".join([*lines, "", "`cospadi COMMAND --help` explains one of them."]).lstrip("\n")
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer the shell where it asks for completions, and end."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete  # only here: no other start waits for it
+
+        argcomplete.autocomplete(parser)
