@@ -23,6 +23,7 @@ from cospadi.factorization.files import read_factors
 from cospadi.records import read_json, write_json
 from cospadi.settings import CONF
 
+FILES = ["--grams", "g", "--factors", "f", "--record", "r"]
 TINY = ["study=smoke", "model=tiny_llama"]
 
 
@@ -195,6 +196,30 @@ def test_a_mistyped_command_names_the_nearest(capsys):
         cli.main(["compres", "a", "b"])
     assert ended.value.code == 2
     assert "compres is not a command. Did you mean compress?" in capsys.readouterr().err
+
+
+def test_settings_stand_anywhere_among_the_options(refused, tmp_path):
+    told = refused("compress", "tiny_llama", str(tmp_path / "out"), "--ratio", "0.3", "calibration.n_sampels=3")
+    assert "Did you mean n_samples?" in told
+    told = refused("factorize", "--layers", "0-0", "--model", "m", "calibration.n_sampels=3", *FILES)
+    assert "Did you mean n_samples?" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["compress", "a", "b", "ratio=0.3"], "ratio=0.3 is an option: --ratio 0.3"),
+        (["generate", "a", "The", "capital"], "Put quotes around a text that has blanks."),
+        (["info", "a", "calibration.n_samples=3"], "unrecognized arguments: calibration.n_samples=3"),
+    ],
+)
+def test_what_a_command_does_not_take_is_named_under_its_own_usage(words, sentence, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert sentence in told
+    assert told.startswith(f"usage: cospadi {words[0]} ")
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -14,22 +14,25 @@ import sys
 from collections.abc import Sequence
 
 from cospadi import __version__
-from cospadi.cli import bench, model, stages, study
+from cospadi.cli import bench, model, plan, stages, study
 from cospadi.errors import UserError, did_you_mean, require_extra
 
-COMMANDS = (*model.COMMANDS, *study.COMMANDS, *bench.COMMANDS, *stages.COMMANDS)
+COMMANDS = (*model.COMMANDS, *plan.COMMANDS, *study.COMMANDS, *bench.COMMANDS, *stages.COMMANDS)
 """Every command, in the order of ``--help``."""
+ONLY_OPTIONS = ("ratio", "method", "quantize", "device", "dtype")
+"""Names of options that are not also names of settings."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0 when its files are written."""
     parser = _parser()
     _complete(parser)
-    options = parser.parse_args(_stage_of_rules(sys.argv[1:] if arguments is None else arguments))
+    options, rest = parser.parse_known_args(_stage_of_rules(sys.argv[1:] if arguments is None else arguments))
+    _take_settings(options, rest)
     try:
         for extra in options.extras:
             require_extra(extra, f"cospadi {options.command}")
-        options.run(options)
+        code = options.run(options) or 0
         sys.stdout.flush()  # a closed pipe shows here, not when Python ends
     except KeyboardInterrupt:
         print("\nStopped. Finished work is kept: type the same command again to go on.", file=sys.stderr)
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error.filename}: {error.strerror}. Check the paths of this command.", file=sys.stderr)
         return 1
-    return 0
+    return code
 
 
 def _stage_of_rules(arguments: Sequence[str]) -> Sequence[str]:
@@ -59,6 +62,26 @@ def _stage_of_rules(arguments: Sequence[str]) -> Sequence[str]:
     return ["evaluate-cell", *arguments[1:]] if is_of_rules else arguments
 
 
+def _take_settings(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Settings stand anywhere among the options of a command that takes some; argparse leaves them in ``rest``.
+
+    Raises:
+        SystemExit: with the usage, when something else is left.
+    """
+    settings = [word for word in rest if re.match(r"[+~]{0,2}[\w./@]+=", word)]
+    if "overrides" not in options:
+        settings = []
+    for word in settings:
+        name, _, value = word.partition("=")
+        if name in ONLY_OPTIONS and name in options:
+            options.parser.error(f"{word} is an option: --{name} {value}")
+    unknown = [word for word in rest if word not in settings]
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}. Put quotes around a text that has blanks.")
+    if settings:
+        options.overrides = [*options.overrides, *settings]
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse's, with the nearest command where one is mistyped."""
 
@@ -67,12 +90,6 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             near = did_you_mean(unknown[1], [command.name for command in COMMANDS])
             message = f"{unknown[1]} is not a command{near} `{self.prog} --help` lists all of them."
-        setting = re.match(r"unrecognized arguments: (\S+=\S*)", message)
-        if setting:
-            message = (
-                f"{setting[1]} is not taken here. Settings stand together, before or after all options; `cospadi compress` "
-                f"takes each with --set: --set {setting[1]}."
-            )
         super().error(message)
 
 
@@ -86,10 +103,12 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"cospadi {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", help=argparse.SUPPRESS, parser_class=_Parser)
+    commands = parser.add_subparsers(
+        prog=parser.prog, required=True, metavar="COMMAND", help=argparse.SUPPRESS, parser_class=_Parser
+    )
     for command in COMMANDS:
         sub = commands.add_parser(command.name, description=command.summary, allow_abbrev=False)
-        sub.set_defaults(command=command.name, run=command.run, extras=command.extras)
+        sub.set_defaults(command=command.name, run=command.run, extras=command.extras, parser=sub)
         command.add_options(sub)
     return parser
 

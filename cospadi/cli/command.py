@@ -20,7 +20,8 @@ class Command:
     """A command: what it is called, what it does, and who needs it."""
 
     name: str
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]
+    """What it does; the exit code, where it can fail without an exception."""
     summary: str
     group: str
     add_options: Callable[[argparse.ArgumentParser], None]
@@ -47,6 +48,39 @@ def overrides_and(**files: str) -> Callable[[argparse.ArgumentParser], None]:
             )
 
     return add
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """How a model is compressed; `recipe` makes settings of them."""
+    parser.add_argument("--ratio", type=float, help="fraction of 16-bit weights' bits to remove (default 0.2)")
+    parser.add_argument("--method", help="a file in conf/factorization (default cospadi_plus)")
+    parser.add_argument(
+        "--quantize",
+        metavar="BITS",
+        help="a file in conf/quantization: int8, int4 … for what is stored after that (default none: 16 bits)",
+    )
+    parser.add_argument("--calibration", metavar="TEXT", help="a text file, a document a line, or a file in conf/text")
+    add_settings_option(parser, "calibration.n_samples=16")
+
+
+def recipe(o: argparse.Namespace) -> list[str]:
+    """Settings of `add_recipe_options`, as Hydra takes them."""
+    ratio = [] if o.ratio is None else [f"factorization.compression_ratio={o.ratio}"]
+    chosen = [f"factorization={o.method or 'cospadi_plus'}", f"quantization={o.quantize or 'none'}"]
+    return [*chosen, *ratio, *o.overrides]
+
+
+def add_settings_option(parser: argparse.ArgumentParser, example: str) -> None:
+    """Settings that have no option of their own."""
+    parser.epilog = f"Any other setting is written as it is, anywhere among the options: {example}"
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"the same as KEY=VALUE without --set: {example}; may be repeated",
+    )
 
 
 def nothing(parser: argparse.ArgumentParser) -> None:

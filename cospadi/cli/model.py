@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from cospadi.cli.command import YOUR_MODEL, Command, nothing
+from cospadi.cli.command import YOUR_MODEL, Command, add_recipe_options, add_settings_option, nothing, recipe
 
 DTYPES = ("float16", "bfloat16", "float32")
 SHELLS = ("bash", "zsh", "fish")
@@ -17,24 +17,8 @@ SHELLS = ("bash", "zsh", "fish")
 def _compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a folder, a hub id, or the name of a file in conf/model")
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--ratio", type=float, help="fraction of 16-bit weights' bits to remove (default 0.2)")
-    parser.add_argument("--method", default="cospadi_plus", help="a file in conf/factorization (default %(default)s)")
-    parser.add_argument(
-        "--quantize",
-        default="none",
-        metavar="BITS",
-        help="a file in conf/quantization: int8, int4 … for what is stored after that (default %(default)s: 16 bits)",
-    )
+    add_recipe_options(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
-    parser.add_argument("--calibration", metavar="TEXT", help="a text file, a document a line, or a file in conf/text")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a further setting, as Hydra takes it: --set calibration.n_samples=16; may be repeated",
-    )
     parser.add_argument("--stub", action="store_true", help="add lines that import cospadi for trust_remote_code=True")
     parser.add_argument("--keep-work", action="store_true", help="keep <out>.work with grams and factors")
     parser.add_argument(
@@ -53,10 +37,8 @@ def _compress(o: argparse.Namespace) -> None:
     from cospadi.checkpoint.ledger import ledger_text
     from cospadi.pipeline.outcome import Outcome, outcome_text
 
-    overrides = [f"factorization={o.method}", f"quantization={o.quantize}"]
-    overrides += [] if o.ratio is None else [f"factorization.compression_ratio={o.ratio}"]
-    overrides += [f"{room}.device={o.device}" for room in ("calibration", "factorization", "quantization")]
-    overrides += o.overrides
+    devices = [f"{room}.device={o.device}" for room in ("calibration", "factorization", "quantization")]
+    overrides = [*devices, *recipe(o)]
     measure = not o.no_measure
     sizes = compress_to(o.model, o.out, overrides, o.calibration, o.keep_work, o.stub, o.overwrite, measure, o.dtype)
     print(ledger_text(sizes))
@@ -106,14 +88,7 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="in which both run (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a further setting, as Hydra takes it: --set evaluation.n_windows=32; may be repeated",
-    )
+    add_settings_option(parser, "evaluation.n_windows=32")
 
 
 def _evaluate(o: argparse.Namespace) -> None:
@@ -131,7 +106,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="the text to go on from, in quotes")
     parser.add_argument("--tokens", type=int, default=100, help="tokens at most (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
-    parser.add_argument("--seed", type=int, default=42, help="of the sampling (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the sampling (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
 
 

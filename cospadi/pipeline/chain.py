@@ -5,21 +5,21 @@ Both run the functions of `cospadi.pipeline.stages`, and both leave out what is 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from cospadi.errors import UserError
 from cospadi.factorization.settings import layer_blocks
 from cospadi.models import Projection, find_projections
 from cospadi.pipeline import recipes
+from cospadi.pipeline.compress_plan import BLOCK_BYTES
 from cospadi.pipeline.stages import calibration, factorization, quantization, sources
 from cospadi.records import read_json, write_json
 from cospadi.settings import Config
 from cospadi.sources.families import fitted
-
-BLOCK_BYTES = 2 * 2**30
-"""Bytes of dense 16-bit projections that one factorization takes at most: all it has packed stays in memory until it ends."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,36 @@ def compress(config: Config, work: Path) -> Compressed:
         lambda: sources.prepare_model(config, model, work / "model.json"),
     )
     config = replace(config, model=fitted(config.model, read_json(model / "config.json").get("model_type")))
-    chain.run(
-        "calibration",
-        recipes.of_stage("calibration", config),
-        grams,
-        lambda: calibration.calibrate(config, model, documents, grams, work / "calibration.json"),
-    )
-    blocks = _blocks(config, find_projections(model, config.model))
+    projections = find_projections(model, config.model)
+
+    def calibrate() -> None:
+        _require_disk(config, projections, work)
+        calibration.calibrate(config, model, documents, grams, work / "calibration.json")
+
+    chain.run("calibration", recipes.of_stage("calibration", config), grams, calibrate)
+    blocks = _blocks(config, projections)
     factorized = _factorized(chain, config, model, grams, blocks)
     return _quantized(chain, config, grams, factorized) if config.quantization.changes else factorized
+
+
+def _require_disk(config: Config, projections: Sequence[Projection], work: Path) -> None:
+    """
+    Raises:
+        UserError: the disk has less room than grams, factors and checkpoint will take.
+    """
+    inputs = {(p.layer, p.shared_input): p.d_in for p in projections}
+    weighed = {(p.layer, p.shared_input) for p in projections if p.attended and config.calibration.attention}
+    grams = sum(8 * d_in**2 * (2 if shared_input in weighed else 1) for shared_input, d_in in inputs.items())
+    kept = 1 - config.factorization.compression_ratio
+    factors = kept * sum(2 * p.d_in * p.d_out for p in projections)
+    # The factors lie in the work folder and in the checkpoint.
+    needed = grams + 2 * factors
+    free = shutil.disk_usage(work).free
+    if free < needed:
+        raise UserError(
+            f"{work} is on a disk with {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed: {grams / 1e9:.1f} for the "
+            "grams of all layers, the rest for factors. Free some space, or name an OUT on another disk."
+        )
 
 
 def _blocks(config: Config, projections: Sequence[Projection]) -> list[str]:

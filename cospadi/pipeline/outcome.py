@@ -18,11 +18,10 @@ from cospadi.checkpoint.read import load
 from cospadi.errors import UserError
 from cospadi.evaluation.perplexity import measure_tokens
 from cospadi.kernels.precision import float32_products
+from cospadi.pipeline.compress_plan import MEASURED_WINDOWS
 from cospadi.records import read_json
 from cospadi.settings import Config
 
-WINDOWS = 8
-"""Windows of the calibration's length that are measured, where the text has as many left."""
 DECODED = 16
 """Tokens that are decoded to measure speed."""
 
@@ -95,7 +94,7 @@ def unseen_windows(config: Config, model: Path, documents: Path) -> Int[Tensor, 
     calibration = config.calibration
     tokenizer = models.load_tokenizer(model)
     texts = read_json(documents)
-    for more in range(WINDOWS, 0, -1):
+    for more in range(MEASURED_WINDOWS, 0, -1):
         n_samples = calibration.n_samples + more
         try:
             drawn = draw_samples(tokenizer, texts, n_samples, calibration.sample_length, calibration.seed)

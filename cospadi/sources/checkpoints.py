@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,12 +105,25 @@ def _from_directory(config: ModelConfig, folder: Path) -> dict[str, Any]:
 def _from_hub(config: ModelConfig, folder: Path) -> dict[str, Any]:
     """Fetch a hub repository's data files into the hub's own cache, which resumes, and link them."""
     check_hub_id(config.source, "model.source")
-    snapshot = _snapshot(config)
+    snapshot = _snapshot(config, ["*.safetensors", *COMPANIONS])
     _link_files(snapshot, folder, f"model.source={config.source}")
     return {"revision": snapshot.name}  # the hub's cache names a snapshot by its commit
 
 
-def _snapshot(config: ModelConfig) -> Path:
+def model_settings(config: ModelConfig) -> dict[str, Any]:
+    """``config.json`` of a model on this disk or of a hub repository, fetched without its weights.
+
+    Raises:
+        UserError: there is no such model, or the hub cannot be reached.
+    """
+    if (local := local_path(config.source)) is not None:
+        return _read_settings(existing(local, "model.source") / "config.json", "model.source")
+    check_hub_id(config.source, "model.source")
+    return _read_settings(_snapshot(config, ["config.json"]) / "config.json", "model.source")
+
+
+def _snapshot(config: ModelConfig, kept: Sequence[str]) -> Path:
+    """Folder of the hub's cache with those of a repository's files that match ``kept``, and a tokenizer's templates."""
     import httpx
     from huggingface_hub import errors, snapshot_download
 
@@ -119,8 +132,7 @@ def _snapshot(config: ModelConfig) -> Path:
     try:
         # Subfolders hold other formats of the same weights, but for the templates of a tokenizer.
         snapshot_download(**where, allow_patterns=[f"{TEMPLATES}/*.jinja"])
-        kept = ["*.safetensors", *COMPANIONS]
-        return Path(snapshot_download(**where, allow_patterns=kept, ignore_patterns=["*/*", *_LEFT_OUT]))
+        return Path(snapshot_download(**where, allow_patterns=list(kept), ignore_patterns=["*/*", *_LEFT_OUT]))
     except errors.GatedRepoError as error:
         raise UserError(
             f"{named} is gated: its owner grants access by name. Ask for it on the model's page, then run "

