@@ -6,17 +6,17 @@ import math
 
 
 def perplexity(value: float) -> str:
-    """Two decimals below 100, none below 1000, then a power of ten.
+    """Two decimals below 100, none below 10,000, then a power of ten.
 
-    >>> [perplexity(value) for value in (22.551, 99.996, 249.3, 999.7, 1649.0, float("inf"))]
-    ['22.55', '100', '249', '1.0e3', '1.6e3', 'inf']
+    >>> [perplexity(value) for value in (22.551, 99.996, 249.3, 1649.0, 9999.7, float("inf"))]
+    ['22.55', '100', '249', '1649', '1.0e4', 'inf']
     """
     if not math.isfinite(value):
         return str(value)
     # The limits are those of rounding: 99.996 is 100, not 100.00.
     if abs(value) < 99.995:
         return f"{value:.2f}"
-    if abs(value) < 999.5:
+    if abs(value) < 9999.5:
         return f"{value:.0f}"
     return _power_of_ten(value)
 

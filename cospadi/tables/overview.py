@@ -57,9 +57,9 @@ def overview(frame: pd.DataFrame, model: str) -> str:
 
 
 def _best(rows: pd.DataFrame, metric: Metric) -> str | None:
-    """The best value as it is printed; nothing where there is only one method."""
+    """The best value as it is printed; nothing where all are printed alike, as a single one is."""
     finite = rows[metric.name][rows[metric.name].map(math.isfinite)]
-    if len(rows) < 2 or finite.empty:
+    if len(set(rows[metric.name].map(metric.print))) < 2 or finite.empty:
         return None
     return metric.print(finite.max() if metric.better == HIGHER else finite.min())
 

@@ -102,13 +102,13 @@ class PaperTable:
             for line in lines
         ]
         table = "\n".join("| " + " | ".join(line) + " |" for line in (body[0], rule, *body[1:]))
-        notes = [*self.notes, STDERR_NOTE] if stderr and self.has_stderr else self.notes
+        notes = self.all_notes if stderr else self.notes
         notes = "\n".join(f"- {_escape_markdown(note)}" for note in notes)
         return f"### {_escape_markdown(self.title)}\n\n{table}\n\n{notes}\n"
 
     def html(self) -> str:
         """A page of its own: no scripts, no fonts and no styles from elsewhere."""
-        return rendered("page.html", table=self, ratio_label=ratio_label, stderr_note=STDERR_NOTE)
+        return rendered("page.html", table=self, ratio_label=ratio_label)
 
     def csv(self) -> str:
         """One line per value: exact value and standard error beside the printed text."""
@@ -135,6 +135,11 @@ class PaperTable:
                 head = (self.name, repr(row.compression_ratio), row.method, row.method_title, column.name, column.unit)
                 writer.writerow((*head, value, stderr, entry.text, entry.best))
         return stream.getvalue()
+
+    @property
+    def all_notes(self) -> list[str]:
+        """The notes, with one on standard errors where they are shown."""
+        return [*self.notes, STDERR_NOTE] if self.has_stderr else self.notes
 
     @property
     def has_stderr(self) -> bool:

@@ -61,8 +61,8 @@ def paper_table(
 ) -> PaperTable:
     """The rows of ``model`` in a ``summary``, grouped by ratio and quantization, the best printed value of each group bold.
 
-    Values that are printed alike are bold together; NaN and infinity are never bold, nor is anything where only one
-    method was run. Seconds and sizes are not compared. ``title`` defaults to the model's; ``protocol_notes`` go below.
+    Values that are printed alike are bold together, unless all are; NaN and infinity are never bold, nor is anything where
+    only one method was run. Seconds and sizes are not compared. ``title`` defaults to the model's; ``protocol_notes`` go below.
     With ``differences`` of ``paired``, columns beside the values show how a method differs from the one compared with.
 
     Raises:
@@ -261,7 +261,7 @@ def _like(text: str, stderr: float, column: Column) -> str:
 
 def _mark_best(entries: Sequence[Entry], column: Column) -> None:
     finite = [entry for entry in entries if math.isfinite(entry.value)]
-    if len(entries) < 2 or not finite or not column.better:
+    if len({entry.text for entry in entries}) < 2 or not finite or not column.better:
         return
     best = (max if column.better == "higher" else min)(finite, key=lambda entry: entry.value)
     for entry in finite:
@@ -283,8 +283,8 @@ def _own_notes(rows: pd.DataFrame, groups: Sequence[Sequence[Row]]) -> list[str]
     if len(of_bits) == 1:
         lines.append(f"Stored values have {next(iter(of_bits))} bits.")
     elif of_bits:
-        parts = [f"{bits} bits ({', '.join(dict.fromkeys(titles))})" for bits, titles in of_bits.items()]
-        lines.append(f"Stored values have {'; '.join(parts)}.")
+        parts = [f"{bits} bits ({'; '.join(dict.fromkeys(titles))})" for bits, titles in of_bits.items()]
+        lines.append(f"Stored values have {', '.join(parts)}.")
     for _, row in rows[rows["fallbacks"] > 0].iterrows():
         place = f"{row['method_title']} at {row['compression_ratio']:g}"
         lines.append(f"{DAGGER} {place}: not as asked for in some projections: {row['fallback_reasons']}.")

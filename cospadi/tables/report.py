@@ -11,7 +11,7 @@ from typing import Any
 from cospadi import records
 from cospadi.tables.cells import Cell, ordered, quantization_of, summary
 from cospadi.tables.metrics import METRICS
-from cospadi.tables.paper import STDERR_NOTE, PaperTable, ratio_label, rendered
+from cospadi.tables.paper import PaperTable, ratio_label, rendered
 from cospadi.tables.rulegraph import drawn
 
 FIGURES = {
@@ -40,15 +40,23 @@ def write_report(cells: Sequence[Cell], folder: Path, study_title: str, printed:
         title=study_title,
         headlines=headlines(cells),
         tables=printed,
+        shared_notes=shared_notes(printed),
         figures=[(name, caption, _data(folder / f"{name}.png")) for name, caption in FIGURES.items()],
         written=[(title, texts) for model, title in _titles(cells).items() if (texts := written(cells, model))],
         graph=drawn(rulegraph.read_text(encoding="utf-8")) if rulegraph.is_file() else None,
         made=_made(cells),
         ratio_label=ratio_label,
-        stderr_note=STDERR_NOTE,
     )
     records.write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def shared_notes(printed: Sequence[PaperTable]) -> list[str]:
+    """Notes that all tables have, where there are several: the report has them once."""
+    if len(printed) < 2:
+        return []
+    first, *others = printed
+    return [note for note in first.all_notes if all(note in table.all_notes for table in others)]
 
 
 def headlines(cells: Sequence[Cell]) -> list[str]:

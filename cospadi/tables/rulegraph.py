@@ -9,6 +9,8 @@ import networkx as nx
 
 _BOX = (132, 30)
 _STEP = (172, 46)
+_LANE = 14
+"""Pixels from one arrow below the boxes to the next."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,26 @@ class Graph:
     box: tuple[int, int] = _BOX
 
     def path(self, source: str, target: str) -> str:
-        """SVG path from a rule's right side to another's left."""
+        """SVG path from a rule's right side to another's left; below all boxes where there are some in between."""
         x1, y1 = self.boxes[source]
         x2, y2 = self.boxes[target]
         x1 = x1 + self.box[0]
         y1 = y1 + self.box[1] / 2
         y2 = y2 + self.box[1] / 2
-        bend = max(20.0, (x2 - x1) / 2)
-        return f"M{x1:g},{y1:g} C{x1 + bend:g},{y1:g} {x2 - bend:g},{y2:g} {x2:g},{y2:g}"
+        gap = _STEP[0] - _BOX[0]
+        if (source, target) not in self.lanes:
+            return f"M{x1:g},{y1:g} C{x1 + gap / 2:g},{y1:g} {x2 - gap / 2:g},{y2:g} {x2:g},{y2:g}"
+        lane = self.lanes[source, target]
+        down = f"C{x1 + gap:g},{y1:g} {x1:g},{lane:g} {x1 + gap:g},{lane:g}"
+        up = f"C{x2:g},{lane:g} {x2 - gap:g},{y2:g} {x2:g},{y2:g}"
+        return f"M{x1:g},{y1:g} {down} L{x2 - gap:g},{lane:g} {up}"
+
+    @property
+    def lanes(self) -> dict[tuple[str, str], float]:
+        """How far down the arrows run that would cross a column of boxes."""
+        lowest = max((y for _, y in self.boxes.values()), default=0.0) + self.box[1]
+        far = [(a, b) for a, b in self.arrows if self.boxes[b][0] - self.boxes[a][0] > _STEP[0]]
+        return {arrow: lowest + _LANE * (i + 1) for i, arrow in enumerate(far)}
 
 
 def drawn(dot: str) -> Graph:
@@ -57,9 +71,9 @@ def drawn(dot: str) -> Graph:
             places[rule] = (float(number * _STEP[0]), (above + row) * _STEP[1])
     arrows = sorted(nx.transitive_reduction(rules).edges)
     width = (len(columns) - 1) * _STEP[0] + _BOX[0] if columns else 0
-    return Graph(
-        {name: places[name] for name in names.values()}, arrows, width, max(0, tallest - 1) * _STEP[1] + _BOX[1]
-    )
+    far = sum(places[b][0] - places[a][0] > _STEP[0] for a, b in arrows)
+    height = max(0, tallest - 1) * _STEP[1] + _BOX[1] + _LANE * far
+    return Graph({name: places[name] for name in names.values()}, arrows, width, height)
 
 
 def _middle(heights: list[float]) -> float:

@@ -17,6 +17,10 @@ BODY = 10.0
 """Points of the entries."""
 SMALL = 8.5
 """Points of units and notes."""
+ERROR = 7.0
+"""Points of standard errors, below their values."""
+ERROR_LINE = 0.13
+"""Inches from a value to its standard error."""
 GAP = 0.2
 """Inches between columns at least."""
 EDGE = 0.2
@@ -78,6 +82,8 @@ class _Picture:
             texts = [_texts(row)[i] for row in rows]
             weight = "bold" if i > 1 else "normal"  # any value may be the best one
             widest = max((self._inches(text, BODY, weight) for text in texts), default=0.0)
+            errors = [_error_texts(row)[i] for row in rows]
+            widest = max([widest, *(self._inches(text, ERROR) for text in errors)])
             widths.append(max(self._inches(title, BODY, "bold"), self._inches(unit, SMALL), widest))
         return widths
 
@@ -111,6 +117,10 @@ class _Picture:
             self._put_cell(1, label)
             for i, (text, entry) in enumerate(zip(values, row.entries, strict=True), start=2):
                 self._put_cell(i, text, weight="bold" if entry.best else "normal")
+            if self.table.has_stderr:
+                self.y += ERROR_LINE
+                for i, text in enumerate(_error_texts(row)):
+                    self._put_cell(i, text, ERROR, color=SOFT)
             self.y += 0.06
         self.y += 0.05
 
@@ -118,7 +128,7 @@ class _Picture:
         letters = "abcdefghijklmnopqrstuvwxyz "
         per_line = max(40, int(self.width / (self._inches(letters, SMALL) / len(letters))))
         self.y += 0.06
-        for note in self.table.notes:
+        for note in self.table.all_notes:
             for line in textwrap.wrap(note, per_line, subsequent_indent="   "):
                 self.y += NOTE_LINE
                 self._put(EDGE, line, "left", SMALL, color=SOFT)
@@ -150,3 +160,8 @@ class _Picture:
 def _texts(row: Row) -> list[str]:
     """The texts of a row: ratio, method, values."""
     return [ratio_label(row), row.label, *(entry.text for entry in row.entries)]
+
+
+def _error_texts(row: Row) -> list[str]:
+    """What is below the texts of a row."""
+    return ["", "", *(f"± {entry.stderr_text}" if entry.stderr_text else "" for entry in row.entries)]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cospadi.errors import UserError
-from cospadi.tables import paired
+from cospadi.tables import latex, paired
 from cospadi.tables.cells import Cell, summary
 from cospadi.tables.render import paper_table, tables, write_tables
 
@@ -143,7 +143,7 @@ def test_the_table_shows_differences_with_their_errors(cells, tmp_path):
     assert any(note.startswith("Δ: this method minus CoSpaDi+ at the same ratio") for note in table.notes)
     for text in (table.markdown(), table.html()):
         assert text.count("+0.833 ± 0.176") == 1
-    assert r"+0.833 $\pm$ 0.176" in table.latex()
+    assert r"+0.833 \ensuremath{\pm} 0.176" in latex.wide(table)
     write_tables(cells, tmp_path / "tables", [table], paired.differences(cells, "cospadi_plus"))
     written = pd.read_csv(tmp_path / "tables" / "paired.csv")
     pd.testing.assert_frame_equal(written, paired.differences(cells, "cospadi_plus"))

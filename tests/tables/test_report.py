@@ -130,3 +130,40 @@ def test_the_headline_names_the_nearest_and_the_next():
     assert f"next is {titles[second]} with" in line
     alone = [c for c in cells if c.is_dense or c.method == "svd"]
     assert headlines(alone) == []
+
+
+def test_notes_of_all_models_are_in_the_report_once(tmp_path):
+    made = study(models=("small", "other"), methods=("svd", "cospadi"), ratios=(0.2,))
+    printed = tables(made, "A study")
+    write_figures(made, tmp_path, printed)
+    text = html.unescape(write_report(made, tmp_path, "A study", printed).read_text(encoding="utf-8"))
+    assert printed[0].notes
+    for note in printed[0].all_notes:
+        assert text.count(note) == 1
+
+
+def test_arrows_over_several_columns_run_below_the_boxes():
+    graph = drawn(
+        '0[label = "d"]; 1[label = "c"]; 2[label = "b"]; 3[label = "a"]; 4[label = "e"]; '
+        "1 -> 0; 2 -> 1; 3 -> 2; 4 -> 3; 4 -> 0"
+    )
+    assert graph.lanes == {}  # a longer path has the same ends
+    graph = drawn('0[label = "d"]; 1[label = "c"]; 2[label = "b"]; 3[label = "a"]; 2 -> 1; 1 -> 0; 3 -> 0')
+    assert list(graph.lanes) == [("a", "d")]
+    lowest = max(y for _, y in graph.boxes.values()) + graph.box[1]
+    assert lowest < graph.lanes["a", "d"] < graph.height + 1
+
+
+@needs_browser
+def test_the_printed_report_keeps_every_column(page, tmp_path):
+    reader = shutil.which("pdftotext")
+    if reader is None:
+        pytest.skip("no pdftotext here: apt install poppler-utils")
+    browse(page, tmp_path / "print", f"--print-to-pdf={tmp_path / 'report.pdf'}")
+    done = subprocess.run(
+        [reader, "-layout", "report.pdf", "-"], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    (table,) = tables(cells(), "A study", differences(cells(), "cospadi"))
+    head = next(line for line in done.stdout.splitlines() if line.strip().startswith("Ratio"))
+    for column in table.columns:
+        assert column.title in head

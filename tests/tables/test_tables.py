@@ -25,6 +25,7 @@ from cospadi.tables.numbers import divergence, percent, perplexity, size
 from cospadi.tables.overview import write_overviews
 from cospadi.tables.render import notes, paper_table, tables, write_tables
 from cospadi.tables.style import colours, label_logarithmic, style
+from cospadi.tables.table_picture import table_picture
 
 TITLES = {"svd": "SVD", "svd_llm": "SVD-LLM", "cospadi": "CoSpaDi"}
 PERPLEXITY = {
@@ -221,8 +222,11 @@ def test_best_per_ratio_is_bold(frame):
     assert bold(table, "stored_ratio") == bold(table, "factorize_seconds") == set()
 
 
-def test_ties_are_bold_together(frame):
-    assert bold(paper_table(frame, "small"), "kl_to_dense") == {(r, m) for r in (0.2, 0.3, 0.4) for m in TITLES}
+def test_ties_are_bold_together_but_not_all_of_them(frame):
+    assert bold(paper_table(frame, "small"), "kl_to_dense") == set()
+    cells = study(ratios=(0.2,))
+    cells[0].evaluation["kl_to_dense"] = measured(0.5, 0.01)
+    assert bold(paper_table(summary(cells), "small"), "kl_to_dense") == {(0.2, "svd_llm"), (0.2, "cospadi")}
 
 
 def test_what_is_not_finite_is_never_bold():
@@ -284,7 +288,7 @@ def test_notes_tell_each_protocol_once_and_the_calibration():
 
 def test_notes_tell_whose_values_have_how_many_bits_only_where_they_differ():
     table = paper_table(summary(study()), "small").markdown()
-    assert "Stored values have 16 bits (Dense, SVD, SVD-LLM); 14 bits (CoSpaDi)." in table
+    assert "Stored values have 16 bits (Dense; SVD; SVD-LLM), 14 bits (CoSpaDi)." in table
     assert "Stored values have 16 bits." in paper_table(summary(study(methods=("svd", "svd_llm"))), "small").markdown()
 
 
@@ -538,3 +542,8 @@ def test_titles_of_error_maps_leave_the_means_room(model):
         assert title.get_window_extent().x1 <= panel.get_window_extent().x1
         title.set_text(title.get_text().rpartition("\n")[2])  # the mean is at the right of the last line
         assert not title.get_text() or not overlapping([title.get_window_extent(), mean.get_window_extent()])
+
+
+def test_the_picture_of_a_table_has_the_standard_errors(frame):
+    drawn = {text.get_text() for text in table_picture(paper_table(frame, "small")).texts}
+    assert {"74.40", "± 0.50", "±: one standard error."} <= drawn
