@@ -7,6 +7,8 @@ from pathlib import Path
 
 from cospadi.pipeline import locks
 from cospadi.errors import UserError
+from cospadi.factorization.work import ONE_CORE
+from cospadi.pipeline.plan import seconds_per_job
 from cospadi.pipeline.study import Study, n_gpus, parse_overrides
 from cospadi.tracking.mode import require_key
 
@@ -35,6 +37,11 @@ wildcard_constraints:
 
 onstart:
     locks.sign_in(Path.cwd())
+    # What --logger cospadi begins its estimate with; Snakemake's own logger prints no empty message.
+    logger.info(
+        None,
+        extra={"expected": seconds_per_job(study, ONE_CORE), "cores": workflow.cores},
+    )
 
 
 # Each GPU serves one job at a time; without any, cores are the only limit. --resources gpu=N overrules.

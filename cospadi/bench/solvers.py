@@ -22,15 +22,13 @@ from cospadi.factorization.settings import CoSpaDiConfig
 from cospadi.factorization.solver_table import SOLVERS, Sizes, Solver
 from cospadi.factorization.solvers.solution import Solution
 from cospadi.factorization.solvers.sparse_coding import sparse_code
-from cospadi.factorization.work import Speed
+from cospadi.factorization.work import ONE_CORE
 
 Progress = Callable[[int, float], None]
 """``progress(rounds_done, error)``"""
 OMP = "sklearn_omp"
 """Not a solver: a comparison of one sparse coding, made once."""
 OMP_SPARSITY = 200
-ONE_CORE = Speed(product=2e11, model=1e11, double=5e10, eigen=3e10, memory=6e9)
-"""Rates of a CPU core, for the time left and nothing else."""
 PLAIN_SLOWDOWN = 5.0
 """How many times longer ``ksvd_plain`` takes than ``ksvd``, for the time left and nothing else."""
 

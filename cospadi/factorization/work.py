@@ -42,6 +42,10 @@ class Speed:
         return cls(rate, 1.5 * rate, rate / 7, rate / 200, rate / 70)
 
 
+ONE_CORE = Speed(product=2e11, model=1e11, double=5e10, eigen=3e10, memory=6e9)
+"""Rates of a CPU core, for the time left and nothing else."""
+
+
 @dataclass(frozen=True)
 class Work:
     """Operations of each kind that a job takes. Works add up, and are multiplied by a count."""

@@ -12,10 +12,12 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import psutil
 
+from cospadi.errors import UserError
 from cospadi.records import write_json
 
 
@@ -42,6 +44,25 @@ def is_locked(folder: Path) -> bool:
     """Whether another Snakemake works in ``folder``, or may: a lock of unknown origin counts."""
     remove_stale(folder)
     return any(lock.is_file() for lock in (folder / ".snakemake" / "locks").glob("*"))
+
+
+def require_free(folder: Path) -> None:
+    """Remove a dead run's lock, and refuse to start beside a living one.
+
+    Raises:
+        UserError: another run works in ``folder``.
+    """
+    if not is_locked(folder):
+        return
+    try:
+        owner = json.loads(_signature(folder).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return  # nobody signed in: Snakemake says what its lock means
+    since = datetime.fromtimestamp(owner["started"]).strftime("%Y-%m-%d %H:%M:%S")
+    raise UserError(
+        f"Another run works in {folder}: process {owner['pid']} on {owner['host']}, started {since}. "
+        "Wait until it has ended, or stop it with Ctrl-C. Finished results are kept."
+    )
 
 
 @contextmanager

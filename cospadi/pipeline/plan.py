@@ -101,6 +101,26 @@ def _plan_model(study: Study, model: str, speed: Speed) -> ModelPlan:
     return takes
 
 
+def seconds_per_job(study: Study, speed: Speed) -> dict[str, float]:
+    """Rule -> seconds of one of its jobs, on average over the study; rules whose jobs are little more than their start
+    are left out.
+
+    Raises:
+        UserError: a model's shape is not known.
+    """
+    plans = plan(study, speed)
+    factorized = {(cell.model, cell.method, cell.ratio): len(study.layers(cell)) for cell in study.cells}
+    quantized = sum(len(study.layers(cell)) for cell in study.cells if cell.quantization != NONE)
+    evaluation = sum(one.evaluation for one in plans) / (len(study.cells) + len(plans))
+    return {
+        "calibrate": sum(one.calibration for one in plans) / len(plans),
+        "factorize": sum(one.factorization for one in plans) / max(sum(factorized.values()), 1),
+        "quantize": sum(one.quantization for one in plans) / max(quantized, 1),
+        "evaluate_dense": evaluation,
+        "evaluate": evaluation,
+    }
+
+
 def hours_of_methods(study: Study, speed: Speed) -> dict[str, list[float]]:
     """Method -> hours of its factorizations, at all ratios together, of every model."""
     hours = {method: [0.0] * len(study.study.models) for method in study.study.methods}

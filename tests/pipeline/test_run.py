@@ -1,72 +1,69 @@
-"""The progress lines that ``make reproduce`` prints from snakemake's output."""
+"""``python -m cospadi.pipeline.run``: a study from its first line to its end, or to Ctrl-C."""
 
-import re
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
-from cospadi.pipeline import run
+import psutil
+import pytest
 
-LOG = """\
-Building DAG of jobs...
-Job stats:
-job              count
--------------  -------
-all                  1
-evaluate             2
-factorize            2
-total                5
+from cospadi.errors import UserError
+from cospadi.pipeline import locks, run
 
-[Sun Nov 22 04:46:48 2026]
-rule factorize:
-    input: a
-    jobid: 3
-    wildcards: model=m, method=svd, ratio=0.2
-[Sun Nov 22 04:46:48 2026]
-Finished jobid: 3 (Rule: factorize)
-1 of 5 steps (20%) done
-rule evaluate:
-    jobid: 4
-    wildcards: model=m, method=svd, ratio=0.2
-Finished jobid: 4 (Rule: evaluate)
-Finished jobid: 9 (Rule: factorize)
-"""
+ROOT = Path(run.__file__).parents[2]
+STUDY = ["--cores", "1", "--config", "study=smoke", "overrides=study.models=[tiny_llama] study.methods=[svd_llm]"]
 
 
-def told(log: str, cores: int = 2) -> tuple[list[str], run.Narrator]:
-    narrator = run.Narrator(cores)
-    return [line for line in map(narrator.read, log.splitlines()) if line], narrator
-
-
-def test_every_finished_job_is_a_line_with_its_cell_and_the_time_left():
-    lines, narrator = told(LOG)
-    assert lines[0].startswith("4 jobs")
-    assert [line.split()[:2] for line in lines[1:]] == [["1/4", "factorize"], ["2/4", "evaluate"], ["3/4", "factorize"]]
-    assert "m svd 0.2" in lines[1]
-    assert all(re.search(r"left \d", line) for line in lines[1:])
-    assert narrator.remaining == {"evaluate": 1, "factorize": 0}
-
-
-def test_the_time_left_shrinks_to_nothing():
-    _, narrator = told(LOG + "Finished jobid: 5 (Rule: evaluate)\n")
-    assert narrator._left() == 0
-
-
-def test_a_failure_is_kept_word_for_word():
-    lines, narrator = told(LOG + "Error in rule evaluate:\n    log: run.log\nerror: The text is too short.\n")
-    assert len(lines) == 4
-    assert narrator.trouble[0] == "Error in rule evaluate:"
-    assert "error: The text is too short." in narrator.trouble
-
-
-def test_settings_that_do_not_compose_are_shown_without_a_traceback(capsys):
+def test_settings_that_do_not_compose_are_shown_without_a_traceback(capfd):
     assert run.main(["-n", "--cores", "1", "--config", "study=nope"]) != 0
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert "study=nope does not exist" in said
     assert "Traceback" not in said
 
 
-def test_every_rule_has_an_estimate():
-    from pathlib import Path
+def test_a_second_run_is_refused_by_the_pid_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("Snakefile").touch()
+    lock = tmp_path / ".snakemake" / "locks" / "0.input.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    locks.sign_in(tmp_path)
+    with pytest.raises(UserError, match=rf"process {os.getpid()} on .*, started \d{{4}}-"):
+        run.main(["--cores", "1"])
+    assert lock.exists()
 
-    rules = re.findall(
-        r"^rule (\w+):", "\n".join(f.read_text() for f in Path("workflow/rules").glob("*.smk")), re.MULTILINE
-    )
-    assert sorted(run.SECONDS) == sorted(rules)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_study_leaves_no_process_and_no_lock(number, tmp_path):
+    for name in ("Snakefile", "workflow", "profiles", "tests/data"):
+        source = ROOT / name
+        if source.is_file():
+            shutil.copy(source, tmp_path / name)
+        else:
+            shutil.copytree(source, tmp_path / name)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "cospadi.pipeline.run", *STUDY]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as study:
+        while "jobs, roughly" not in (line := study.stdout.readline()):
+            assert line, "the study ended before its first job"
+        # Wait until a job writes its log: it runs then.
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("results/**/*.log")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        family = psutil.Process(study.pid).children(recursive=True)
+        assert len(family) >= 2
+        study.send_signal(number)
+        study.send_signal(number)  # as a person in a hurry does
+        said = study.stdout.read()
+    assert study.returncode == 130
+    assert "Stopped. Finished results are kept" in said
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
+    assert not list((tmp_path / ".snakemake" / "locks").glob("*"))
