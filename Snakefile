@@ -40,7 +40,10 @@ onstart:
     # What --logger cospadi begins its estimate with; Snakemake's own logger prints no empty message.
     logger.info(
         None,
-        extra={"expected": seconds_per_job(study, ONE_CORE), "cores": workflow.cores},
+        extra={
+            "expected": seconds_per_job(study, ONE_CORE),
+            "cores": workflow.cores,
+        },
     )
 
 
