@@ -81,6 +81,10 @@ def compress_to(
         raise UserError(f"{out} holds a compressed checkpoint. Add --overwrite to replace it, or name another folder.")
     if Path(source).exists() and Path(source).resolve() == out.resolve():
         raise UserError(f"{out} is the model itself. Name another folder to write.")
+    if Path(source).is_dir() and Path(source).resolve() in out.resolve().parents:
+        raise UserError(
+            f"{out} is inside the model's folder {source}, whose files would change. Name a folder outside it."
+        )
     work = own_folder(out.with_name(f"{out.name}.work"))
     with _alone(work, out):
         made = chain.compress(config, work)

@@ -60,7 +60,7 @@ def require_device(setting: str, value: str) -> None:
 def require_extra(extra: str, what: str) -> None:
     """
     Args:
-        extra: extra of this package: ``study`` or ``track``.
+        extra: extra of this package: ``study``, ``serve`` or ``track``.
         what: the command that needs it.
 
     Raises:
@@ -71,7 +71,8 @@ def require_extra(extra: str, what: str) -> None:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError as error:
             raise UserError(
-                f"{what} needs {package}, which is not installed. Install what it needs: pip install 'cospadi[{extra}]'."
+                f"{what} needs {package}, which is not installed. Install what it needs, in the folder of the repository: "
+                f"pip install '.[{extra}]'."
             ) from error
 
 

@@ -76,12 +76,11 @@ class StudyConfig:
             require(len(set(values)) == len(values), f"study.{setting} names an entry twice: {list(values)}.")
         methods = [*self.methods, *(file.stem for file in (CONF / "factorization").glob("*.yaml"))]
         for setting in ("ratios_of", "quantizations_of"):
-            for method, chosen in getattr(
-                self, setting
-            ).items():  # of methods that a study is narrowed down not to have, too
+            # A study that is narrowed down keeps what it says about the methods it has no longer.
+            for method, chosen in getattr(self, setting).items():
                 require(
                     method in methods,
-                    f"study.{setting}.{method} is of no method{did_you_mean(method, methods)} "
+                    f"study.{setting}.{method} names a method that does not exist{did_you_mean(method, methods)} "
                     f"study.methods are: {', '.join(self.methods)}.",
                 )
                 require(
@@ -165,7 +164,18 @@ def load(overrides: Sequence[str]) -> Config:
             _refuse_added_keys(composed)
             return OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(_one_sentence(error)) from error
+        raise UserError(_without_package(overrides) or _one_sentence(error)) from error
+
+
+def _without_package(overrides: Sequence[str]) -> str | None:
+    """What is wrong with a study's file that lacks the line by which Hydra knows that it overrides other rooms, too."""
+    names = [o.removeprefix("study=") for o in overrides if o.startswith("study=")]
+    file = CONF / "study" / f"{names[-1]}.yaml" if names else None
+    if file is None or not file.is_file() or "@package _global_" in file.read_text(encoding="utf-8"):
+        return None
+    return (
+        f"{file} lacks a line that Hydra reads, although it looks like a comment. Write at its top: # @package _global_"
+    )
 
 
 def model_overrides(source: str) -> list[str]:

@@ -15,11 +15,12 @@ import torch
 from packaging.requirements import Requirement
 
 import cospadi
-from cospadi import cli
+from cospadi import cli, settings
 from cospadi.cli.command import STAGES
 from cospadi.cli.model import SHELLS
 from cospadi.errors import UserError, packages_of
 from cospadi.factorization.files import read_factors
+from cospadi.pipeline import run, sweep
 from cospadi.records import read_json, write_json
 from cospadi.settings import CONF
 
@@ -264,7 +265,7 @@ def test_a_command_names_the_extra_it_needs_before_it_starts(refused, monkeypatc
         command = [*command, *(word for name in files for word in (f"--{name}", "x"))]
     told = refused(*command)
     assert told.startswith(f"cospadi {command[0]} needs {missing}, which is not installed.")
-    assert told.endswith(f"pip install 'cospadi[{extra}]'.")
+    assert told.endswith(f"pip install '.[{extra}]'.")
 
 
 def test_the_light_install_has_no_package_of_the_extras():
@@ -287,6 +288,68 @@ def test_a_study_away_from_the_repository_is_one_sentence(program, tmp_path):
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: There is no Snakefile in ")
     assert "Studies need the project's repository" in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "study=smoke"],
+        ["tabulate", "--folder", "t"],
+        ["track", "--folder", "t"],
+        ["workspace", "--definition", "w"],
+    ],
+)
+def test_commands_for_studies_say_where_they_belong(refused, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    assert refused(*words).startswith(f"There is no Snakefile in {tmp_path}. Studies need the project's repository")
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_hands_a_study_to_snakemake(monkeypatch):
+    handed = []
+    monkeypatch.chdir(CONF.parent)
+    monkeypatch.setattr(run, "main", lambda arguments: handed.append(list(arguments)) or 3)
+    study = ["study=smoke", "study.models=[tiny_llama]", "study.methods=[svd_llm]"]
+    assert cli.main(["run", *study, "--cores", "2", "evaluation.n_windows=4", "--snakemake=--until calibrate"]) == 3
+    (arguments,) = handed
+    assert arguments[:4] == ["--cores", "2", "--until", "calibrate"]
+    name, overrides = arguments[arguments.index("--config") + 1 :]
+    assert name == "study=smoke"
+    assert json.loads(overrides.removeprefix("overrides=")) == [*study[1:], "evaluation.n_windows=4"]
+
+
+def test_sweep_is_a_multirun_of_hydra(monkeypatch):
+    handed = []
+    monkeypatch.setattr(sweep, "main", lambda arguments: handed.append(list(arguments)) or 0)
+    assert cli.main(["sweep", "model=a,b", "factorization=svd_llm"]) == 0
+    assert handed == [["--multirun", "model=a,b", "factorization=svd_llm"]]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_utf8_shows_help_and_text(encoding, tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(cospadi.__file__).parents[1])}
+    for words in (["compress", "--help"], ["info", "Москва"]):
+        command = [sys.executable, "-m", "cospadi", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+        assert b"Traceback" not in done.stderr
+        assert b"compress" in done.stdout + done.stderr
+
+
+def test_a_folder_inside_the_model_is_refused(refused, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    told = refused("compress", str(tmp_path), str(tmp_path / "small"))
+    assert "is inside the model's folder" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_study_without_its_first_line_is_told_so(tmp_path, monkeypatch):
+    folder = tmp_path / "conf"
+    shutil.copytree(CONF, folder)
+    study = folder / "study" / "smoke.yaml"
+    study.write_text(study.read_text(encoding="utf-8").replace("# @package _global_", "#"), encoding="utf-8")
+    monkeypatch.setattr(settings, "CONF", folder)
+    with pytest.raises(UserError, match=r"smoke.yaml lacks a line that Hydra reads.* # @package _global_"):
+        settings.load(["study=smoke"])
 
 
 def test_a_closed_pipe_is_a_quiet_end(tmp_path):

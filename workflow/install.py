@@ -15,7 +15,8 @@ COMMAND = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"
 
 
 def main() -> int:
-    started = told = time.monotonic()
+    started = time.monotonic()
+    reported = started
     seen = 0
     with (
         LOG.open("w") as log,
@@ -32,11 +33,11 @@ def main() -> int:
             elapsed = time.monotonic() - started
             if line.startswith("Installing collected"):
                 print(f"All packages fetched in {elapsed:.0f} s; unpacking them, about a minute and a half", flush=True)
-                told = float("inf")
-            elif time.monotonic() - told > 10 and seen:
+                reported = float("inf")
+            elif time.monotonic() - reported > 10 and seen:
                 left = elapsed / seen * max(PACKAGES - seen, 0) + 60
                 print(f"{seen} of about {PACKAGES} packages, {elapsed:.0f} s, left about {left:.0f} s", flush=True)
-                told = time.monotonic()
+                reported = time.monotonic()
     if pip.returncode:
         print("".join(LOG.read_text().splitlines(keepends=True)[-15:]), file=sys.stderr)
         print(f"error: pip could not install the project. All it said is in {LOG}.", file=sys.stderr)

@@ -8,6 +8,7 @@ is known: torch takes seconds.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ ONLY_OPTIONS = ("ratio", "method", "quantize", "device", "dtype")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0 when its files are written."""
+    _replace_unknown_letters()
     parser = _parser()
     _complete(parser)
     options, rest = parser.parse_known_args(_stage_of_rules(sys.argv[1:] if arguments is None else arguments))
@@ -51,6 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.filename}: {error.strerror}. Check the paths of this command.", file=sys.stderr)
         return 1
     return code
+
+
+def _replace_unknown_letters() -> None:
+    """A terminal that is not in UTF-8 shows a question mark for a letter it does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _stage_of_rules(arguments: Sequence[str]) -> Sequence[str]:

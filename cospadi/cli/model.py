@@ -84,7 +84,9 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="a text file, a document a line, or a file in conf/text (default %(default)s: the default study's)",
     )
-    parser.add_argument("--tasks", default="", help="tasks of lm-eval as well: arc_easy,piqa; needs cospadi[study]")
+    parser.add_argument(
+        "--tasks", default="", help="tasks of lm-eval as well: arc_easy,piqa; needs pip install '.[study]'"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="in which both run (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="as JSON")

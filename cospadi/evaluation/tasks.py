@@ -52,6 +52,11 @@ def prepared_tasks(
     if not config.tasks and not config.embedded_tasks:
         yield lambda: ({}, {})
         return
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            "The tokenizer has neither a BOS nor an EOS token, and lm-eval starts a text from one of them. Set eos_token in "
+            "tokenizer_config.json, or leave out all tasks: evaluation.tasks=[] evaluation.embedded_tasks=[]."
+        )
     with quiet(), _fresh_cache(config.mirror):
         loaded = {name: embedded_task(name, documents, config) for name in config.embedded_tasks}
         for name in config.tasks:

@@ -6,7 +6,6 @@ a lock of unknown origin, or of another machine on a shared disk, stays.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 
 from cospadi.errors import UserError
 from cospadi.records import write_json
@@ -71,8 +71,7 @@ def held(files: Sequence[Path]) -> Iterator[None]:
     with ExitStack() as stack:
         for file in files:
             file.parent.mkdir(parents=True, exist_ok=True)
-            stream = stack.enter_context(open(file, "w"))
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            stack.enter_context(FileLock(file))
         yield
 
 

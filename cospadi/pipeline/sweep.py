@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -141,6 +142,12 @@ def _check(overrides: Sequence[Override], name: object, multirun: bool) -> None:
     if any(o.get_key_element() == "hydra/sweeper" for o in overrides):
         raise UserError(
             "hydra/sweeper is set, but cells are known before the first job only to Hydra's own. Leave it out."
+        )
+    launchers = [o.value() for o in overrides if o.get_key_element() == "hydra/launcher"]
+    if "submitit_slurm" in launchers and shutil.which("sbatch") is None:
+        raise UserError(
+            "hydra/launcher=submitit_slurm needs Slurm, and there is no sbatch here. Start the sweep on a login node of the "
+            "cluster, or set hydra/launcher=joblib."
         )
     if not re.fullmatch(r"\w+", str(name)) or (CONF / "study" / f"{name}.yaml").is_file():
         raise UserError(

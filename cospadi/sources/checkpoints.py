@@ -248,6 +248,9 @@ def _random_settings(config: ModelConfig, tokenizer: Any) -> Any:
     if unknown:
         raise UserError(f"model.architecture.{unknown[0]} is not a field of a {model_type} config. Correct its name.")
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    pad = getattr(default, "pad_token_id", None)
+    if pad is not None and pad >= len(tokenizer):
+        ends["pad_token_id"] = tokenizer.pad_token_id
     settings = {"vocab_size": len(tokenizer), "num_hidden_layers": n_layers(config), **ends, **config.architecture}
     try:
         return AutoConfig.for_model(model_type, **settings)

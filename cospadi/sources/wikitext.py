@@ -106,7 +106,7 @@ def articles(stream: BufferedIOBase) -> Iterator[str]:
     """The prose of each article of at least ``MIN_WORDS`` words: pages of namespace 0 that are not redirects.
 
     Raises:
-        xml.etree.ElementTree.ParseError: when the export is cut off or is no XML.
+        xml.etree.ElementTree.ParseError: when the export is cut off or is not XML.
     """
     root: Element | None = None
     for event, element in iterparse(stream, events=("start", "end")):

@@ -365,6 +365,13 @@ def test_a_text_too_short_for_a_task_names_the_setting(model, tokenizer, changes
         evaluation.evaluate(model, tokenizer, DOCUMENTS, settings(**changes))
 
 
+def test_a_tokenizer_with_neither_bos_nor_eos_is_a_sentence(model):
+    bare = byte_tokenizer()
+    bare.bos_token = bare.eos_token = None
+    with pytest.raises(UserError, match=r"neither a BOS nor an EOS token"):
+        evaluation.evaluate(model, bare, DOCUMENTS, settings(n_windows=1))
+
+
 def test_lengths_that_do_not_fit_name_the_setting(model, tokenizer):
     for setting in ("window", "max_length"):
         with pytest.raises(UserError, match=rf"evaluation\.{setting}=5000 is more than the 4096 positions"):

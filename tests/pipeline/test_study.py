@@ -200,7 +200,10 @@ def test_every_method_has_every_quantization_and_files_of_its_own():
         ("study.quantizations=[none,int99]", "quantization=int99 does not exist"),
         ("study.quantizations=[]", "study.quantizations is empty"),
         ("study.quantizations=[int8,int8]", "study.quantizations names an entry twice"),
-        ("+study.quantizations_of.svdd=[int8]", "study.quantizations_of.svdd is of no method. Did you mean svd?"),
+        (
+            "+study.quantizations_of.svdd=[int8]",
+            "study.quantizations_of.svdd names a method that does not exist. Did you mean svd?",
+        ),
         ("study.quantizations=[truncated14]", "quantization.values=truncated14 is for the values of sparse methods"),
     ],
 )
@@ -218,7 +221,7 @@ def test_a_ratio_that_a_method_cannot_have_is_known_before_the_first_job():
 @pytest.mark.parametrize(
     ("ratios_of", "sentence"),
     [
-        ("svdd=[0.3]", "study.ratios_of.svdd is of no method. Did you mean svd?"),
+        ("svdd=[0.3]", "study.ratios_of.svdd names a method that does not exist. Did you mean svd?"),
         ("svd=[]", "study.ratios_of.svd is empty"),
         ("svd=[0.3,0.3]", "study.ratios_of.svd names an entry twice"),
         ("svd=[3]", "factorization.compression_ratio=3 is not between 0 and 1"),

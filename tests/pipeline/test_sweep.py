@@ -105,6 +105,11 @@ def mistake(*arguments: str, multirun: bool = True) -> str:
     return str(caught.value)
 
 
+def test_the_launcher_of_slurm_is_refused_where_no_slurm_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "there is no sbatch here" in mistake("model=tiny_llama", "hydra/launcher=submitit_slurm")
+
+
 def test_mistakes_are_known_before_the_first_job(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "factorization=cospady does not exist. Did you mean cospadi?" in mistake(*SMALL, "factorization=svd,cospady")

@@ -622,6 +622,13 @@ def test_any_text_comes_back_from_its_bytes(tokenizer, probe):
     assert tokenizer.decode(tokenizer(probe)["input_ids"]) == probe
 
 
+@pytest.mark.parametrize("model_type", ["phi3", "glm4", "smollm3"])
+def test_a_default_pad_token_beyond_the_bytes_is_that_of_the_tokenizer(model_type, tmp_path):
+    prepare_model(random_model(model_type), tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert settings["pad_token_id"] == load_tokenizer(tmp_path / "model").pad_token_id
+
+
 @pytest.mark.parametrize(
     ("config", "match"),
     [
