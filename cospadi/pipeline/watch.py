@@ -22,8 +22,12 @@ from cospadi.progress import duration
 
 SILENCE = 50.0
 """Seconds after which running jobs are told again in a file."""
-TAIL = 4096
+TAIL = 8192
 """Bytes at the end of a job's log in which its last line is looked for."""
+TOLD = {"tabulate"}
+"""Rules whose words are for people: who won, and where the report is."""
+TOLD_LINES = 40
+"""Lines of such a job's log that are shown."""
 FAILED_LINES = 20
 """Lines of a failed job's log that are shown."""
 
@@ -99,6 +103,8 @@ class Watch:
         self.say(
             f"{self.done:{len(str(self.total))}}/{self.total}  {job.name:<60} {took:<13} left {duration(self.left())}"
         )
+        if job.rule in TOLD and job.log:
+            self.say("\n".join(("", *last_lines(job.log, TOLD_LINES), "")))
 
     def fail(self, number: int, rule: str, logs: Sequence[str] | None) -> None:
         """Say that a job failed, with the end of its log."""

@@ -69,3 +69,14 @@ def test_a_file_is_never_silent_while_a_job_runs(monkeypatch):
     shown._ended.wait(2.5)
     shown.close()
     assert "running  evaluate        m" in stream.getvalue()
+
+
+def test_what_the_tables_say_is_shown_when_they_are_done(told, tmp_path):
+    """Who won, and where the report is."""
+    shown, stream = told
+    shown.waiting["tabulate"] = 1
+    log = tmp_path / "run.log"
+    log.write_text("m, 30% of the bits removed: CoSpaDi comes nearest.\nReport: results/tables/s/report.html\n")
+    shown.start(5, "tabulate", {"study": "s"}, [str(log)], threads=1)
+    shown.finish(5)
+    assert stream.getvalue().rstrip().endswith("CoSpaDi comes nearest.\nReport: results/tables/s/report.html")

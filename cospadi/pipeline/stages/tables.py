@@ -12,7 +12,7 @@ from cospadi.tables.figures import write_figures
 from cospadi.tables.overview import write_overviews
 from cospadi.tables.paired import differences
 from cospadi.tables.render import tables, write_tables
-from cospadi.tables.report import write_report
+from cospadi.tables.report import headlines, write_report
 
 
 def tabulate(study: Study, folder: Path) -> None:
@@ -28,7 +28,11 @@ def tabulate(study: Study, folder: Path) -> None:
     write_tables(cells, folder, printed, paired)
     write_overviews(cells, folder)
     write_figures(cells, folder, printed)
-    write_report(cells, folder, study.study.title, printed)
+    page = write_report(cells, folder, study.study.title, printed)
+    # Whoever runs the study reads this last.
+    for line in headlines(cells):
+        print(line)
+    print(f"Report: {page}")
 
 
 def require_records(study: Study) -> None:
