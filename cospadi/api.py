@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from cospadi.checkpoint.specs import layer_of
 from cospadi.checkpoint.transformers_plugin import METHOD, attach
 from cospadi.checkpoint.write import write
 from cospadi.errors import UserError
+from cospadi.experts import experts_apart, names_experts
 from cospadi.factorization.factors import Dense, Factors
 from cospadi.factorization.files import read_factors
 from cospadi.factorization.groups import factorized, groups_of, problems_from, runs_in_memory
@@ -36,6 +37,7 @@ from cospadi.sources.files import quantization_of
 from cospadi.sources.texts import read_documents
 
 if TYPE_CHECKING:
+    from jaxtyping import Int
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -220,6 +222,27 @@ def compress(
         raise UserError("texts is one string, which would be read letter by letter. Give a list of documents.")
     texts = read_documents(calibration.text) if texts is None else list(texts)
     tokens = draw_samples(tokenizer, texts, calibration.n_samples, calibration.sample_length, calibration.seed)
+    with experts_apart(model) if _has_experts(config) else nullcontext():
+        # All layers are replaced at the end, so that an interruption before leaves the model as it was.
+        for name, layer in _smaller_layers(config, model, tokens).items():
+            model.set_submodule(name, layer)
+    attach(model, {"factorization": asdict(config.factorization), "quantization": asdict(config.quantization)})
+    return model
+
+
+def _has_experts(config: Config) -> bool:
+    return names_experts(name for group in config.model.shared_inputs for name in group)
+
+
+def _smaller_layers(
+    config: Config, model: PreTrainedModel, tokens: Int[Tensor, "n_samples sample_length"]
+) -> dict[str, CompressedLinear]:
+    """The compressed layers by their names; the model is not changed.
+
+    Raises:
+        UserError: see `compress`.
+    """
+    calibration = config.calibration
     inputs: dict[tuple[int, str], InputStatistics] = {}
     projections: list[Projection] = []
     for names, statistics in _in_eval_mode(model, gather(model, config.model, calibration, tokens)):
@@ -247,11 +270,7 @@ def compress(
         raise UserError(
             "No projection was compressed: every one was left dense. Choose another ratio, method or quantization."
         )
-    # All layers are replaced at the end, so that an interruption before leaves the model as it was.
-    for name, layer in smaller.items():
-        model.set_submodule(name, layer)
-    attach(model, {"factorization": asdict(config.factorization), "quantization": asdict(config.quantization)})
-    return model
+    return smaller
 
 
 def _require_plain(model: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from cospadi.errors import UserError
+from cospadi.experts import Part, expanded, names_experts, parts, unfuse, weight_of
 from cospadi.sources.architecture import auto_class, auto_class_of, quiet
 from cospadi.sources.files import weight_files
 from cospadi.sources.settings import ModelConfig
@@ -67,17 +68,35 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
+        """Names of the tensors as they are stored. Those of `parts` can be read, too."""
         return list(self._where)
 
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """Weights of single experts, by the names that they have when experts are apart."""
+        return parts({name: self.shape(name) for name in self._where if ".experts." in name})
+
+    @property
+    def names_apart(self) -> list[str]:
+        """`names` with those of `parts` in place of the fused parameters."""
+        fused = {part.fused for part in self.parts.values()}
+        return [*(name for name in self._where if name not in fused), *self.parts]
+
     def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._where:
+            return self.parts[name].shape
         return tuple(self._where[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        return self._where[name].get_tensor(name)
+        if name in self._where:
+            return self._where[name].get_tensor(name)
+        part = self.parts[name]
+        return self._where[part.fused].get_slice(part.fused)[part.expert, part.rows]
 
     def dtype(self, name: str) -> str:
         """Dtype as safetensors names it: ``BF16``."""
-        return self._where[name].get_slice(name).get_dtype()
+        stored = name if name in self._where else self.parts[name].fused
+        return self._where[stored].get_slice(stored).get_dtype()
 
     def weight(self, projection: Projection) -> Float[Tensor, "d_in d_out"]:
         """The projection's weight in float32: ``outputs = inputs @ weight``."""
@@ -96,10 +115,11 @@ def find_projections(folder: Path, config: ModelConfig) -> list[Projection]:
     """
     checkpoint = Checkpoint(folder)
     pattern = re.compile(re.escape(config.blocks) + r"\.(\d+)\.(.+)\.weight")
-    matches = [m for m in map(pattern.fullmatch, checkpoint.names) if m]
+    matches = [m for m in map(pattern.fullmatch, [*checkpoint.names, *checkpoint.parts]) if m]
     layers = range(1 + max((int(m[1]) for m in matches), default=-1))  # a block that is missing whole is missing, too
-    expected = [(group[0], projection) for group in config.shared_inputs for projection in group]
     present = {(int(m[1]), m[2]) for m in matches}
+    groups = expanded(config.shared_inputs, {projection for _, projection in present})
+    expected = [(group[0], projection) for group in groups for projection in group]
     missing = [p for _, p in expected if any((layer, p) not in present for layer in layers)]
     if not layers or missing:
         raise UserError(_nothing_found(checkpoint, config, missing or [p for _, p in expected]))
@@ -162,6 +182,8 @@ def check_loadable(folder: Path, config: ModelConfig) -> None:
             model = auto_class(settings).from_config(settings)
         load_tokenizer(folder)
         projections = find_projections(folder, config)
+        if names_experts(p.projection for p in projections):
+            unfuse(model)
         for p in projections:
             layer = model.get_submodule(p.name)
             if not isinstance(layer, nn.Linear):
@@ -218,7 +240,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def replace_weights(model: nn.Module, weights: Iterable[tuple[str, Float[Tensor, "_ _"]]]) -> None:
     """Overwrite projections, named as in ``Projection.name``, in place; each weight is ``(d_in, d_out)`` of its own."""
     for name, weight in weights:
-        model.get_submodule(name).weight.copy_(weight.T)
+        weight_of(model, name).copy_(weight.T)
 
 
 class _LastBlock(Exception):
@@ -250,6 +272,8 @@ class BlockWalker:
         with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are computed, not stored
             settings = AutoConfig.from_pretrained(folder)
             model = auto_class(settings).from_config(settings, dtype=self.dtype, attn_implementation=attention)
+        if names_experts(name for group in config.shared_inputs for name in group):
+            unfuse(model)
         decoder_path, _, blocks_name = config.blocks.rpartition(".")
         self.decoder = model.get_submodule(decoder_path).eval()
         self.blocks: nn.ModuleList = self.decoder.get_submodule(blocks_name)

@@ -19,9 +19,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from cospadi import devices
+from cospadi.calibration.experts import ExpertListener, shortage
 from cospadi.calibration.settings import CalibrationConfig
 from cospadi.calibration.statistics import InputStatistics
 from cospadi.errors import UserError
+from cospadi.experts import expanded
 from cospadi.models import BlockWalker, load_tokenizer
 from cospadi.records import read_json
 from cospadi.sources.settings import ModelConfig
@@ -83,7 +85,7 @@ def collect(
     hidden, arguments = walker.embed(tokens.split(calibration.batch_size))
     for layer, block in walker.walk():
         statistics: dict[str, InputStatistics] = {}
-        hooks = _listen_all(block, model, calibration, statistics)
+        hooks, experts = _listen_all(block, model, calibration, statistics)
         with torch.inference_mode():
             for i, states in enumerate(hidden):
                 further, named = arguments[i][layer]
@@ -91,6 +93,9 @@ def collect(
                 hidden[i] = out[0] if isinstance(out, tuple) else out
         for hook in hooks:
             hook.remove()
+        statistics |= experts.statistics()
+        if (line := shortage(statistics)) is not None:
+            print(f"{model.blocks}.{layer}: {line}.", flush=True)
         for shared_input, of_input in statistics.items():
             if not all(torch.isfinite(gram).all() for gram in of_input.grams):
                 raise UserError(
@@ -116,7 +121,12 @@ def gather(
     """
     try:
         blocks = list(network.get_submodule(model.blocks))
-        layers = [[block.get_submodule(name) for name in group] for block in blocks for group in model.shared_inputs]
+        groups_of = [_groups(block, model) for block in blocks]
+        layers = [
+            [block.get_submodule(name) for name in group]
+            for block, groups in zip(blocks, groups_of, strict=True)
+            for group in groups
+        ]
     except (AttributeError, TypeError) as error:
         raise UserError(
             f"This {type(network).__name__} lacks a projection: {error}. Set model.blocks and model.shared_inputs to match."
@@ -124,10 +134,8 @@ def gather(
     if not all(isinstance(layer, nn.Linear) for group in layers for layer in group):
         raise UserError("A projection is not a linear layer: is this model compressed already? Compress the original.")
     of_blocks: list[dict[str, InputStatistics]] = [{} for _ in blocks]
-    hooks = [
-        hook
-        for block, statistics in zip(blocks, of_blocks, strict=True)
-        for hook in _listen_all(block, model, calibration, statistics)
+    listening = [
+        _listen_all(block, model, calibration, statistics) for block, statistics in zip(blocks, of_blocks, strict=True)
     ]
     device = next(network.parameters()).device
     implementation = network.config._attn_implementation
@@ -140,10 +148,13 @@ def gather(
     finally:
         if weights_tokens:
             network.set_attn_implementation(implementation)
-        for hook in hooks:
+        for hook in (hook for hooks, _ in listening for hook in hooks):
             hook.remove()
     for layer, statistics in enumerate(of_blocks):
-        for group in model.shared_inputs:
+        statistics |= listening[layer][1].statistics()
+        if (line := shortage(statistics)) is not None:
+            print(f"{model.blocks}.{layer}: {line}.", flush=True)
+        for group in groups_of[layer]:
             names = [f"{model.blocks}.{layer}.{name}" for name in group]
             if not all(torch.isfinite(gram).all() for gram in statistics[group[0]].grams):
                 raise UserError(f"The calibration activations of {names[0]} are not finite (NaN or infinite).")
@@ -152,14 +163,21 @@ def gather(
 
 def _listen_all(
     block: nn.Module, model: ModelConfig, calibration: CalibrationConfig, statistics: dict[str, InputStatistics]
-) -> list[torch.utils.hooks.RemovableHandle]:
-    """Hooks that fill ``statistics`` when tokens run through the block."""
+) -> tuple[list[torch.utils.hooks.RemovableHandle], ExpertListener]:
+    """Hooks that fill ``statistics`` when tokens run through the block; those of experts fill a listener of their own."""
     dtype = getattr(torch, calibration.gram_dtype)
-    hooks = [_listen(block, group[0], statistics, dtype) for group in model.shared_inputs]
-    attended = [group[0] for group in model.shared_inputs if set(group) & set(model.attended)]
+    groups = _groups(block, model)
+    experts = ExpertListener(block, groups, dtype)
+    hooks = [_listen(block, group[0], statistics, dtype) for group in groups if group[0] not in experts.inputs]
+    attended = [group[0] for group in groups if set(group) & set(model.attended)]
     if calibration.attention and attended:
         hooks += _listen_to_attention(block, model, attended, statistics, dtype)
-    return hooks
+    return [*hooks, *experts.hooks], experts
+
+
+def _groups(block: nn.Module, model: ModelConfig) -> list[list[str]]:
+    """``model.shared_inputs`` with those of every expert of this block."""
+    return expanded(model.shared_inputs, (name for name, _ in block.named_modules()))
 
 
 def _listen_to_attention(

@@ -14,6 +14,8 @@ from cospadi.errors import UserError
 
 WEIGHTED_GRAM = "gram_attended"
 """Name of the second gram in a layer's file."""
+ROUTED = "n_tokens"
+"""Name of the number of tokens that an expert saw, in a layer's file."""
 
 
 @dataclass
@@ -27,6 +29,8 @@ class InputStatistics:
     n_tokens: int = 0
     attended: Float[Tensor, "d_in d_in"] | None = None
     """float64, ``Σ_j a_j x_j x_jᵀ``; of inputs that projections of ``model.attended`` read."""
+    routed: int | None = None
+    """Tokens that the router sent to the expert whose input this is; ``None`` for all other inputs."""
 
     @classmethod
     def zeros(cls, d_in: int, device: torch.device) -> InputStatistics:
@@ -53,9 +57,7 @@ class InputStatistics:
         """Add the same tokens once more, each times the attention it received."""
         if self.attended is None:
             self.attended = torch.zeros_like(self.gram)
-        for chunk, weights in zip(inputs.split(1024), received.split(1024), strict=True):
-            weighted = chunk.to(dtype) * weights.to(dtype).sqrt()[:, None]
-            self.attended += (weighted.T @ weighted).double()
+        add_weighted(self.attended, inputs, received, dtype)
 
     @property
     def grams(self) -> list[Tensor]:
@@ -70,6 +72,18 @@ class InputStatistics:
         return self.absolute / max(self.n_tokens, 1)
 
 
+def add_weighted(
+    gram: Float[Tensor, "d_in d_in"],
+    inputs: Float[Tensor, "tokens d_in"],
+    weights: Float[Tensor, " tokens"],
+    dtype: torch.dtype,
+) -> None:
+    """Add ``Σ_t w_t x_t x_tᵀ`` to ``gram``; products run in ``dtype``, as in `InputStatistics.add`."""
+    for chunk, of_chunk in zip(inputs.split(1024), weights.split(1024), strict=True):
+        weighted = chunk.to(dtype) * of_chunk.to(dtype).sqrt()[:, None]
+        gram += (weighted.T @ weighted).double()
+
+
 def statistics_file(grams: Path, layer: int) -> Path:
     """File of a layer's statistics."""
     return grams / f"{layer:03d}.safetensors"
@@ -81,6 +95,8 @@ def tensors_of(statistics: dict[str, InputStatistics]) -> dict[str, Tensor]:
     for shared_input, of_input in statistics.items():
         tensors[f"{shared_input}.gram"] = of_input.gram
         tensors[f"{shared_input}.absolute_mean"] = of_input.absolute_mean
+        if of_input.routed is not None:
+            tensors[f"{shared_input}.{ROUTED}"] = torch.tensor(of_input.routed)
         if of_input.attended is not None:
             tensors[f"{shared_input}.{WEIGHTED_GRAM}"] = of_input.attended
     return tensors

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import MergeModulelist
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -22,6 +23,7 @@ from cospadi.checkpoint.layers import SHARES
 from cospadi.checkpoint.linear import CompressedLinear
 from cospadi.checkpoint.specs import empty_layer, specs, ties
 from cospadi.errors import UserError
+from cospadi.experts import Experts, names_experts, unfuse
 
 METHOD = "cospadi"
 FORMAT_VERSION = 3
@@ -98,6 +100,13 @@ class CoSpaDiQuantizer(HfQuantizer):
                 # Stored bits are not trained: transformers makes every floating parameter trainable when it loads.
                 layer.requires_grad_(False)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Without those that would stack the experts, where `put_empty_layers` has taken them apart."""
+        updated = super().update_weight_conversions(weight_conversions, model)
+        if not any(isinstance(module, Experts) for module in model.modules()):
+            return updated
+        return [each for each in updated if not _stacks_experts(each)]
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -187,6 +196,8 @@ def put_empty_layers(model: nn.Module, modules: dict[str, dict[str, Any]]) -> No
     Raises:
         UserError: a name that is not a linear layer of this model, a size that does not match, or a broken description.
     """
+    if names_experts(modules):
+        unfuse(model)
     for name, spec in modules.items():
         try:
             dense = model.get_submodule(name)
@@ -216,6 +227,10 @@ def put_empty_layers(model: nn.Module, modules: dict[str, dict[str, Any]]) -> No
             )
         model.set_submodule(name, layer)
     declare_ties(model, modules)
+
+
+def _stacks_experts(conversion: Any) -> bool:
+    return any(isinstance(step, MergeModulelist) for step in getattr(conversion, "operations", ()))
 
 
 def declare_ties(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:

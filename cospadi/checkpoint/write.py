@@ -20,6 +20,7 @@ from cospadi.checkpoint.read import compression_of, opened, parts_of
 from cospadi.checkpoint.specs import empty_layer, layer_of
 from cospadi.checkpoint.transformers_plugin import METHOD, format_version
 from cospadi.errors import UserError
+from cospadi.experts import names_experts, stacked
 from cospadi.factorization.factors import Dense, Factors, shared_matrix
 from cospadi.models import Checkpoint, unread_tensors
 from cospadi.records import check_output_folder, new_path, write_json, write_tensors
@@ -117,7 +118,7 @@ def _compressed(
         return _cast(name, tensor, getattr(torch, dtype)) if dtype and tensor.is_floating_point() else tensor
 
     replaced = set(unread)
-    names = set(checkpoint.names)
+    names = {*checkpoint.names, *checkpoint.parts}
     first = WeakTensorKeyDictionary()  # whatever several hold is alive until the last of them has come
     for name, compact in factors:
         if f"{name}.weight" not in names:
@@ -135,7 +136,8 @@ def _compressed(
         tensors = layer.state_dict()
         parts = parts_of(name, modules[name])
         yield from ((full, tensors[part]) for part, full in parts.items() if full == f"{name}.{part}")
-    yield from ((name, other(name)) for name in checkpoint.names if name not in replaced)
+    rest = checkpoint.names_apart if names_experts(modules) else checkpoint.names
+    yield from ((name, other(name)) for name in rest if name not in replaced)
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
@@ -200,7 +202,11 @@ def densify(folder: Path, out: Path, dtype: str | None = None, shard_bytes: int 
     dtype = dtype or str(config.get("dtype") or "float32")
     with new_path(out) as partial:
         partial.mkdir()
-        _write_shards(partial, _dense(checkpoint, compression["modules"], getattr(torch, dtype)), shard_bytes)
+        tensors = _dense(checkpoint, compression["modules"], getattr(torch, dtype))
+        if names_experts(compression["modules"]):
+            weights = {f"{name}.weight" for name in compression["modules"]}
+            tensors = stacked(tensors, weights | set(checkpoint.names))
+        _write_shards(partial, tensors, shard_bytes)
         write_json(partial / "config.json", config | {"dtype": dtype})
         write_original_names(partial, shard_bytes)
         _copy_companions(folder, partial)

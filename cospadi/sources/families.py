@@ -35,6 +35,9 @@ _GATE_UP = Family(
 )
 
 _LLAMA = ModelConfig()
+_EXPERTS = (("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), ("mlp.experts.*.down_proj",))
+_SHARED_EXPERT = (("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), ("mlp.shared_expert.down_proj",))
+_MIXTURE = Family("model.layers", (_SEPARATE, ("self_attn.o_proj",), *_EXPERTS), attended=_KEYS)
 _ATTENTION_ALONE = Family("model.layers", (_SEPARATE, ("self_attn.o_proj",)), attended=_KEYS)
 """Of models with experts, which stay as they are."""
 _LATENT = Family(
@@ -62,10 +65,10 @@ def _beside_images(blocks: str = "model.language_model.layers") -> Family:
 
 FAMILIES = {
     "gpt_neox": Family("gpt_neox.layers", _FUSED, attention="attention"),
-    "qwen3_moe": _ATTENTION_ALONE,
-    "qwen2_moe": _ATTENTION_ALONE,
-    "mixtral": _ATTENTION_ALONE,
-    "olmoe": _ATTENTION_ALONE,
+    "qwen3_moe": _MIXTURE,
+    "qwen2_moe": replace(_MIXTURE, shared_inputs=(*_MIXTURE.shared_inputs, *_SHARED_EXPERT)),
+    "mixtral": _MIXTURE,
+    "olmoe": _MIXTURE,
     "gpt_oss": _ATTENTION_ALONE,
     "deepseek_v3": _LATENT,
     "deepseek_v2": _LATENT,

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cospadi.calibration.collect import collect, samples
+from cospadi.calibration.experts import routed_tokens
 from cospadi.calibration.statistics import statistics_file, tensors_of
 from cospadi.errors import UserError
 from cospadi.models import find_projections
@@ -30,11 +31,13 @@ def calibrate(config: Config, model: Path, documents: Path, grams: Path, record:
     n_layers = 1 + max(p.layer for p in find_projections(model, config.model))
     progress = Progress(n_layers, f"Calibration: {tokens.numel()} tokens through {config.model.title}")
     conditioning = {}
+    of_experts = {}
     with new_path(grams) as partial:
         for layer, statistics in collect(model, config.model, calibration, tokens):
             for shared_input, of_input in statistics.items():
                 diagonal = of_input.gram.diagonal()
                 conditioning[f"{layer}.{shared_input}"] = float(diagonal.max() / diagonal.mean())
+            of_experts |= {f"{layer}.{expert}": n for expert, n in routed_tokens(statistics).items()}
             write_tensors(statistics_file(partial, layer), tensors_of(statistics))
             progress.step(f"layer {layer}", f"{len(statistics)} grams")
     log.finish(
@@ -43,4 +46,5 @@ def calibrate(config: Config, model: Path, documents: Path, grams: Path, record:
         token_hash=text_hash(str(tokens.tolist())),
         special_tokens="none added",
         peak_channel=conditioning,
+        **({"tokens_of_experts": of_experts} if of_experts else {}),
     )
