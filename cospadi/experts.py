@@ -18,9 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cospadi.errors import UserError
+from cospadi.sources.settings import EVERY
 
-EVERY = "*"
-"""Stands for the number of an expert in ``model.shared_inputs``: ``mlp.experts.*.gate_proj``."""
 _GATE = "gate_proj"
 _UP = "up_proj"
 _DOWN = "down_proj"

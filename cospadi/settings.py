@@ -32,7 +32,7 @@ from cospadi.factorization.settings import (
 )
 from cospadi.packing.formats import TRUNCATED
 from cospadi.quantization.settings import QuantizationConfig
-from cospadi.sources.settings import ModelConfig, TextConfig
+from cospadi.sources.settings import EVERY, ModelConfig, TextConfig
 from cospadi.tracking.settings import TrackingConfig
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -110,6 +110,11 @@ class Config:
                 name in projections,
                 f"factorization.grouped={name} is not a projection of model {self.model.name}{did_you_mean(name, projections)} "
                 f"There are: {', '.join(projections)}.",
+            )
+            require(
+                EVERY not in name,
+                f"factorization.grouped={name} names experts, which cannot be chosen to share. Leave it out, or leave "
+                "factorization.grouped empty.",
             )
         self._check_quantization()
 

@@ -87,10 +87,10 @@ class ExpertListener:
         return set(self._of_input)
 
     def statistics(self) -> dict[str, InputStatistics]:
-        """Statistics by the first projection that reads an input, missing tokens filled up."""
+        """Statistics by the first projection that reads an input, missing tokens filled up. The listener has none afterwards."""
+        names = list(self._of_input)  # one at a time, so that the grams of all experts are not in memory twice
         return {
-            name: _filled_up(of_input, self._weight[name], self._average.get(name))
-            for name, of_input in self._of_input.items()
+            name: _filled_up(self._of_input.pop(name), self._weight[name], self._average.get(name)) for name in names
         }
 
 

@@ -11,6 +11,8 @@ from cospadi.errors import did_you_mean, require, require_at_least, require_one_
 PARSERS = ("lines", "plain", "wikipedia_dump", "dataset")
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENDED = ("self_attn.k_proj", "self_attn.v_proj")
+EVERY = "*"
+"""Stands for the number of an expert in ``model.shared_inputs``: ``mlp.experts.*.gate_proj``."""
 
 
 @dataclass
@@ -80,7 +82,8 @@ class ModelConfig:
             ["mlp.down_proj"],
         ]
     )
-    """Projections of a block, those that read the same input together: they share one gram."""
+    """Projections of a block, those that read the same input together: they share one gram. ``*`` is every expert of a mixture:
+    ``mlp.experts.*.gate_proj``."""
     attention: str = "self_attn"
     """Path of a block's attention."""
     attended: list[str] = field(default_factory=lambda: list(ATTENDED))

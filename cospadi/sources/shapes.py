@@ -108,6 +108,12 @@ def shape_from(config: dict[str, Any], source: str) -> Shape:
     """
     needed = ("num_attention_heads", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
     missing = [name for name in needed if name not in config]
+    experts = [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(name)]
+    if experts:
+        raise UserError(
+            f"model.source={source} cannot be planned: its config has {experts[0]}, and experts are not counted. Leave it out of the "
+            "plan; it can be compressed all the same."
+        )
     if missing:
         raise UserError(
             f"model.source={source} cannot be planned: its config has no {', '.join(missing)}, and only models with the "

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cospadi import models
+from cospadi import models, settings
 from cospadi.calibration.collect import collect, gather
 from cospadi.calibration.settings import CalibrationConfig
 from cospadi.calibration.statistics import InputStatistics, tensors_of
@@ -13,6 +13,7 @@ from cospadi.experts import Experts, experts_apart, unfuse, weight_of
 from cospadi.sources.checkpoints import prepare_model
 from cospadi.sources.families import fitted
 from cospadi.sources.settings import ModelConfig
+from cospadi.sources.shapes import shape_of
 
 D = 16
 SIZES = {"hidden_size": D, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -39,8 +40,8 @@ def tokens(n_samples, length):
     return torch.randint(1, 200, (n_samples, length), generator=torch.Generator().manual_seed(3))
 
 
-def calibration(**settings):
-    return CalibrationConfig(name="c", batch_size=2, device="cpu", **settings)
+def calibration(**chosen):
+    return CalibrationConfig(name="c", batch_size=2, device="cpu", **chosen)
 
 
 def loaded(folder):
@@ -196,3 +197,20 @@ def test_experts_of_another_form_are_refused_by_name():
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(UserError, match="GptOssExperts"):
         unfuse(model)
+
+
+def test_what_knows_no_experts_refuses_them(prepared):
+    config, _ = prepared
+    with pytest.raises(UserError, match="cannot be planned: its config has num_"):
+        shape_of(config)
+    family = config.name
+    with pytest.raises(UserError, match="names experts, which cannot be chosen to share"):
+        settings.load(
+            [
+                "model=any",
+                f"model.source=random:{family}",
+                "model.shared_inputs=[[mlp.experts.*.gate_proj]]",
+                "factorization=basis_sharing",
+                "factorization.grouped=[mlp.experts.*.gate_proj]",
+            ]
+        )
