@@ -91,6 +91,17 @@ def expanded(shared_inputs: Sequence[Sequence[str]], names: Iterable[str]) -> li
     return groups
 
 
+def groups_of_block(shared_inputs: Sequence[Sequence[str]], names: Iterable[str]) -> list[list[str]]:
+    """``shared_inputs`` of a block with the layers ``names``: a group for each of its experts, and nothing that it lacks.
+
+    >>> groups_of_block([["q", "k"], ["e.*.gate"], ["up"]], ["q", "e.0.gate", "e.1.gate"])
+    [['q'], ['e.0.gate'], ['e.1.gate']]
+    """
+    names = set(names)
+    groups = ([name for name in group if name in names] for group in expanded(shared_inputs, names))
+    return [group for group in groups if group]
+
+
 def unfuse(model: nn.Module) -> dict[str, nn.Module]:
     """Put `Experts` in place of all fused ones, and return these by their paths. The numbers are not copied.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from cospadi.errors import UserError
-from cospadi.experts import Part, expanded, names_experts, parts, unfuse, weight_of
+from cospadi.experts import Part, expanded, groups_of_block, names_experts, parts, unfuse, weight_of
 from cospadi.sources.architecture import auto_class, auto_class_of, quiet
 from cospadi.sources.files import weight_files
 from cospadi.sources.settings import ModelConfig
@@ -110,22 +110,29 @@ class Checkpoint:
 def find_projections(folder: Path, config: ModelConfig) -> list[Projection]:
     """All projections named by ``config.shared_inputs`` in every block, in the order in which data meets them.
 
+    Blocks of one model may differ: some attend, others hold a convolution or a recurrence. A projection is left out where a block
+    has none of its name (`check_loadable` tells that from a damaged file).
+
     Raises:
-        UserError: when one is missing in some block, listing the weights that were found instead.
+        UserError: when no block has one, listing the weights that were found instead; when a block has none at all.
     """
     checkpoint = Checkpoint(folder)
     pattern = re.compile(re.escape(config.blocks) + r"\.(\d+)\.(.+)\.weight")
     matches = [m for m in map(pattern.fullmatch, [*checkpoint.names, *checkpoint.parts]) if m]
     layers = range(1 + max((int(m[1]) for m in matches), default=-1))  # a block that is missing whole is missing, too
     present = {(int(m[1]), m[2]) for m in matches}
-    groups = expanded(config.shared_inputs, {projection for _, projection in present})
-    expected = [(group[0], projection) for group in groups for projection in group]
-    missing = [p for _, p in expected if any((layer, p) not in present for layer in layers)]
+    names = {projection for _, projection in present}
+    expected = [projection for group in expanded(config.shared_inputs, names) for projection in group]
+    groups = [
+        groups_of_block(config.shared_inputs, {projection for i, projection in present if i == layer})
+        for layer in layers
+    ]
+    missing = expected if not all(groups) else [projection for projection in expected if projection not in names]
     if not layers or missing:
-        raise UserError(_nothing_found(checkpoint, config, missing or [p for _, p in expected]))
+        raise UserError(_nothing_found(checkpoint, config, missing or expected))
     projections = []
     for layer in layers:
-        for shared_input, projection in expected:
+        for shared_input, projection in ((group[0], projection) for group in groups[layer] for projection in group):
             name = f"{config.blocks}.{layer}.{projection}"
             if checkpoint.dtype(f"{name}.weight") not in PLAIN:
                 raise UserError(
@@ -196,6 +203,7 @@ def check_loadable(folder: Path, config: ModelConfig) -> None:
         n_stored = 1 + projections[-1].layer
         if n_built != n_stored:
             raise ValueError(f"config.json has {n_built} blocks, the weights have {n_stored}")
+        _require_stored(model, config, projections)
     except UserError:
         raise
     except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, OSError, StrictDataclassError) as error:
@@ -204,6 +212,19 @@ def check_loadable(folder: Path, config: ModelConfig) -> None:
             f"transformers cannot load model.source={config.source}: {lines[0].rstrip('.')}. "
             "Check its config.json, its tokenizer files and that the download is whole."
         ) from error
+
+
+def _require_stored(model: nn.Module, config: ModelConfig, projections: Sequence[Projection]) -> None:
+    """
+    Raises:
+        ValueError: a block of ``model`` has a projection that its file lacks.
+    """
+    names = {p.projection for p in projections}
+    stored = {p.name for p in projections}
+    for layer, block in enumerate(model.get_submodule(config.blocks)):
+        for name in names & {name for name, _ in block.named_modules()}:
+            if f"{config.blocks}.{layer}.{name}" not in stored:
+                raise ValueError(f"the files lack {config.blocks}.{layer}.{name}.weight")
 
 
 def unread_tensors(folder: Path) -> list[str]:

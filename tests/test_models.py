@@ -128,15 +128,21 @@ def test_settings_choose_the_projections(folders):
         find_projections(folders / "llama", wrong)
 
 
-@pytest.mark.parametrize("lost", ["model.layers.1.mlp.up_proj", "model.layers.1."])
-def test_a_projection_or_block_missing_in_the_middle_is_noticed(llama, lost):
+@pytest.mark.parametrize(
+    ("lost", "sentence"),
+    [
+        ("model.layers.1.mlp.up_proj", r"the files lack model\.layers\.1\.mlp\.up_proj\.weight"),
+        ("model.layers.1.", r"lacks the projections .*mlp\.up_proj"),
+    ],
+)
+def test_a_projection_or_block_missing_in_the_middle_is_noticed(llama, lost, sentence):
     from safetensors.torch import load_file, save_file
 
     file = llama / "model.safetensors"
     tensors = {n: t for n, t in load_file(file).items() if not n.startswith(lost)}
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks the projections .*mlp\.up_proj"):
-        find_projections(llama, config("llama"))
+    with pytest.raises(UserError, match=sentence):
+        check_loadable(llama, config("llama"))
 
 
 def test_a_folder_without_safetensors_is_no_checkpoint(tmp_path):

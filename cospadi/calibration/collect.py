@@ -23,7 +23,7 @@ from cospadi.calibration.experts import ExpertListener, shortage
 from cospadi.calibration.settings import CalibrationConfig
 from cospadi.calibration.statistics import InputStatistics
 from cospadi.errors import UserError
-from cospadi.experts import expanded
+from cospadi.experts import expanded, groups_of_block
 from cospadi.models import BlockWalker, load_tokenizer
 from cospadi.records import read_json
 from cospadi.sources.settings import ModelConfig
@@ -121,6 +121,7 @@ def gather(
     """
     try:
         blocks = list(network.get_submodule(model.blocks))
+        _require_all(blocks, model)
         groups_of = [_groups(block, model) for block in blocks]
         layers = [
             [block.get_submodule(name) for name in group]
@@ -175,9 +176,20 @@ def _listen_all(
     return [*hooks, *experts.hooks], experts
 
 
+def _require_all(blocks: Sequence[nn.Module], model: ModelConfig) -> None:
+    """
+    Raises:
+        AttributeError: no block has a projection of ``model.shared_inputs``.
+    """
+    names = {name for block in blocks for name, _ in block.named_modules()}
+    for projection in (projection for group in expanded(model.shared_inputs, names) for projection in group):
+        if projection not in names:
+            raise AttributeError(f"no block has {projection}")
+
+
 def _groups(block: nn.Module, model: ModelConfig) -> list[list[str]]:
-    """``model.shared_inputs`` with those of every expert of this block."""
-    return expanded(model.shared_inputs, (name for name, _ in block.named_modules()))
+    """``model.shared_inputs`` of this block: with those of every expert, and without what only other blocks have."""
+    return groups_of_block(model.shared_inputs, (name for name, _ in block.named_modules()))
 
 
 def _listen_to_attention(

@@ -40,6 +40,7 @@ _SHARED_EXPERT = (("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), 
 _MIXTURE = Family("model.layers", (_SEPARATE, ("self_attn.o_proj",), *_EXPERTS), attended=_KEYS)
 _ATTENTION_ALONE = Family("model.layers", (_SEPARATE, ("self_attn.o_proj",)), attended=_KEYS)
 """Of models with experts, which stay as they are."""
+_MLP = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 _LATENT = Family(
     "model.layers",
     (
@@ -47,9 +48,13 @@ _LATENT = Family(
         ("self_attn.q_b_proj",),
         ("self_attn.kv_b_proj",),
         ("self_attn.o_proj",),
+        *_MLP,
+        *_EXPERTS,
+        ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+        ("mlp.shared_experts.down_proj",),
     ),
 )
-"""Of models with latent attention and experts, which stay as they are."""
+"""Of models with latent attention, whose first blocks have no experts."""
 _FUSED = (
     ("attention.query_key_value",),
     ("attention.dense",),
@@ -72,6 +77,40 @@ FAMILIES = {
     "gpt_oss": _ATTENTION_ALONE,
     "deepseek_v3": _LATENT,
     "deepseek_v2": _LATENT,
+    "lfm2": Family(
+        "model.layers",
+        (
+            _SEPARATE,
+            ("self_attn.out_proj",),
+            ("conv.in_proj",),
+            ("conv.out_proj",),
+            ("feed_forward.w1", "feed_forward.w3"),
+            ("feed_forward.w2",),
+        ),
+        attended=_KEYS,
+    ),
+    "qwen3_5_text": Family(
+        "model.layers",
+        (
+            _SEPARATE,
+            ("self_attn.o_proj",),
+            ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+            ("linear_attn.out_proj",),
+            *_MLP,
+        ),
+        attended=_KEYS,
+    ),
+    "olmo_hybrid": Family(
+        "model.layers",
+        (
+            _SEPARATE,
+            ("self_attn.o_proj",),
+            ("linear_attn.q_proj", "linear_attn.k_proj", "linear_attn.v_proj", "linear_attn.g_proj"),
+            ("linear_attn.o_proj",),
+            *_MLP,
+        ),
+        attended=_KEYS,
+    ),
     "gemma3": _beside_images(),
     "qwen2_vl": _beside_images(),
     "qwen2_5_vl": _beside_images(),

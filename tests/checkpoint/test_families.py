@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import cospadi
@@ -46,11 +47,19 @@ TINY = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 RANKS = {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
 LATENT = RANKS | {"v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+RECURRENT = {
+    "layer_types": ["linear_attention", "full_attention"],
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+}
 TINY |= {
     "deepseek_v2": LLAMA | EXPERTS | LATENT,
     "deepseek_v3": LLAMA | EXPERTS | LATENT,
     "gpt_neox": SIZES | {"intermediate_size": 96},
     "gpt_oss": WIDE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "lfm2": LLAMA | {"layer_types": ["conv", "full_attention"], "block_ff_dim": 96, "block_auto_adjust_ff_dim": False},
+    "olmo_hybrid": LLAMA | RECURRENT,
+    "qwen3_5_text": WIDE | RECURRENT,
     "mixtral": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": LLAMA | {"num_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": LLAMA | EXPERTS | {"shared_expert_intermediate_size": 32},
@@ -143,7 +152,6 @@ def test_a_family_goes_all_the_way(family, tmp_path, text):
     )
     compressed = cospadi.load(tmp_path / "out")
     layers = [name for name, layer in compressed.named_modules() if isinstance(layer, CompressedLinear)]
-    assert len(layers) % 2 == 0
     assert len(layers) >= 2 * 4
 
     logits = logits_of(compressed)
@@ -172,6 +180,28 @@ def test_a_renamed_model_in_memory_is_calibrated_alike_and_saved_for_good(family
     assert float((logits_of(smaller) - logits).abs().max()) < 0.02 * far
     smaller.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits_of(cospadi.load(tmp_path / "saved")), logits_of(smaller))
+
+
+def test_layers_that_differ_share_what_they_have_in_common(tmp_path, text):
+    """Every other block has a convolution and no attention."""
+    written("lfm2", tmp_path / "dense")
+    sharing = ["factorization=cospadi_group", "factorization.n_rounds=2"]
+    compress_to(str(tmp_path / "dense"), tmp_path / "out", [*sharing, *SETTINGS], text)
+    compressed = cospadi.load(tmp_path / "out")
+    layers = {name for name, layer in compressed.named_modules() if isinstance(layer, CompressedLinear)}
+    assert {name.split(".")[2] for name in layers if ".conv." in name} == {"0"}
+    assert {name.split(".")[2] for name in layers if ".self_attn." in name} == {"1"}
+    assert {name.split(".")[2] for name in layers if ".feed_forward." in name} == {"0", "1"}
+
+
+def test_a_block_whose_file_lacks_a_projection_is_damaged_and_not_different(tmp_path, text):
+    written("llama", tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.self_attn.v_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"the files lack model\.layers\.1\.self_attn\.v_proj\.weight"):
+        compress_to(str(tmp_path / "dense"), tmp_path / "out", ["factorization=svd_llm", *SETTINGS], text)
 
 
 def test_the_families_are_those_of_the_documentation():
