@@ -9,7 +9,7 @@ import torch
 
 from cospadi import models
 from cospadi.errors import UserError
-from cospadi.models import Checkpoint, find_projections, replace_weights
+from cospadi.models import Checkpoint, check_loadable, find_projections, replace_weights
 from cospadi.sources.checkpoints import prepare_model
 from cospadi.sources.settings import ModelConfig
 
