@@ -43,8 +43,10 @@ def main(arguments: Sequence[str]) -> int:
     if runs_jobs:
         locks.require_free(Path.cwd())
     started = time.monotonic()
+    # The logger comes last, as its option takes every word after it that is none; so would targets be loggers.
+    command = [sys.executable, "-m", "snakemake", *arguments, "--logger", "cospadi"]
     # A process group of its own: what is stopped is Snakemake with all its jobs, whoever sent the signal.
-    run = subprocess.Popen([sys.executable, "-m", "snakemake", "--logger", "cospadi", *arguments], process_group=0)
+    run = subprocess.Popen(command, process_group=0)
     with _stopped_by(signal.SIGINT, signal.SIGTERM):
         try:
             code = run.wait()
