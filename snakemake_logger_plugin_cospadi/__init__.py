@@ -29,8 +29,8 @@ class LogHandler(LogHandlerBase):
         event = getattr(record, "event", None)
         if self.common_settings.dryrun:
             self.watch.say(self.format(record))
-        elif expected := getattr(record, "expected", None):
-            self.watch.expect(expected, record.cores)
+        elif hasattr(record, "expected"):
+            self.watch.expect(record.expected, record.cores)
         elif event == LogEvent.RUN_INFO:
             self.watch.begin(record.stats)
         elif event == LogEvent.JOB_INFO:

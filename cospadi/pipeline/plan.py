@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
+from cospadi.errors import UserError
 from cospadi.factorization.work import Speed
 from cospadi.pipeline.cost import (
     calibrate,
@@ -103,12 +104,12 @@ def _plan_model(study: Study, model: str, speed: Speed) -> ModelPlan:
 
 def seconds_per_job(study: Study, speed: Speed) -> dict[str, float]:
     """Rule -> seconds of one of its jobs, on average over the study; rules whose jobs are little more than their start
-    are left out.
-
-    Raises:
-        UserError: a model's shape is not known.
+    are left out. Empty where a model cannot be counted: its study can be computed all the same.
     """
-    plans = plan(study, speed)
+    try:
+        plans = plan(study, speed)
+    except UserError:
+        return {}
     factorized = {(cell.model, cell.method, cell.ratio): len(study.layers(cell)) for cell in study.cells}
     quantized = sum(len(study.layers(cell)) for cell in study.cells if cell.quantization != NONE)
     evaluation = sum(one.evaluation for one in plans) / (len(study.cells) + len(plans))

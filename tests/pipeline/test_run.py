@@ -38,6 +38,26 @@ def test_a_second_run_is_refused_by_the_pid_of_the_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_study_of_a_model_that_cannot_be_counted_runs_all_the_same(tmp_path):
+    """Targets before the options, too: they are not taken for loggers."""
+    uncounted = "model.source=random:mixtral +model.architecture.num_local_experts=4"
+    target = "results/sources/models/tiny_llama/record.json"
+    command = [sys.executable, "-m", "cospadi.pipeline.run", target, "--snakefile", str(ROOT / "Snakefile")]
+    done = subprocess.run(
+        [*command, *STUDY[:-1], f"{STUDY[-1]} {uncounted}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "1 jobs, roughly" in done.stdout
+    assert (tmp_path / target).is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_study_leaves_no_process_and_no_lock(number, tmp_path):
     for name in ("Snakefile", "workflow", "profiles", "tests/data"):
