@@ -329,7 +329,7 @@ def _link_files(origin: Path, folder: Path, named: str) -> None:
 
 
 def _check_complete(config: ModelConfig, folder: Path) -> None:
-    """Refuse a checkpoint that has lost shards, or has no tokenizer."""
+    """Refuse a checkpoint that has lost shards, is damaged, or has no tokenizer."""
     names = {path.name for path in folder.iterdir()}
     if not any(matches(name, TOKENIZER) for name in names):
         raise UserError(f"model.source={config.source} has no tokenizer (tokenizer.json). Save one beside the weights.")
@@ -341,6 +341,8 @@ def _check_complete(config: ModelConfig, folder: Path) -> None:
                 f"model.source={config.source} lacks {len(missing)} of {len(shards)} weight files: "
                 f"{', '.join(missing[:3])}. Fetch it again."
             )
+    for file in weight_files(folder):
+        _n_values(config, file)
 
 
 def _rename(config: ModelConfig, folder: Path) -> None:

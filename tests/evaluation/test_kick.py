@@ -516,7 +516,7 @@ def test_the_wheel_holds_the_task_files():
     files = sorted(path.relative_to(ROOT).as_posix() for path in task_names.KICK.glob("*.yaml"))
     assert [Path(file).stem for file in files] == sorted(["_question", *TASKS])
     build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
-    assert build["targets"]["wheel"]["packages"] == ["cospadi"]
+    assert build["targets"]["wheel"]["packages"] == ["cospadi", "snakemake_logger_plugin_cospadi"]
     assert not {"exclude", "only-include", "include"} & (build.keys() | build["targets"]["wheel"].keys())
     ignored = subprocess.run(["git", "check-ignore", *files], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ignored.stdout == ""

@@ -346,8 +346,9 @@ def test_the_tour_of_the_results_runs(finished):
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 def test_make_notebooks_writes_the_executed_tour(finished):
     """The commands of the target itself, with the programs of this environment."""
-    plan = ["make", "-n", "-o", ".venv/.installed", "notebooks", "STUDY=smoke"]
-    commands = subprocess.run(plan, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    plan = ["make", "-n", "--no-print-directory", "-o", ".venv/.installed", "notebooks", "STUDY=smoke"]
+    unmade = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    commands = subprocess.run(plan, cwd=ROOT, env=unmade, check=True, capture_output=True, text=True).stdout
     assert "jupytext" in commands
     (finished / "notebooks").symlink_to(ROOT / "notebooks")
     commands = commands.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
