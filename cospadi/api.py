@@ -222,16 +222,12 @@ def compress(
         raise UserError("texts is one string, which would be read letter by letter. Give a list of documents.")
     texts = read_documents(calibration.text) if texts is None else list(texts)
     tokens = draw_samples(tokenizer, texts, calibration.n_samples, calibration.sample_length, calibration.seed)
-    with experts_apart(model) if _has_experts(config) else nullcontext():
+    with experts_apart(model) if names_experts(config.model.projections) else nullcontext():
         # All layers are replaced at the end, so that an interruption before leaves the model as it was.
         for name, layer in _smaller_layers(config, model, tokens).items():
             model.set_submodule(name, layer)
     attach(model, {"factorization": asdict(config.factorization), "quantization": asdict(config.quantization)})
     return model
-
-
-def _has_experts(config: Config) -> bool:
-    return names_experts(name for group in config.model.shared_inputs for name in group)
 
 
 def _smaller_layers(

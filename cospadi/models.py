@@ -293,7 +293,7 @@ class BlockWalker:
         with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are computed, not stored
             settings = AutoConfig.from_pretrained(folder)
             model = auto_class(settings).from_config(settings, dtype=self.dtype, attn_implementation=attention)
-        if names_experts(name for group in config.shared_inputs for name in group):
+        if names_experts(config.projections):
             unfuse(model)
         decoder_path, _, blocks_name = config.blocks.rpartition(".")
         self.decoder = model.get_submodule(decoder_path).eval()

@@ -104,7 +104,7 @@ class Config:
     tracking: TrackingConfig = MISSING
 
     def __post_init__(self) -> None:
-        projections = [projection for shared in self.model.shared_inputs for projection in shared]
+        projections = self.model.projections
         for name in getattr(self.factorization, "grouped", None) or []:
             require(
                 name in projections,

@@ -50,6 +50,11 @@ def overrides_and(**files: str) -> Callable[[argparse.ArgumentParser], None]:
     return add
 
 
+def add_device_option(parser: argparse.ArgumentParser, what: str = "") -> None:
+    """``--device``; its help begins with ``what``."""
+    parser.add_argument("--device", default="auto", help=f"{what}auto, cpu or cuda (default %(default)s)")
+
+
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """How a model is compressed; `recipe` makes settings of them."""
     parser.add_argument("--ratio", type=float, help="fraction of 16-bit weights' bits to remove (default 0.2)")

@@ -8,7 +8,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from cospadi.cli.command import YOUR_MODEL, Command, add_recipe_options, add_settings_option, nothing, recipe
+from cospadi.cli.command import (
+    YOUR_MODEL,
+    Command,
+    add_device_option,
+    add_recipe_options,
+    add_settings_option,
+    nothing,
+    recipe,
+)
 
 DTYPES = ("float16", "bfloat16", "float32")
 SHELLS = ("bash", "zsh", "fish")
@@ -18,7 +26,7 @@ def _compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a folder, a hub id, or the name of a file in conf/model")
     parser.add_argument("out", type=Path, help="folder to write")
     add_recipe_options(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
+    add_device_option(parser)
     parser.add_argument("--stub", action="store_true", help="add lines that import cospadi for trust_remote_code=True")
     parser.add_argument("--keep-work", action="store_true", help="keep <out>.work with grams and factors")
     parser.add_argument(
@@ -50,8 +58,12 @@ def _compress(o: argparse.Namespace) -> None:
     )
 
 
-def _info_options(parser: argparse.ArgumentParser) -> None:
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a folder that cospadi compress wrote")
+
+
+def _info_options(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
     parser.add_argument("--json", action="store_true", help="as JSON, with every projection")
 
 
@@ -63,7 +75,7 @@ def _info(o: argparse.Namespace) -> None:
 
 
 def _densify_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="a folder that cospadi compress wrote")
+    _add_checkpoint(parser)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: that of the compressed checkpoint)")
 
@@ -88,7 +100,7 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
         "--tasks", default="", help="tasks of lm-eval as well: arc_easy,piqa; needs pip install '.[study]'"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="in which both run (default %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
+    add_device_option(parser)
     parser.add_argument("--json", action="store_true", help="as JSON")
     add_settings_option(parser, "evaluation.n_windows=32")
 
@@ -104,12 +116,12 @@ def _evaluate(o: argparse.Namespace) -> None:
 
 
 def _generate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="a folder that cospadi compress wrote")
+    _add_checkpoint(parser)
     parser.add_argument("prompt", help="the text to go on from, in quotes")
     parser.add_argument("--tokens", type=int, default=100, help="tokens at most (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     parser.add_argument("--seed", type=int, default=42, help="seed of the sampling (default %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
+    add_device_option(parser)
 
 
 def _generate(o: argparse.Namespace) -> None:
@@ -126,10 +138,10 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
         f"{parser.description}. It is transformers' own server: POST /v1/completions, /v1/chat/completions and /v1/responses, "
         "GET /health."
     )
-    parser.add_argument("checkpoint", type=Path, help="a folder that cospadi compress wrote")
+    _add_checkpoint(parser)
     parser.add_argument("--host", default="localhost", help="address to listen on (default %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
+    add_device_option(parser)
 
 
 def _serve(o: argparse.Namespace) -> None:

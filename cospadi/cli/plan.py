@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cospadi import records
-from cospadi.cli.command import YOUR_MODEL, Command, add_recipe_options, recipe
+from cospadi.cli.command import YOUR_MODEL, Command, add_device_option, add_recipe_options, recipe
 from cospadi.cli.study import study_of
 from cospadi.errors import UserError
 
@@ -36,7 +36,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="speed of another machine, in TF32 products: 100 for an A100 (default: measure this one)",
     )
-    parser.add_argument("--device", default="auto", help="device to measure: auto, cpu or cuda (default %(default)s)")
+    add_device_option(parser, "device to measure: ")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also the numbers, in seconds and bytes")
 
 

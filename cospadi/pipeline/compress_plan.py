@@ -12,7 +12,6 @@ from cospadi.pipeline import cost
 from cospadi.progress import duration
 from cospadi.settings import Config
 from cospadi.sources import checkpoints
-from cospadi.sources.addresses import RANDOM, WHEEL, local_path
 from cospadi.sources.shapes import Shape, known_shape, shape_from
 
 BLOCK_BYTES = 2 * 2**30
@@ -70,7 +69,6 @@ def plan_compress(config: Config, speed: Speed, measure: bool = True) -> Compres
     dense = 2 * shape.parameters
     factors = (1 - config.factorization.compression_ratio) * 2 * shape.compressed
     stored = quantized_bytes(config, factors, shape)
-    is_remote = local_path(config.model.source) is None and not config.model.source.startswith((RANDOM, WHEEL))
     quantization = Work()
     if config.quantization.changes:
         quantization = sum((cost.quantize(config, *size) for size in shape.projections.values()), Work()) * shape.layers
@@ -80,11 +78,11 @@ def plan_compress(config: Config, speed: Speed, measure: bool = True) -> Compres
         quantization=quantization.seconds(speed),
         measuring=_measuring(config, shape).seconds(speed) if measure else 0.0,
         memory=_memory(config, shape, measure),
-        grams=8 * shape.layers * sum(size**2 for size in cost.gram_sizes(config, shape)),
+        grams=shape.layers * cost.gram_bytes(config, shape),
         factors=factors + (stored if config.quantization.changes else 0),
         checkpoint=stored + dense - 2 * shape.compressed,
         dense=dense,
-        download=dense if is_remote else 0.0,
+        download=cost.download_bytes(config, shape),
     )
 
 
@@ -113,12 +111,12 @@ def _measuring(config: Config, shape: Shape) -> Work:
 
 def _memory(config: Config, shape: Shape, measure: bool) -> int | float:
     """Bytes at the peak, which is in one of three stages."""
-    value_bytes = 4 if config.model.dtype == "float32" else 2
+    value_bytes = cost.value_bytes(config)
     calibration = config.calibration
     embeddings = shape.vocabulary * shape.hidden * value_bytes
     block = shape.compressed / shape.layers * value_bytes
     hidden_states = calibration.n_samples * calibration.sample_length * shape.hidden * value_bytes
-    grams = 8 * sum(size**2 for size in cost.gram_sizes(config, shape))
+    grams = cost.gram_bytes(config, shape)
     packed = min(2 * shape.compressed, BLOCK_BYTES)
     solver = COPIES * 8 * max(max(size) ** 2 for size in shape.projections.values())
     stages = [embeddings + block + hidden_states + grams, packed + solver]

@@ -8,6 +8,7 @@ from cospadi.factorization import cost as method_cost
 from cospadi.factorization.settings import SAME_INPUT, FactorizationConfig, GroupedConfig
 from cospadi.factorization.work import Work
 from cospadi.settings import Config
+from cospadi.sources.addresses import RANDOM, local_path
 from cospadi.sources.shapes import Shape
 
 TOKENS = {
@@ -46,6 +47,22 @@ def calibrate(config: Config, shape: Shape) -> Work:
     softmax = 4 * 8 * calibration.sample_length * heads if calibration.attention and model.attended else 0
     # full float32, which on a GPU is no faster than float64
     return Work(model=tokens * per_token, double=tokens * 2 * grams, memory=tokens * softmax) * shape.layers
+
+
+def gram_bytes(config: Config, shape: Shape) -> int:
+    """Bytes of a block's grams, in float64."""
+    return 8 * sum(size**2 for size in gram_sizes(config, shape))
+
+
+def value_bytes(config: Config) -> int:
+    """Bytes of a number in the dtype in which the model runs."""
+    return 4 if config.model.dtype == "float32" else 2
+
+
+def download_bytes(config: Config, shape: Shape) -> int:
+    """Bytes of a model in 16 bits that is fetched; 0 where it is on this disk or drawn from a seed."""
+    is_remote = local_path(config.model.source) is None and not config.model.source.startswith(RANDOM)
+    return 2 * shape.parameters if is_remote else 0
 
 
 def gram_sizes(config: Config, shape: Shape) -> list[int]:

@@ -15,15 +15,16 @@ from cospadi.errors import UserError
 from cospadi.factorization.work import Speed
 from cospadi.pipeline.cost import (
     calibrate,
+    download_bytes,
     evaluate,
     evaluated_tokens,
     factorize_model,
-    gram_sizes,
+    gram_bytes,
     quantize,
+    value_bytes,
 )
 from cospadi.pipeline.study import CellId, Study
 from cospadi.quantization.settings import NONE
-from cospadi.sources.addresses import local_path
 from cospadi.sources.shapes import shape_of
 
 START = 10.0
@@ -73,14 +74,12 @@ def plan(study: Study, speed: Speed) -> list[ModelPlan]:
 def _plan_model(study: Study, model: str, speed: Speed) -> ModelPlan:
     config = study.config(model)
     shape = shape_of(config.model)
-    value_bytes = 4 if config.model.dtype == "float32" else 2
     takes = ModelPlan(model, jobs=3)  # prepare, calibrate, evaluate the dense model
     takes.calibration = START + calibrate(config, shape).seconds(speed)
     takes.evaluation = START + evaluate(config, shape, dense=True).seconds(speed)
-    takes.grams = 8 * shape.layers * sum(size**2 for size in gram_sizes(config, shape))
-    takes.reference = evaluated_tokens(config)[0] * shape.hidden * value_bytes
-    remote = local_path(config.model.source) is None and not config.model.source.startswith("random:")
-    takes.download = 2.0 * shape.parameters if remote else 0.0
+    takes.grams = shape.layers * gram_bytes(config, shape)
+    takes.reference = evaluated_tokens(config)[0] * shape.hidden * value_bytes(config)
+    takes.download = download_bytes(config, shape)
     factored: set[CellId] = set()
     for cell in (cell for cell in study.cells if cell.model == model):
         composed = study.config(model, cell.method, cell.ratio, cell.quantization)

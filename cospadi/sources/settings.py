@@ -102,13 +102,18 @@ class ModelConfig:
             len(self.shared_inputs) > 0 and all(self.shared_inputs),
             "model.shared_inputs names no projection. List those that read the same input together.",
         )
-        projections = [name for group in self.shared_inputs for name in group]
         for name in self.attended:
             require(
-                name in projections or name in ATTENDED,  # some of the usual ones may be left as they are
-                f"model.attended={name} is none of model.shared_inputs{did_you_mean(name, projections)} There are: {', '.join(projections)}.",
+                name in self.projections or name in ATTENDED,  # some of the usual ones may be left as they are
+                f"model.attended={name} is none of model.shared_inputs{did_you_mean(name, self.projections)} "
+                f"There are: {', '.join(self.projections)}.",
             )
         _require_digest("model", self.source, self.sha256)
+
+    @property
+    def projections(self) -> list[str]:
+        """All projections of a block that are compressed, in the order of ``shared_inputs``."""
+        return [name for group in self.shared_inputs for name in group]
 
 
 def _require_digest(room: str, source: str, sha256: str) -> None:

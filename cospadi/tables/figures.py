@@ -21,10 +21,12 @@ from cospadi.tables.cells import Cell, factorization_of, projection_errors, quan
 from cospadi.tables.emphasis import factorizations, palette
 from cospadi.tables.error_maps import error_maps
 from cospadi.tables.lines import (
+    MARK,
     LineEnd,
     add_legend,
     axis_label,
     draw_dense,
+    layer,
     leading_lines,
     markers,
     name_lines,
@@ -35,7 +37,7 @@ from cospadi.tables.metrics import AVERAGE, LOWER, METRICS, Metric
 from cospadi.tables.paper import PaperTable
 from cospadi.tables.pareto import pareto_figure
 from cospadi.tables.render import paper_table, tables
-from cospadi.tables.style import GREY, SOFT, label_logarithmic, save, style
+from cospadi.tables.style import SOFT, label_logarithmic, save, style
 from cospadi.tables.table_picture import table_picture
 
 
@@ -142,7 +144,7 @@ def _draw_lines(panel: Axes, rows: pd.DataFrame, metric: Metric, frame: pd.DataF
     for method in _methods(rows):
         of_method = rows[rows["method"] == method].sort_values("stored_ratio")
         base = factorization_of(method)
-        look = {"color": of_name[base], "zorder": 3 if of_name[base] == GREY else 4}
+        look = {"color": of_name[base], "zorder": layer(of_name[base])}
         look["clip_on"] = metric.is_logarithmic  # a mark of 0 % lies on the edge
         _draw_method(panel, of_method, metric, finite, bad, look, shapes[quantization_of(method)])
         if method in leading:
@@ -189,10 +191,7 @@ def _draw_method(
         line["place"],
         line["shown"].where(finite.loc[line.index]),
         marker=marker,
-        markersize=5,
-        markeredgecolor="white",
-        markeredgewidth=0.8,
-        linewidth=1.4,
+        **MARK,
         **look,
     )
     good = rows[finite.loc[rows.index]]

@@ -24,6 +24,10 @@ NAME_SIZE = 8.5
 """Points of the names at the lines."""
 
 
+MARK = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.8, "linewidth": 1.4}
+"""Look of a line and of the marks on it."""
+
+
 @dataclass(frozen=True)
 class LineEnd:
     """Where a line ends, and its name."""
@@ -63,6 +67,11 @@ def name_lines(panel: Axes, ends: Sequence[LineEnd]) -> None:
             arrowprops=None if is_above else pointer | {"relpos": (0, 0.5)},
             annotation_clip=False,
         )
+
+
+def layer(colour: str) -> int:
+    """Where a line of this colour is drawn: the grey ones below all others."""
+    return 3 if colour == GREY else 4
 
 
 def apart(levels: Sequence[float], gap: float, low: float, high: float) -> list[float]:

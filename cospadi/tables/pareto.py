@@ -14,10 +14,12 @@ from cospadi.records import DENSE
 from cospadi.tables.cells import factorization_of, quantization_of
 from cospadi.tables.emphasis import factorizations, palette
 from cospadi.tables.lines import (
+    MARK,
     LineEnd,
     add_legend,
     axis_label,
     draw_dense,
+    layer,
     leading_lines,
     markers,
     name_lines,
@@ -25,7 +27,7 @@ from cospadi.tables.lines import (
     upper_limit,
 )
 from cospadi.tables.metrics import METRICS, Metric
-from cospadi.tables.style import GREY, SOFT, label_logarithmic
+from cospadi.tables.style import SOFT, label_logarithmic
 
 SHOWN = (METRICS["token_perplexity"], METRICS["kl_to_dense"])
 """The metrics that have a panel."""
@@ -103,11 +105,8 @@ def _draw(panel: Axes, frame: pd.DataFrame, model: str, metric: Metric) -> list[
             line[metric.name],
             color=of_name[base],
             marker=shapes[quantization_of(str(method))],
-            markersize=5,
-            markeredgecolor="white",
-            markeredgewidth=0.8,
-            linewidth=1.4,
-            zorder=3 if of_name[base] == GREY else 4,
+            zorder=layer(of_name[base]),
+            **MARK,
         )
         if method in leading:
             ends.append(LineEnd(line["megabytes"].iloc[-1], line[metric.name].iloc[-1], titles[base], of_name[base]))
