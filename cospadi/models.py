@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from cospadi.errors import UserError
 from cospadi.experts import Part, expanded, groups_of_block, names_experts, parts, unfuse, weight_of
+from cospadi.sources.addresses import brief
 from cospadi.sources.architecture import auto_class, auto_class_of, quiet
 from cospadi.sources.files import weight_files
 from cospadi.sources.settings import ModelConfig
@@ -312,6 +312,9 @@ class BlockWalker:
     def embed(self, batches: Iterable[Tensor]) -> tuple[list[Tensor], list[list[Arguments]]]:
         """Hidden states that enter the first block, and the further arguments that every block receives, per batch.
 
+        Raises:
+            UserError: a block hands on more than hidden states to the next one.
+
         Blocks are stood in for by recorders that hand on their input, so that whatever the model computes per layer
         (rotary tables, masks, sliding windows) is taken from the model itself.
         """
@@ -331,8 +334,17 @@ class BlockWalker:
                 for block in self.blocks:
                     block.forward = recorder
                 # What comes after the blocks is not needed, and would meet their inputs where it expects outputs.
-                with suppress(_LastBlock):
+                try:
                     self.decoder(input_ids=tokens.to(self.device), use_cache=False)
+                except _LastBlock:
+                    pass
+                except (TypeError, ValueError, IndexError) as error:
+                    if not calls:
+                        raise  # not what a block handed on
+                    raise UserError(
+                        f"The blocks of {type(self.decoder).__name__} hand on more than hidden states ({brief(error)}), so they "
+                        "cannot be calibrated one by one. Compress the model in memory with cospadi.compress."
+                    ) from error
                 hidden.append(calls[0][0])
                 arguments.append([of_block for _, of_block in calls])
         finally:

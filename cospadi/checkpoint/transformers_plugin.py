@@ -95,6 +95,7 @@ class CoSpaDiQuantizer(HfQuantizer):
         refuse_offloaded_sharing(model, modules_of(model, self.quantization_config.modules))
         for layer in model.modules():
             if isinstance(layer, CompressedLinear):
+                vars(layer).pop("weight")
                 if not _is_offloaded(layer):  # its numbers are on the disk, and their checksums were right
                     layer.check()
                 # Stored bits are not trained: transformers makes every floating parameter trainable when it loads.
@@ -225,8 +226,19 @@ def put_empty_layers(model: nn.Module, modules: dict[str, dict[str, Any]]) -> No
                 f"The checkpoint's config.json makes {name} {sizes[0]}×{sizes[1]}, the model {expected[0]}×{expected[1]}. "
                 "Its config and its weights do not belong together: get the checkpoint again."
             )
+        layer.weight = _weight_to_initialize(dense)
         model.set_submodule(name, layer)
     declare_ties(model, modules)
+
+
+def _weight_to_initialize(dense: nn.Linear) -> torch.Tensor:
+    """What stands for a compressed layer's weight while transformers loads, and is in no state dict.
+
+    Some families initialize the ``weight`` of what was a linear layer from the module around it, such as ``mlp.c_proj``.
+    """
+    weight = torch.empty_like(dense.weight, device="meta", requires_grad=False)
+    weight._is_hf_initialized = True
+    return weight
 
 
 def _stacks_experts(conversion: Any) -> bool:

@@ -41,7 +41,7 @@ _MIXTURE = Family("model.layers", (_SEPARATE, ("self_attn.o_proj",), *_EXPERTS),
 _ATTENTION_ALONE = Family("model.layers", (_SEPARATE, ("self_attn.o_proj",)), attended=_KEYS)
 """Of models with experts, which stay as they are."""
 _MLP = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
-_LATENT = Family(
+_LATENT_DENSE = Family(
     "model.layers",
     (
         ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
@@ -49,12 +49,19 @@ _LATENT = Family(
         ("self_attn.kv_b_proj",),
         ("self_attn.o_proj",),
         *_MLP,
+    ),
+)
+"""Of models with latent attention, in which keys and values come from a short vector."""
+_LATENT = Family(
+    "model.layers",
+    (
+        *_LATENT_DENSE.shared_inputs,
         *_EXPERTS,
         ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
         ("mlp.shared_experts.down_proj",),
     ),
 )
-"""Of models with latent attention, whose first blocks have no experts."""
+"""The same with experts, which the first blocks lack."""
 _FUSED = (
     ("attention.query_key_value",),
     ("attention.dense",),
@@ -122,6 +129,17 @@ FAMILIES = {
     "arcee": _UP_DOWN,
     "jais2": _UP_DOWN,
     "nemotron": _UP_DOWN,
+    "nanochat": Family("model.layers", (_SEPARATE, ("self_attn.o_proj",), ("mlp.fc1",), ("mlp.fc2",)), attended=_KEYS),
+    "modernbert-decoder": Family(
+        "model.layers",
+        (("attn.q_proj", "attn.k_proj", "attn.v_proj"), ("attn.Wo",), ("mlp.Wi",), ("mlp.Wo",)),
+        attention="attn",
+        attended=("attn.k_proj", "attn.v_proj"),
+    ),
+    "gpt_bigcode": Family(
+        "transformer.h", (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)), attention="attn"
+    ),
+    "biogpt": Family("biogpt.layers", (_SEPARATE, ("self_attn.out_proj",), ("fc1",), ("fc2",)), attended=_KEYS),
     "glm": _GATE_UP,
     "glm4": _GATE_UP,
     "phi3": Family(
@@ -186,17 +204,8 @@ FAMILIES = {
         attention="attn",
         attended=("attn.k_proj", "attn.v_proj"),
     ),
-    "minicpm3": Family(
-        "model.layers",
-        (
-            ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
-            ("self_attn.q_b_proj",),
-            ("self_attn.kv_b_proj",),
-            ("self_attn.o_proj",),
-            ("mlp.gate_proj", "mlp.up_proj"),
-            ("mlp.down_proj",),
-        ),
-    ),
+    "minicpm3": _LATENT_DENSE,
+    "youtu": _LATENT_DENSE,
     "codegen": Family(
         "transformer.h", (("attn.qkv_proj", "mlp.fc_in"), ("attn.out_proj",), ("mlp.fc_out",)), attention="attn"
     ),

@@ -26,10 +26,12 @@ SIZES = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings":
 LLAMA = SIZES | {"intermediate_size": 96, "num_key_value_heads": 2}
 WIDE = LLAMA | {"head_dim": 16}
 TINY = {
+    "biogpt": SIZES | {"intermediate_size": 96},
     "bloom": {"hidden_size": 64, "n_head": 4},
     "codegen": {"n_embd": 64, "n_head": 4, "rotary_dim": 8, "n_positions": 128},
     "falcon": {"hidden_size": 64, "num_attention_heads": 4, "num_kv_heads": 4, "multi_query": True},
     "falcon_h1": LLAMA | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
+    "gpt_bigcode": {"n_embd": 64, "n_head": 4, "n_positions": 128},
     "gpt_neo": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "window_size": 8},
     "gptj": {"n_embd": 64, "n_head": 4, "rotary_dim": 8, "n_positions": 128},
     "helium": WIDE,
@@ -39,8 +41,12 @@ TINY = {
     | {"qk_rope_head_dim": 8, "v_head_dim": 16},
     "ministral": WIDE,
     "mpt": {"d_model": 64, "n_heads": 4, "max_seq_len": 128},
+    "nanochat": LLAMA,
     "opt": SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "persimmon": SIZES | {"intermediate_size": 96},
+    "youtu": LLAMA
+    | {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16}
+    | {"qk_rope_head_dim": 8, "v_head_dim": 16},
     "xglm": {"d_model": 64, "attention_heads": 4, "ffn_dim": 96, "pad_token_id": 0, "max_position_embeddings": 128},
 }
 """Sizes of the families whose config has other fields than Llama's."""
@@ -102,6 +108,7 @@ DEFAULT_NAMES = (
     ),
     *("olmo3", "smollm3", "granite", "stablelm", "cohere", "cohere2", "exaone4", "ernie4_5", "seed_oss", "helium"),
     *("hunyuan_v1_dense", "diffllama", "doge", "bitnet", "cwm", "vaultgemma", "hyperclovax"),
+    *("granite_swa", "internlm3", "iquestcoder", "gemma4_text"),
 )
 """Families with Llama's names, which need no row of the table."""
 ALL = sorted({*DEFAULT_NAMES, *FAMILIES})
@@ -202,9 +209,18 @@ def test_a_block_whose_file_lacks_a_projection_is_damaged_and_not_different(tmp_
         compress_to(str(tmp_path / "dense"), tmp_path / "out", ["factorization=svd_llm", *SETTINGS], text)
 
 
+def test_blocks_that_hand_on_a_tuple_are_refused_in_a_sentence(tmp_path, text):
+    sizes = {"hidden_size": 64, "attention_hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    rwkv = ModelConfig("r", "r", "random:rwkv", architecture=sizes, n_layers=2)
+    prepare_model(rwkv, tmp_path / "dense")
+    named = ["model.blocks=rwkv.blocks", "model.shared_inputs=[[attention.key]]", "model.attention=attention"]
+    with pytest.raises(UserError, match=r"blocks of RwkvModel hand on more than hidden states .* cospadi\.compress"):
+        compress_to(str(tmp_path / "dense"), tmp_path / "out", ["factorization=svd_llm", *SETTINGS, *named], text)
+
+
 def test_the_families_are_those_of_the_documentation():
     listed = re.search(r"<!-- families -->\n(.*?)\n<!-- end -->", DOCUMENTED.read_text(encoding="utf-8"), re.DOTALL)[1]
-    assert sorted(re.findall(r"`(\w+)`", listed)) == ALL
+    assert sorted(re.findall(r"`([\w-]+)`", listed)) == ALL
     assert len(ALL) >= 45
 
 
