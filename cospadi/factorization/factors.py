@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -135,17 +137,22 @@ class SparseDictionary:
         return learned + coefficients[:n_fixed] if self.identity else learned
 
     def tensors(self) -> dict[str, Tensor]:
-        mask = self.mask.T.contiguous().cpu()  # column by column of the coefficients
-        mask_bytes = torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
-        return _stored("dictionary", self.dictionary) | self._stored_values(mask) | {"mask": mask_bytes}
+        return _stored("dictionary", self.dictionary) | self._packed
 
-    def _stored_values(self, mask: Tensor) -> dict[str, Tensor]:
+    @cached_property
+    def _packed(self) -> dict[str, Tensor]:
+        """Values and mask, column by column of the coefficients: packed once, although it is asked for at every step."""
         numbers = self.coefficients
-        if isinstance(numbers, Quantized):
-            codes = numbers.codes.T.contiguous().cpu().view(torch.uint8)[mask].view(numbers.codes.dtype)
-            return {"values": pack(codes, numbers.format), "values_scales": numbers.scales.T.contiguous()}
-        values = numbers.T.contiguous().cpu()[mask]
-        return {"values": values if self.value_bits == 16 else pack_bits(values.view(torch.int16), self.value_bits)}
+        quantized = isinstance(numbers, Quantized)
+        columns = (numbers.codes if quantized else numbers).T.contiguous().cpu()
+        mask, values = _nonzeros().gather(columns)
+        if quantized:
+            stored = {"values": pack(values, numbers.format), "values_scales": numbers.scales.T.contiguous()}
+        elif self.value_bits == 16:
+            stored = {"values": values}
+        else:
+            stored = {"values": pack_bits(values.view(torch.int16), self.value_bits)}
+        return stored | {"mask": mask}
 
     @property
     def formats(self) -> Formats:
@@ -160,23 +167,17 @@ class SparseDictionary:
         d_out = int(tensors["d_out"])
         identity = len(mask_bytes) != mask_bits(atoms, d_out) // 8  # the mask is longer by d_in · d_out bits
         atoms += d_in if identity else 0
-        bits = np.unpackbits(mask_bytes.numpy(), count=atoms * d_out, bitorder="little").astype(bool)
-        mask = torch.from_numpy(bits).reshape(d_out, atoms)
+        n_values = int(np.bitwise_count(mask_bytes.numpy()).sum())
         if "values" in (formats or {}):
             name, group_size = formats["values"]
-            values = unpack(stored, name, int(mask.sum()))
-            codes = torch.zeros(d_out, atoms, dtype=torch.uint8)
-            codes[mask] = values.view(torch.uint8)
+            codes = _nonzeros().scatter(mask_bytes, unpack(stored, name, n_values), d_out, atoms)
             scales = tensors["values_scales"].T.contiguous()
-            coefficients = Quantized(codes.view(values.dtype).T, scales, name, group_size)
-            return cls(dictionary, coefficients, bits_of(name), identity)
+            return cls(dictionary, Quantized(codes.T, scales, name, group_size), bits_of(name), identity)
         value_bits = 16
         if stored.dtype == torch.uint8:
             value_bits = PAPER_VALUE_BITS  # the only packed form; a few values do not tell their width by their bytes
-            stored = unpack_bits(stored, value_bits, int(mask.sum())).view(dictionary.dtype)
-        columns = torch.zeros(d_out, atoms, dtype=dictionary.dtype)
-        columns[mask] = stored
-        return cls(dictionary, columns.T, value_bits, identity)
+            stored = unpack_bits(stored, value_bits, n_values).view(dictionary.dtype)
+        return cls(dictionary, _nonzeros().scatter(mask_bytes, stored, d_out, atoms).T, value_bits, identity)
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,13 @@ class Dense:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], formats: Formats | None = None) -> Dense:
         return cls(_read("dense", tensors, formats))
+
+
+def _nonzeros() -> ModuleType:
+    """Loaded by the first sparse matrix: numba takes a second, and whoever reads low-rank factors needs none."""
+    from cospadi.kernels import nonzeros
+
+    return nonzeros
 
 
 Factors = LowRank | SparseDictionary | SparsePlusLowRank | Dense

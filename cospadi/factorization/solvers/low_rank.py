@@ -52,6 +52,8 @@ def left_singular_vectors(
     Through the shorter side's Gram, so those of singular values below ``√ε`` of the largest are noise: orthonormal all the
     same for ``rows ≤ columns``, otherwise not even that. Good to start an iteration from.
     """
+    if count == 0:
+        return matrix[..., :0]  # a decomposition would be thrown away
     if matrix.shape[-2] <= matrix.shape[-1]:
         return leading_eigenvectors(matrix @ matrix.mT, count)
     vectors = matrix @ leading_eigenvectors(matrix.mT @ matrix, count)
