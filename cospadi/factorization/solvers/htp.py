@@ -7,6 +7,7 @@ Everything takes a batch of targets of equal shape, which a GPU solves as one. C
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -158,6 +159,19 @@ class Pursuit:
             self.fixed = fixed / self.fixed_norms
         self.n_fixed = self.fixed.shape[2]
 
+    @cached_property
+    def gram_of_fixed(self) -> Tensor:
+        """``FᵀF``, in full precision on a GPU, too: where no atom is learned every round takes this one."""
+        with float32_products(exact=True):
+            return product(self.fixed.mT, self.fixed)
+
+    @cached_property
+    def correlations_of_fixed(self) -> Tensor:
+        """``YᵀF``, likewise."""
+        with float32_products(exact=True):
+            pieces = [product(self.targets[:, :, rows].mT, self.fixed) for rows in self._rows(self.n_fixed)]
+        return torch.cat(pieces, dim=1)
+
     def first_codes(self, fixed_codes: Tensor | None, atoms: int) -> Tensor:
         batch, _, d_out = self.targets.shape
         codes = self.targets.new_zeros(batch, d_out, self.n_fixed + atoms)
@@ -172,6 +186,7 @@ class Pursuit:
         codes = codes[..., : self.n_fixed].clone()
         no_atoms = self.fixed[..., :0]
         self.code(no_atoms, codes, 1.0, sparsity, 2 * cg_steps)
+        del self.gram_of_fixed, self.correlations_of_fixed  # learned atoms come in, and these are not used again
         return self.targets - self.fixed @ codes.mT
 
     def code(
@@ -185,7 +200,7 @@ class Pursuit:
     ) -> Tensor:
         """One round of coding, in place; the relative error of every target."""
         joint = self._joint(dictionary)
-        gram = product(joint.mT, joint)
+        gram = product(joint.mT, joint) if dictionary.shape[2] else self.gram_of_fixed
         explained = torch.zeros_like(self.energies[:, 0], dtype=torch.float64)
         for rows, correlations, gradient, support in self._supports(joint, gram, codes, step, sparsity):
             old = codes[:, rows]
@@ -207,7 +222,10 @@ class Pursuit:
         """Rows of codes, ``[F D]ᵀY`` and the gradient there, and the support that a step along the gradient leads to."""
 
         def piece(rows: slice) -> tuple[Tensor, Tensor]:
-            correlations = product(self.targets[:, :, rows].mT, joint)
+            if joint.shape[2] == self.n_fixed:
+                correlations = self.correlations_of_fixed[:, rows]
+            else:
+                correlations = product(self.targets[:, :, rows].mT, joint)
             return correlations, torch.baddbmm(correlations, codes[:, rows], gram, alpha=-1)
 
         # As many non-zeros in every column: a piece of the rows needs to know nothing of the others.
