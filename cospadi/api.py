@@ -18,7 +18,7 @@ from cospadi.checkpoint.ledger import ledger
 from cospadi.checkpoint.linear import CompressedLinear
 from cospadi.checkpoint.specs import layer_of
 from cospadi.checkpoint.transformers_plugin import METHOD, attach
-from cospadi.checkpoint.write import write
+from cospadi.checkpoint.write import refuse_taken, write
 from cospadi.errors import UserError
 from cospadi.experts import experts_apart, names_experts
 from cospadi.factorization.factors import Dense, Factors
@@ -79,10 +79,9 @@ def compress_to(
     config = configured(source, overrides, text)
     out = Path(out).absolute()
     check_output_folder(out)
-    if (out / "config.json").is_file() and not overwrite:
-        raise UserError(f"{out} holds a compressed checkpoint. Add --overwrite to replace it, or name another folder.")
     if Path(source).exists() and Path(source).resolve() == out.resolve():
         raise UserError(f"{out} is the model itself. Name another folder to write.")
+    refuse_taken(out, overwrite)
     if Path(source).is_dir() and Path(source).resolve() in out.resolve().parents:
         raise UserError(
             f"{out} is inside the model's folder {source}, whose files would change. Name a folder outside it."

@@ -44,6 +44,8 @@ def verify_files(files: Iterable[Path | str]) -> set[str]:
                     raise UserError(f"{file} carries no checksums, so cospadi did not write it. Write it again.")
                 names |= set(tensors.keys())
                 damaged = [name for name in tensors.keys() if checksum(tensors.get_tensor(name)) != expected.get(name)]  # noqa: SIM118
+        except UserError:
+            raise
         except FileNotFoundError as error:
             raise UserError(f"{file} is missing. Copy or download the checkpoint again.") from error
         except (SafetensorError, OSError, ValueError) as error:

@@ -62,6 +62,8 @@ def load(folder: Path | str, dtype: str | torch.dtype = "auto", **options: Any) 
         model, report = auto_class_of(folder).from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except SafetensorError as error:
         raise UserError(f"A safetensors file of {folder} is damaged or cut short ({error}). Copy it again.") from error
+    except UserError:
+        raise  # says all there is to say
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise UserError(f"transformers cannot load {folder}: {brief(error)}. Copy or download it again.") from error
     wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names and kind != "error_msgs"}

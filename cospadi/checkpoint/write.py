@@ -178,7 +178,18 @@ def _copy_companions(source: Path, folder: Path) -> None:
         shutil.copyfile(file, copy)
 
 
-def densify(folder: Path, out: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+def refuse_taken(out: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        UserError: ``out`` holds a checkpoint, which is not to be replaced.
+    """
+    if (out / "config.json").is_file() and not overwrite:
+        raise UserError(f"{out} holds a checkpoint. Add --overwrite to replace it, or name another folder.")
+
+
+def densify(
+    folder: Path, out: Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES, overwrite: bool = False
+) -> None:
     """An ordinary dense checkpoint with the same outputs, for runtimes that know nothing of cospadi.
 
     Args:
@@ -186,9 +197,10 @@ def densify(folder: Path, out: Path, dtype: str | None = None, shard_bytes: int 
         out: folder to write.
         dtype: of all its tensors; by default that of the compressed checkpoint's config.
         shard_bytes: at most, of a file.
+        overwrite: replace a checkpoint that this project wrote to ``out``.
 
     Raises:
-        UserError: see `compression_of`; a shard is damaged or missing; ``out`` cannot be written; a number does not fit.
+        UserError: see `compression_of`; a shard is damaged or missing; ``out`` is taken or cannot be written; a number does not fit.
     """
     folder = Path(folder)
     out = Path(out)
@@ -196,6 +208,7 @@ def densify(folder: Path, out: Path, dtype: str | None = None, shard_bytes: int 
     check_output_folder(out)
     if out.resolve() == folder.resolve():
         raise UserError(f"{out} is the compressed checkpoint itself. Name another folder to write.")
+    refuse_taken(out, overwrite)
     checkpoint = opened(folder, compression["modules"])
     verify_files(weight_files(folder))
     config = _plain_config(checkpoint)

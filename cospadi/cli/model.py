@@ -35,9 +35,7 @@ def _compress_options(parser: argparse.ArgumentParser) -> None:
         help="of embeddings, norms and head (default: that of the model; factors have 16 bits)",
     )
     parser.add_argument("--no-measure", action="store_true", help="do not load the models to measure what it cost")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a checkpoint that an earlier run wrote to OUT"
-    )
+    _add_overwrite(parser)
 
 
 def _compress(o: argparse.Namespace) -> None:
@@ -62,6 +60,12 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a folder that cospadi compress wrote")
 
 
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a checkpoint that an earlier run wrote to OUT"
+    )
+
+
 def _info_options(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
     parser.add_argument("--json", action="store_true", help="as JSON, with every projection")
@@ -77,13 +81,14 @@ def _info(o: argparse.Namespace) -> None:
 def _densify_options(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
     parser.add_argument("out", type=Path, help="folder to write")
+    _add_overwrite(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: that of the compressed checkpoint)")
 
 
 def _densify(o: argparse.Namespace) -> None:
     from cospadi.checkpoint.write import densify
 
-    densify(o.checkpoint, o.out, o.dtype)
+    densify(o.checkpoint, o.out, o.dtype, overwrite=o.overwrite)
     print(f"{o.out}: an ordinary checkpoint.")
 
 

@@ -98,9 +98,9 @@ def evaluate(folder: str, dense: str | None, config: EvaluationConfig, dtype: st
     Raises:
         UserError: no model, text or task of that name, a text too short for one window, or models of other tokens.
     """
-    check_tasks(config)
     if config.tasks:
-        require_extra("study", "--tasks")
+        require_extra("study", "--tasks")  # before lm-eval is asked for its tasks
+    check_tasks(config)
     device = devices.pick(config.device, "--device")
     protocol = _Protocol(config, read_documents(config.text), dtype, device, quiet)
     with tempfile.TemporaryDirectory(prefix="cospadi-") as work, float32_products(exact=True):

@@ -282,8 +282,9 @@ def edited(folder, change):
 
 def refused_by_both(folder, sentence):
     """By `cospadi.load`, and by plain transformers before it returns a model."""
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=sentence) as told:
         cospadi.load(folder)
+    assert str(told.value).count(" it again.") <= 1  # advice is given once
     with pytest.raises(Exception, match=r".") as refusal:
         AutoModelForCausalLM.from_pretrained(folder)
     assert refusal.value is not None
@@ -702,7 +703,7 @@ def text(tmp_path):
 def test_a_second_run_neither_replaces_a_checkpoint_nor_deletes_a_file_beside_it(made, tmp_path, text):
     out = tmp_path / "out"
     compress_to(str(made()[0]), out, SMALL, text)
-    with pytest.raises(UserError, match=r"holds a compressed checkpoint\. Add --overwrite"):
+    with pytest.raises(UserError, match=r"holds a checkpoint\. Add --overwrite"):
         compress_to(str(made()[0]), out, SMALL, text)
     compress_to(str(made()[0]), out, SMALL, text, overwrite=True)
     (out / "README.md").write_text("my model card")
@@ -714,6 +715,23 @@ def test_a_second_run_neither_replaces_a_checkpoint_nor_deletes_a_file_beside_it
         checkpoint.densify(made()[1], out)
     assert (out / "README.md").read_text() == "my model card"
     cospadi.load(out)
+
+
+def test_a_model_is_not_replaced_by_itself(made, text):
+    dense = made()[0]
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="is the model itself"):
+            compress_to(str(dense), dense, SMALL, text, overwrite=overwrite)
+
+
+def test_densify_replaces_a_checkpoint_only_when_told(made, tmp_path):
+    out = tmp_path / "dense"
+    checkpoint.densify(made()[1], out, "float32")
+    with pytest.raises(UserError, match=r"holds a checkpoint\. Add --overwrite"):
+        checkpoint.densify(made()[1], out, "float16")
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+    checkpoint.densify(made()[1], out, "float16", overwrite=True)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
 
 
 def test_two_runs_in_one_folder_are_refused(made, tmp_path, text):

@@ -148,3 +148,23 @@ def test_the_rules_of_a_study_reach_their_own_stage(tmp_path):
     assert run.returncode == 1
     assert "unrecognized arguments" not in run.stderr
     assert "none" in run.stderr.splitlines()[-1]
+
+
+def test_tasks_without_lm_eval_are_refused_in_a_sentence(folder):
+    """In a process of its own, which has no lm-eval: nothing there has been imported or cached before."""
+    hidden = """
+import importlib.metadata, importlib.util, sys
+installed, found = importlib.metadata.version, importlib.util.find_spec
+def version(package):
+    if package == "lm-eval":
+        raise importlib.metadata.PackageNotFoundError(package)
+    return installed(package)
+importlib.metadata.version = version
+importlib.util.find_spec = lambda name, package=None: None if name == "lm_eval" else found(name, package)
+from cospadi import cli
+sys.exit(cli.main(["evaluate", "small", "--text", "unseen.txt", "--tasks", "arc_eazy"]))
+"""
+    run = subprocess.run([sys.executable, "-c", hidden], cwd=folder, check=False, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "error: --tasks needs lm-eval, which is not installed." in run.stderr
+    assert "Traceback" not in run.stderr
