@@ -995,6 +995,17 @@ def test_a_compressed_model_is_served(made):
     assert text == tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+def test_a_port_that_nobody_can_listen_on_is_told_before_the_model_is_loaded(made, capsys):
+    folder = str(made()[1])
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", folder, "--port", str(port)]) == 1
+        assert f"--port={port}: Address already in use" in capsys.readouterr().err
+    for port in ("0", "65536"):
+        assert cli.main(["serve", folder, "--port", port]) == 1
+        assert f"--port={port} is not between 1 and 65535" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_not_compressed_is_not_served(made, capsys):
     assert cli.main(["serve", str(made()[0])]) == 1
     assert "is not compressed by cospadi" in capsys.readouterr().err
