@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -306,4 +307,19 @@ def _no_such_option(error: MissingConfigException) -> str:
 def _no_such_setting(full_key: str, schema: type) -> str:
     names = sorted(f.name for f in fields(schema))
     above, _, key = full_key.rpartition(".")
-    return f"{full_key} is not a setting{did_you_mean(key, names)} The settings{f' of {above}' if above else ''} are: {', '.join(names)}."
+    below = [] if above else _settings_below(key, schema)
+    near = f". Did you mean {' or '.join(below)}?" if below else did_you_mean(key, names)
+    return f"{full_key} is not a setting{near} The settings{f' of {above}' if above else ''} are: {', '.join(names)}."
+
+
+def _settings_below(key: str, schema: type) -> list[str]:
+    """Settings of the rooms of ``schema`` whose last word is ``key``: ``factorization.compression_ratio`` for ``ratio``."""
+    found = []
+    for room, kind in get_type_hints(schema).items():
+        kinds = _and_subclasses(kind) if is_dataclass(kind) else []  # a method may have settings of its own
+        found += [f"{room}.{field.name}" for kind in kinds for field in fields(kind)]
+    return [name for name in dict.fromkeys(found) if re.search(rf"[._]{re.escape(key)}$", name)]
+
+
+def _and_subclasses(kind: type) -> list[type]:
+    return [kind, *(each for child in kind.__subclasses__() for each in _and_subclasses(child))]

@@ -75,6 +75,9 @@ def test_values_of_the_command_line_win():
         ("calibration.text.parserr=lines", "calibration.text.parserr", "parser"),
         ("modell.title=x", "modell", "model"),
         ("+modell.title=x", "modell", "model"),
+        ("compression_ratio=0.3", "compression_ratio", "factorization.compression_ratio"),
+        ("+n_samples=3", "n_samples", "calibration.n_samples"),
+        ("rho=3", "rho", "factorization.rho"),
     ],
 )
 def test_a_misspelt_key_is_refused_by_name(override, named, meant):
