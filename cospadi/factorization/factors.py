@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -167,16 +166,15 @@ class SparseDictionary:
         d_out = int(tensors["d_out"])
         identity = len(mask_bytes) != mask_bits(atoms, d_out) // 8  # the mask is longer by d_in · d_out bits
         atoms += d_in if identity else 0
-        n_values = int(np.bitwise_count(mask_bytes.numpy()).sum())
         if "values" in (formats or {}):
             name, group_size = formats["values"]
-            codes = _nonzeros().scatter(mask_bytes, unpack(stored, name, n_values), d_out, atoms)
+            codes = _nonzeros().scatter(mask_bytes, unpack(stored, name, _nonzeros().count(mask_bytes)), d_out, atoms)
             scales = tensors["values_scales"].T.contiguous()
             return cls(dictionary, Quantized(codes.T, scales, name, group_size), bits_of(name), identity)
         value_bits = 16
         if stored.dtype == torch.uint8:
             value_bits = PAPER_VALUE_BITS  # the only packed form; a few values do not tell their width by their bytes
-            stored = unpack_bits(stored, value_bits, n_values).view(dictionary.dtype)
+            stored = unpack_bits(stored, value_bits, _nonzeros().count(mask_bytes)).view(dictionary.dtype)
         return cls(dictionary, _nonzeros().scatter(mask_bytes, stored, d_out, atoms).T, value_bits, identity)
 
 

@@ -29,8 +29,22 @@ def gather(numbers: Shaped[Tensor, "*shape"]) -> tuple[UInt8[Tensor, " bytes"], 
     magnitude = words.dtype.type((1 << n_bits) - 1)
     mask = np.empty(-(-len(words) // 8), np.uint8)
     values = np.empty(len(words) + 1, words.dtype)
-    count = _gather(words, magnitude, mask, values)
-    return torch.from_numpy(mask), torch.from_numpy(values[:count].copy()).view(numbers.dtype)
+    whole = len(words) // 8 * 8
+    found = _gather(words[:whole], magnitude, mask, values)
+    if whole < len(words):  # the last byte, filled up with zeros
+        last = np.zeros(8, words.dtype)
+        last[: len(words) - whole] = words[whole:]
+        found += _gather(last, magnitude, mask[-1:], values[found:])
+    return torch.from_numpy(mask), torch.from_numpy(values[:found].copy()).view(numbers.dtype)
+
+
+def count(mask: UInt8[Tensor, " bytes"]) -> int:
+    """Numbers that are not zero.
+
+    >>> count(torch.tensor([9], dtype=torch.uint8))
+    2
+    """
+    return int(np.bitwise_count(mask.numpy()).sum())
 
 
 def scatter(
@@ -39,14 +53,13 @@ def scatter(
     """What `gather` took apart.
 
     Raises:
-        ValueError: the mask is too short, or has another number of bits set than there are values.
+        ValueError: the mask has another length, or another number of bits set than there are values.
     """
     size = rows * columns
     if len(mask) != -(-size // 8):
         raise ValueError(f"a mask of {len(mask)} bytes for {rows} × {columns} numbers")
-    n_set = int(np.bitwise_count(mask.numpy()).sum())
-    if n_set != len(values):
-        raise ValueError(f"a mask with {n_set} bits set for {len(values)} values")
+    if count(mask) != len(values):
+        raise ValueError(f"a mask with {count(mask)} bits set for {len(values)} values")
     word = WORDS[values.element_size()]
     ended = torch.cat([values.contiguous().view(word), torch.zeros(1, dtype=word)])  # looked at after the last value
     numbers = torch.empty(8 * len(mask), dtype=word)
@@ -58,8 +71,7 @@ def scatter(
 def _gather(words, magnitude, mask, values):
     """Every number is written where the next non-zero belongs, and the place moves on if it was one: no branch."""
     place = 0
-    whole = len(words) // 8
-    for byte in range(whole):
+    for byte in range(len(words) // 8):
         bits = 0
         for i in range(8):
             word = words[8 * byte + i]
@@ -68,15 +80,6 @@ def _gather(words, magnitude, mask, values):
             place += nonzero
             bits |= nonzero << i
         mask[byte] = bits
-    bits = 0
-    for i in range(len(words) - 8 * whole):
-        word = words[8 * whole + i]
-        nonzero = (word & magnitude) != 0
-        values[place] = word
-        place += nonzero
-        bits |= nonzero << i
-    if whole < len(mask):
-        mask[whole] = bits
     return place
 
 
