@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from cospadi.cli import forkserver
 from cospadi.pipeline import locks
 from cospadi.errors import UserError
 from cospadi.factorization.work import ONE_CORE
@@ -37,6 +38,9 @@ wildcard_constraints:
 
 onstart:
     locks.sign_in(Path.cwd())
+    # Jobs of a GPU are long, and a card is not shared by forks.
+    if not n_gpus():
+        forkserver.start()
     # What --logger cospadi begins its estimate with; Snakemake's own logger prints no empty message.
     logger.info(
         None,

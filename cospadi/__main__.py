@@ -1,5 +1,6 @@
 import sys
 
-from cospadi.cli import main
+from cospadi.cli import forkserver, main
 
-sys.exit(main())
+code = forkserver.ask(sys.argv[1:])
+sys.exit(main() if code is None else code)

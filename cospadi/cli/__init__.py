@@ -18,6 +18,9 @@ from cospadi import __version__
 from cospadi.cli import bench, model, plan, stages, study
 from cospadi.errors import UserError, did_you_mean, require_extra
 
+# Threads that wait for others give their core away; torch reads this once, when it is imported. Spinning, which is OpenMP's
+# default, they took four times the core-seconds beside another program, and alone on the machine no less (docs/solver-log.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 COMMANDS = (*model.COMMANDS, *plan.COMMANDS, *study.COMMANDS, *bench.COMMANDS, *stages.COMMANDS)
 """Every command, in the order of ``--help``."""
 ONLY_OPTIONS = ("ratio", "method", "quantize", "device", "dtype")

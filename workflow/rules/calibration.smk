@@ -8,8 +8,6 @@ rule calibrate:
         record="results/calibration/{model}/{calibration}/record.json",
     log:
         "results/calibration/{model}/{calibration}/run.log",
-    benchmark:
-        "results/calibration/{model}/{calibration}/benchmark.tsv"
     threads: 16  # or as many as --cores allows
     resources:
         gpu=1,

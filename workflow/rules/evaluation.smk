@@ -10,8 +10,6 @@ rule evaluate_dense:
         samples=directory("results/evaluation/{model}/dense/{evaluation}/samples"),
     log:
         "results/evaluation/{model}/dense/{evaluation}/run.log",
-    benchmark:
-        "results/evaluation/{model}/dense/{evaluation}/benchmark.tsv"
     threads: study.root.evaluation.threads
     resources:
         gpu=1,
@@ -40,8 +38,6 @@ rule evaluate:
         ),
     log:
         "results/evaluation/{model}/{calibration}/{method}-{ratio}{quantized}/{evaluation}/run.log",
-    benchmark:
-        "results/evaluation/{model}/{calibration}/{method}-{ratio}{quantized}/{evaluation}/benchmark.tsv"
     threads: study.root.evaluation.threads
     resources:
         gpu=1,

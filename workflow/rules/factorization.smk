@@ -56,8 +56,6 @@ rule factorize:
         record="results/factorization/{model}/{calibration}/{method}-{ratio}/{layers}.json",
     log:
         "results/factorization/{model}/{calibration}/{method}-{ratio}/{layers}.log",
-    benchmark:
-        "results/factorization/{model}/{calibration}/{method}-{ratio}/{layers}.tsv"
     resources:
         gpu=1,
     params:

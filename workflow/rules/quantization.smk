@@ -10,8 +10,6 @@ rule quantize:
         record="results/quantization/{model}/{calibration}/{method}-{ratio}-{quantization}/{layers}.json",
     log:
         "results/quantization/{model}/{calibration}/{method}-{ratio}-{quantization}/{layers}.log",
-    benchmark:
-        "results/quantization/{model}/{calibration}/{method}-{ratio}-{quantization}/{layers}.tsv"
     resources:
         gpu=1,
     params:

@@ -5,8 +5,6 @@ rule prepare_model:
         record="results/sources/models/{model}/record.json",
     log:
         "results/sources/models/{model}/run.log",
-    benchmark:
-        "results/sources/models/{model}/benchmark.tsv"
     params:
         recipe=lambda w: study.recipe("model", model=w.model),
         overrides=lambda w, output: study.overrides_for(model=w.model),
@@ -22,8 +20,6 @@ rule prepare_text:
         record="results/sources/texts/{text}/record.json",
     log:
         "results/sources/texts/{text}/run.log",
-    benchmark:
-        "results/sources/texts/{text}/benchmark.tsv"
     params:
         recipe=lambda w: study.recipe("text", text=w.text),
         overrides=lambda w, output: study.overrides_for(),
