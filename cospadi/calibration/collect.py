@@ -19,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from cospadi import devices
+from cospadi.calibration import attention
 from cospadi.calibration.experts import ExpertListener, shortage
 from cospadi.calibration.settings import CalibrationConfig
 from cospadi.calibration.statistics import InputStatistics
@@ -80,8 +81,10 @@ def collect(
         UserError: at the first layer whose inputs are not finite, naming it.
     """
     device = devices.pick(calibration.device, "calibration.device")
-    tells_weights = "eager" if calibration.attention and model.attended else None
-    walker = BlockWalker(folder, model, device, attention=tells_weights)
+    weights_tokens = calibration.attention and bool(model.attended)
+    walker = BlockWalker(folder, model, device, attention="eager" if weights_tokens else None)
+    if weights_tokens:
+        attention.tell_received(walker.decoder)
     hidden, arguments = walker.embed(tokens.split(calibration.batch_size))
     for layer, block in walker.walk():
         statistics: dict[str, InputStatistics] = {}
@@ -143,7 +146,7 @@ def gather(
     weights_tokens = calibration.attention and bool(model.attended)
     try:
         if weights_tokens:
-            network.set_attn_implementation("eager")  # the others do not tell their weights
+            attention.tell_received(network)
         for batch in tokens.split(calibration.batch_size):
             network(input_ids=batch.to(device), use_cache=False)
     finally:
@@ -208,11 +211,11 @@ def _listen_to_attention(
 
         return take
 
-    def weigh(attention: nn.Module, _: Any, outputs: Any) -> None:
+    def weigh(module: nn.Module, _: Any, outputs: Any) -> None:
         weights = outputs[1] if isinstance(outputs, tuple) and len(outputs) > 1 else None
         if weights is None:
             raise UserError(
-                f"{type(attention).__name__} does not tell its attention weights, by which the inputs of {', '.join(model.attended)} "
+                f"{type(module).__name__} does not tell its attention weights, by which the inputs of {', '.join(model.attended)} "
                 "are weighted. Set calibration.attention=false."
             )
         received = weights.float().mean(dim=1).sum(dim=1).flatten()  # batch × heads × queries × keys
@@ -220,13 +223,13 @@ def _listen_to_attention(
             statistics[shared_input].add_attended(read.pop(shared_input), received, dtype)
 
     try:
-        attention = block.get_submodule(model.attention)
+        module = block.get_submodule(model.attention)
     except AttributeError as error:
         raise UserError(
             f"This {type(block).__name__} has no {model.attention}. Set model.attention to match, or calibration.attention=false."
         ) from error
     hooks = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in attended]
-    return [*hooks, attention.register_forward_hook(weigh)]
+    return [*hooks, module.register_forward_hook(weigh)]
 
 
 def _listen(
