@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from cospadi import devices
 from cospadi.calibration.collect import draw_samples, gather
 from cospadi.calibration.statistics import InputStatistics
 from cospadi.checkpoint.card import card
@@ -19,7 +20,7 @@ from cospadi.checkpoint.linear import CompressedLinear
 from cospadi.checkpoint.specs import layer_of
 from cospadi.checkpoint.transformers_plugin import METHOD, attach
 from cospadi.checkpoint.write import refuse_taken, write
-from cospadi.errors import UserError
+from cospadi.errors import AUTO, UserError
 from cospadi.experts import experts_apart, names_experts
 from cospadi.factorization.factors import Dense, Factors
 from cospadi.factorization.files import read_factors
@@ -77,6 +78,9 @@ def compress_to(
         UserError: a setting, the model or the text is invalid, ``out`` is taken, another run writes it, or the disk is full.
     """
     config = configured(source, overrides, text)
+    for room in ("calibration", "factorization", "quantization"):
+        if (device := getattr(config, room).device) != AUTO:
+            devices.pick(device, f"{room}.device")  # now, and not when the model and the text are there
     out = Path(out).absolute()
     check_output_folder(out)
     if Path(source).exists() and Path(source).resolve() == out.resolve():
@@ -106,6 +110,9 @@ def _outcome(config: Config, model: Path, out: Path, work: Path) -> dict[str, An
     config = replace(config, model=fitted(config.model, read_json(model / "config.json").get("model_type")))
     try:
         return outcome.measured(config, model, out, work / "documents.json", work).as_record()
+    except KeyboardInterrupt:
+        print(f"\nNot measured: stopped. {out} is whole; cospadi evaluate measures it at any time.", flush=True)
+        return None
     except UserError as error:
         print(f"Not measured: {str(error).rstrip('.')}.", flush=True)
         return None
@@ -132,9 +139,11 @@ def _alone(work: Path, out: Path) -> Iterator[None]:
     Raises:
         UserError: another run works in this folder.
     """
+    lock = work.with_name(f".{work.name}.lock")
     try:
-        with FileLock(work.with_name(f".{work.name}.lock"), blocking=False):
+        with FileLock(lock, blocking=False):
             yield
+            lock.unlink(missing_ok=True)  # held still: nobody who waits for nothing has it open
     except Timeout as error:
         raise UserError(f"Another cospadi compress is writing {out}. Wait for it, or name another folder.") from error
 
@@ -211,14 +220,13 @@ def compress(
     Raises:
         UserError: a setting or the text is invalid, a projection is missing, or activations are not finite.
     """
+    _require_kinds(model, tokenizer, texts, overrides)
     settings = [f"factorization={method}", f"quantization={quantization}", *overrides]
     settings += [] if compression_ratio is None else [f"factorization.compression_ratio={compression_ratio}"]
     config = configured("any", ["model.source=./in-memory", *settings], None)
     config = replace(config, model=fitted(config.model, model.config.model_type))
     calibration = config.calibration
     _require_plain(model)
-    if isinstance(texts, str):
-        raise UserError("texts is one string, which would be read letter by letter. Give a list of documents.")
     texts = read_documents(calibration.text) if texts is None else list(texts)
     tokens = draw_samples(tokenizer, texts, calibration.n_samples, calibration.sample_length, calibration.seed)
     with experts_apart(model) if names_experts(config.model.projections) else nullcontext():
@@ -266,6 +274,25 @@ def _smaller_layers(
             "No projection was compressed: every one was left dense. Choose another ratio, method or quantization."
         )
     return smaller
+
+
+def _require_kinds(model: object, tokenizer: object, texts: object, overrides: object) -> None:
+    """
+    Raises:
+        UserError: an argument is of another kind than `compress` takes: a path for a model, say.
+    """
+    if not hasattr(model, "config") or not hasattr(model, "named_parameters"):
+        raise UserError(
+            f"model is a {type(model).__name__}. Give a loaded model; `cospadi compress` takes names and folders."
+        )
+    if not callable(tokenizer):
+        raise UserError(f"tokenizer is a {type(tokenizer).__name__}. Give a loaded one: AutoTokenizer.from_pretrained.")
+    if isinstance(texts, str):
+        raise UserError("texts is one string, which would be read letter by letter. Give a list of documents.")
+    if isinstance(overrides, str | Mapping):
+        raise UserError(f"overrides is a {type(overrides).__name__}. Give a list: ['calibration.n_samples=16'].")
+    if isinstance(texts, Sequence) and (other := [text for text in texts if not isinstance(text, str)]):
+        raise UserError(f"texts holds a {type(other[0]).__name__}. Give a list of strings, a document each.")
 
 
 def _require_plain(model: PreTrainedModel) -> None:

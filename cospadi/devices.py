@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from cospadi.errors import UserError
+from cospadi.errors import UserError, is_device
 
 
 def synchronize(device: torch.device) -> None:
@@ -29,14 +29,13 @@ def pick(name: str, setting: str) -> torch.device:
     first one when all are held.
 
     Raises:
-        UserError: naming ``setting``, when torch does not know the name or has no such device.
+        UserError: naming ``setting``, when this project does not know the name or torch has no such device.
     """
     if name == "auto":
         return torch.device("cuda", _free_gpu()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"{setting}={name} is not a device. Set it to auto, cpu or cuda.") from error
+    if not is_device(name):
+        raise UserError(f"{setting}={name} is not a device that this runs on. Set it to auto, cpu or cuda.")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         n_gpus = torch.cuda.device_count()
         raise UserError(f"{setting}={name} is set, but torch sees {n_gpus} CUDA GPUs here. Set it to auto or cpu.")

@@ -53,8 +53,12 @@ def require_device(setting: str, value: str) -> None:
     Raises:
         UserError: when ``value`` is neither ``auto`` nor a name of torch's that this project runs on.
     """
-    is_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None
-    require(is_device, f"{setting}={value} is not known. Choose one of: auto, cpu, cuda, cuda:<number>.")
+    require(is_device(value), f"{setting}={value} is not known. Choose one of: auto, cpu, cuda, cuda:<number>.")
+
+
+def is_device(name: str) -> bool:
+    """Whether ``name`` is ``auto``, or a device of torch's that this project runs on."""
+    return re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None
 
 
 def require_extra(extra: str, what: str) -> None:
@@ -87,10 +91,13 @@ def packages_of(extra: str) -> list[str]:
 
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:
-    """The end of a sentence about a name that does not exist.
+    """The end of a sentence about a name that does not exist. Titles are understood, too: SVD-LLM, CoSpaDi+.
 
     >>> did_you_mean("rhoo", ["rho", "solver"]), did_you_mean("x", ["rho"])
     ('. Did you mean rho?', '.')
+    >>> did_you_mean("SVD-LLM", ["svd", "svd_llm"]), did_you_mean("CoSpaDi+", ["cospadi", "cospadi_plus"])
+    ('. Did you mean svd_llm?', '. Did you mean cospadi_plus?')
     """
-    close = difflib.get_close_matches(name, names, n=1)
+    written = name.lower().replace("-", "_").replace("+", "_plus")
+    close = difflib.get_close_matches(written, names, n=1) or difflib.get_close_matches(name, names, n=1)
     return f". Did you mean {close[0]}?" if close else "."

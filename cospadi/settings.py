@@ -188,10 +188,16 @@ def model_overrides(source: str) -> list[str]:
     """Settings that take a model as a command line names it: a file of ``conf/model``, a folder, a hub id.
 
     Raises:
-        UserError: the name is a file of ``conf/model`` and something in this folder.
+        UserError: the name is a file of ``conf/model`` and something in this folder, or nearly that of a file.
     """
     if _is_named("model", source):
         return [f"model={source}"]
+    if not source.strip():
+        raise UserError("The name of the model is empty. Name a folder, a hub id, or a model of `cospadi models`.")
+    names = [file.stem for file in (CONF / "model").glob("*.yaml") if file.stem != PLACEHOLDERS["model"]]
+    near = "" if set(source) & set("/:\\.") or Path(source).exists() else did_you_mean(source, names)
+    if len(near) > 1:
+        raise UserError(f"{source} is neither a model of `cospadi models` nor a folder here{near}")
     return ["model=any", literal("model.source", source)]
 
 
@@ -213,13 +219,17 @@ def literal(setting: str, value: str) -> str:
     return f"{setting}='{quoted}'"
 
 
+PLACEHOLDERS = {"model": "any", "text": "file"}
+"""Files of ``conf`` whose source the command line fills in; nobody names them."""
+
+
 def _is_named(group: str, name: str) -> bool:
     """Whether ``name`` is that of a file in ``conf/<group>``. Whatever is written like a path is a path.
 
     Raises:
         UserError: ``name`` is also that of something in this folder.
     """
-    is_bare = Path(name).name == name and name not in (".", "..")
+    is_bare = Path(name).name == name and name not in (".", "..", PLACEHOLDERS.get(group))
     if not is_bare or not (CONF / group / f"{name}.yaml").is_file():
         return False
     if Path(name).exists():
@@ -265,6 +275,8 @@ def _one_sentence(error: BaseException) -> str:
             return str(cause)
         if isinstance(cause, MissingConfigException) and cause.options:
             return _no_such_option(cause)
+    if several := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", str(error)):
+        return f"{several[1]}={several[2]} names several, and one is wanted. Run the command once for each."
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.strip().startswith(_NOISE)]
     place = next((f"{CONF / m[1]}.yaml: " for line in lines if (m := re.match(r"In '([^']+)'", line))), "")
     at_fault = [c for c in causes if isinstance(c, OmegaConfBaseException) and not re.search(r"\$[A-Z]", str(c))]

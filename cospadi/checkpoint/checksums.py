@@ -47,6 +47,8 @@ def verify_files(files: Iterable[Path | str]) -> set[str]:
         except UserError:
             raise
         except FileNotFoundError as error:
+            if file.is_file():  # safetensors says so of files that it must not read, too
+                raise UserError(f"{file} may not be read. Give yourself the right to: chmod u+r.") from error
             raise UserError(f"{file} is missing. Copy or download the checkpoint again.") from error
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{file} is damaged or cut short ({error}). Copy or download it again.") from error

@@ -15,6 +15,9 @@ from cospadi.sources.addresses import brief
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LEAST_TEMPERATURE = 0.001
+"""Logits divided by less than this are no longer finite in 16 bits."""
+
 
 def write_on(
     model: PreTrainedModel, folder: Path, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 42
@@ -22,10 +25,12 @@ def write_on(
     """Print ``prompt`` and what the model makes of it, token by token.
 
     Raises:
-        UserError: the prompt has no tokens, or ``tokens`` or ``temperature`` is out of bounds.
+        UserError: the prompt has no tokens, or ``tokens``, ``temperature`` or ``seed`` is out of bounds.
     """
-    if tokens < 1 or temperature < 0:
-        raise UserError("--tokens must be 1 or more, --temperature 0 or more.")
+    if tokens < 1 or not (temperature == 0 or LEAST_TEMPERATURE <= temperature < float("inf")):
+        raise UserError(f"--tokens must be 1 or more, --temperature 0, or {LEAST_TEMPERATURE} or more.")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed} is not a seed. Set a number from 0 to {2**63 - 1}.")
     try:
         tokenizer = load_tokenizer(folder)
     except (OSError, ValueError) as error:

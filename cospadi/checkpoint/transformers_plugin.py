@@ -57,7 +57,7 @@ class CoSpaDiQuantizationConfig(QuantizationConfigMixin):
     def __init__(
         self,
         modules: dict[str, dict[str, Any]] | None = None,
-        format_version: int = 1,
+        format_version: int | None = 1,
         record: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
@@ -65,7 +65,11 @@ class CoSpaDiQuantizationConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.modules = modules or {}
         self.record = record or {}
-        if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
+        if not isinstance(format_version, int):
+            raise UserError(
+                f"The checkpoint's quantization_config was changed: its format_version is {format_version}. Copy it again."
+            )
+        if format_version > FORMAT_VERSION:
             raise UserError(
                 f"This checkpoint has format_version {format_version}, this cospadi reads up to {FORMAT_VERSION}. "
                 "Install a newer cospadi."

@@ -32,13 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _replace_unknown_letters()
     parser = _parser()
     _complete(parser)
-    options, rest = parser.parse_known_args(_stage_of_rules(sys.argv[1:] if arguments is None else arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _require_readable(parser, arguments)
+    options, rest = parser.parse_known_args(_stage_of_rules(arguments))
     _take_settings(options, rest)
     try:
         for extra in options.extras:
             require_extra(extra, f"cospadi {options.command}")
         code = options.run(options) or 0
-        sys.stdout.flush()  # a closed pipe shows here, not when Python ends
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a closed pipe shows here, not when Python ends
     except KeyboardInterrupt:
         print("\nStopped. Finished work is kept: type the same command again to go on.", file=sys.stderr)
         return 130
@@ -50,9 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        if os.environ.get("COSPADI_TRACEBACK"):
+    except OSError as error:
+        # The system's own errors have a number. transformers raises others, about what it found in a file.
+        if os.environ.get("COSPADI_TRACEBACK") or error.errno is None:
             raise
+        if error.filename is None:
+            print(f"error: {error.strerror} while writing the answer. Let it go to another place.", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
+            return 1
         print(f"error: {error.filename}: {error.strerror}. Check the paths of this command.", file=sys.stderr)
         return 1
     return code
@@ -63,6 +71,17 @@ def _replace_unknown_letters() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def _require_readable(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """
+    Raises:
+        SystemExit: with the usage, when the locale has no letters for what was typed: Python then keeps bytes in their place.
+    """
+    unreadable = [word for word in arguments if re.search("[\udc80-\udcff]", word)]
+    if unreadable:
+        word = os.fsencode(unreadable[0]).decode(errors="replace")
+        parser.error(f"the locale of this terminal has no letters for {word}. Set PYTHONUTF8=1, and type it again.")
 
 
 def _stage_of_rules(arguments: Sequence[str]) -> Sequence[str]:

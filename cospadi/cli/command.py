@@ -57,7 +57,7 @@ def add_device_option(parser: argparse.ArgumentParser, what: str = "") -> None:
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """How a model is compressed; `recipe` makes settings of them."""
-    parser.add_argument("--ratio", type=float, help="fraction of 16-bit weights' bits to remove (default 0.2)")
+    parser.add_argument("--ratio", type=_fraction, help="fraction of 16-bit weights' bits to remove (default 0.2)")
     parser.add_argument("--method", help="a file in conf/factorization (default cospadi_plus)")
     parser.add_argument(
         "--quantize",
@@ -66,6 +66,17 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--calibration", metavar="TEXT", help="a text file, a document a line, or a file in conf/text")
     add_settings_option(parser, "calibration.n_samples=16")
+
+
+def _fraction(text: str) -> float:
+    """
+    Raises:
+        argparse.ArgumentTypeError: it is not a number.
+    """
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a number. Write a fraction with a point: 0.3") from error
 
 
 def recipe(o: argparse.Namespace) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -50,8 +51,9 @@ def _compress(o: argparse.Namespace) -> None:
     print(ledger_text(sizes))
     if sizes.get("outcome"):
         print("\n" + outcome_text(Outcome(**sizes["outcome"])))
+    out = shlex.quote(str(o.out))
     print(
-        f'\nNext: cospadi generate {o.out} "The capital of France is", or cospadi evaluate {o.out} --dense {o.model}; '
+        f'\nNext: cospadi generate {out} "The capital of France is", or cospadi evaluate {out} --dense {shlex.quote(o.model)}; '
         f"{o.out}/README.md says how it is loaded."
     )
 

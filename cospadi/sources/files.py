@@ -59,7 +59,7 @@ def refuse_other_kinds(folder: Path, config: dict[str, Any], named: str) -> None
         named: the setting that leads to it, for the sentence.
 
     Raises:
-        UserError: its weights are not plain numbers: it is compressed, quantized, or an adapter goes with it.
+        UserError: its weights are not plain numbers: it is compressed or quantized.
     """
     compression = quantization_of(config)
     method = compression.get("quant_method", "unknown")
@@ -73,6 +73,13 @@ def refuse_other_kinds(folder: Path, config: dict[str, Any], named: str) -> None
             f"{named} is quantized ({method}), so its stored weights are codes and not numbers. Name the 16-bit model that it "
             "was made from."
         )
+
+
+def refuse_adapter(folder: Path, named: str) -> None:
+    """
+    Raises:
+        UserError: the folder holds an adapter, alone or on top of weights.
+    """
     if (folder / ADAPTER).is_file():
         raise UserError(
             f"{named} holds an adapter ({ADAPTER}), which transformers would put on top of the weights. Merge it first "

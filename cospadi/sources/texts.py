@@ -16,7 +16,7 @@ from xml.etree.ElementTree import ParseError
 
 from cospadi.errors import UserError, require_extra
 from cospadi.sources import wheels, wikitext
-from cospadi.sources.addresses import WHEEL, brief, check_hub_id, existing, local_path
+from cospadi.sources.addresses import WHEEL, brief, check_hub_id, existing, http_errors, local_path
 from cospadi.sources.settings import TextConfig
 
 
@@ -179,7 +179,6 @@ def _loaded(config: TextConfig, where: dict[str, Any]) -> Any:
 
 
 def _column(config: TextConfig, rows: Any) -> Iterator[str]:
-    import httpx
     import pyarrow
     from datasets.exceptions import DatasetGenerationError
 
@@ -201,7 +200,7 @@ def _column(config: TextConfig, rows: Any) -> Iterator[str]:
                 yield document
     except (pyarrow.ArrowInvalid, DatasetGenerationError) as error:
         raise _damaged(config, error) from error
-    except (ConnectionError, TimeoutError, httpx.HTTPError) as error:
+    except (ConnectionError, TimeoutError, *http_errors()) as error:
         raise _unreachable(config, error) from error
 
 

@@ -28,7 +28,7 @@ def prepare_model(config: Config, folder: Path, record: Path) -> None:
 def prepare_text(config: TextConfig, documents: Path, record: Path) -> None:
     """Room 1: an address -> a list of plain documents."""
     log = Record("sources", asdict(config))
-    print(f"Preparing the text {config.title} from {config.source}", flush=True)
+    print(f"Preparing {config.title} from {config.source}", flush=True)
     texts = read_documents(config)
     write_json(documents, texts)
     log.finish(
