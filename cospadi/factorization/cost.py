@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import singledispatch
 
 from cospadi.errors import AUTO, UserError
@@ -23,6 +24,7 @@ from cospadi.factorization.settings import (
     SVDConfig,
     SVDLLMConfig,
     WandaConfig,
+    probe_step,
 )
 from cospadi.factorization.solver_table import SOLVERS, Sizes
 from cospadi.factorization.work import EIGEN, Work
@@ -121,4 +123,5 @@ def _beside_identity(config: CoSpaDiConfig, d_in: int, d_out: int) -> Work:
     fraction = TYPICAL_FRACTION if tried else float(config.learned_atoms)
     beside = Sizes(d_in, d_out, fraction * min(d_in, d_out), 0, fixed=d_in)
     trials = len(LEARNED_FRACTIONS) - 1 if tried else 0
-    return first + work(config, beside, PROBE_ROUNDS) * trials + work(config, beside, config.rounds)
+    probed = replace(beside, d_out=len(range(0, d_out, probe_step(d_out))))
+    return first + work(config, probed, PROBE_ROUNDS) * trials + work(config, beside, config.rounds)

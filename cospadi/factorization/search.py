@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cospadi.errors import UserError
 from cospadi.factorization import budget
-from cospadi.factorization.settings import PROBE_ROUNDS, RHOS
+from cospadi.factorization.settings import PROBE_ROUNDS, RHOS, probe_step
 from cospadi.factorization.solvers.htp import first_atoms, htp_batch
 from cospadi.factorization.solvers.low_rank import left_singular_vectors
 from cospadi.factorization.solvers.solution import Solution
@@ -85,10 +85,12 @@ def beside_identity(
     )
     codes = weights.mT.contiguous()
 
-    def solve(which: list[int], size: Size, n_rounds: int, start: Tensor | None = None) -> list[Solution]:
-        further = {"n_rounds": n_rounds, "fixed": whiteners[which], "fixed_codes": codes[which]}
+    def solve(
+        which: list[int], size: Size, n_rounds: int, start: Tensor | None = None, every: int = 1
+    ) -> list[Solution]:
+        further = {"n_rounds": n_rounds, "fixed": whiteners[which], "fixed_codes": codes[which, ::every]}
         start = None if start is None else start[which, :, : size[0]]
-        return htp_batch(targets[which], *size, **settings | further, start=start)
+        return htp_batch(targets[which, :, ::every], *size, **settings | further, start=start)
 
     everything = list(range(len(targets)))
     n_rounds = settings["n_rounds"]
@@ -100,16 +102,24 @@ def beside_identity(
     # Learned atoms start where the identity's atoms leave most: singular vectors of the residual.
     residuals = torch.stack([y - r @ fit.coefficients for y, r, fit in zip(targets, whiteners, solutions, strict=True)])
     basis = left_singular_vectors(residuals, max(atoms for atoms, _ in sizes))
-    chosen, errors = _probed(len(targets), sizes[1:], lambda which, size, rounds: solve(which, size, rounds, basis))
+    # Sizes are ranked, not solved, so a part of many columns will do.
+    every = probe_step(targets.shape[2])
+    chosen, errors = _probed(len(targets), sizes[1:], lambda which, size, n: solve(which, size, n, basis, every))
+    without = [relative(y[:, ::every], left[:, ::every]) for y, left in zip(targets, residuals, strict=True)]
 
     # A full run only where the short one came near, and its result only where it ends lower.
     for candidate, size in enumerate(sizes[1:]):
-        which = [i for i in everything if chosen[i] == candidate and errors[i] < WITHIN_REACH * solutions[i].errors[-1]]
+        which = [i for i in everything if chosen[i] == candidate and errors[i] < WITHIN_REACH * without[i]]
         if not which:
             continue
         for i, with_atoms in zip(which, solve(which, size, n_rounds, basis), strict=True):
             solutions[i] = min(solutions[i], with_atoms, key=lambda solution: solution.errors[-1])
     return solutions
+
+
+def relative(targets: Float[Tensor, "d_in d_out"], residuals: Float[Tensor, "d_in d_out"]) -> float:
+    """``‖residuals‖_F / ‖targets‖_F``; 0 where there is nothing to fit."""
+    return float(residuals.norm() / targets.norm().clamp_min(torch.finfo(targets.dtype).tiny))
 
 
 def size_beside_identity(d_in: int, d_out: int, compression_ratio: float, fraction: float, members: int = 1) -> Size:

@@ -18,6 +18,8 @@ LEARNED_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4)
 """Learned atoms beside identity atoms that ``learned_atoms=auto`` tries, in fractions of the shorter side."""
 PROBE_ROUNDS = 6
 """Rounds of each of these trials: enough to tell which of them ends lowest, to about a percent of the error."""
+PROBE_COLUMNS = 768
+"""Columns of a trial at least, where a matrix has twice as many or more: sizes are ranked there, not solved."""
 OWN_ROUNDS = 16
 """Rounds under every projection's own gram with ``metric=own``."""
 NO_FIXED_ATOMS = "none"
@@ -34,6 +36,15 @@ DICTIONARY = "dictionary"
 PRUNING = "pruning"
 FAMILIES = (LOW_RANK, DICTIONARY, PRUNING, "")
 """What a method makes of a weight, in the order of the rows of a table; the last is none of these."""
+
+
+def probe_step(d_out: int) -> int:
+    """A trial beside identity atoms takes every so many-th of ``d_out`` columns.
+
+    >>> probe_step(576), probe_step(1536), probe_step(3072)
+    (1, 2, 4)
+    """
+    return max(1, d_out // PROBE_COLUMNS)
 
 
 @dataclass

@@ -10,7 +10,16 @@ from torch.profiler import ProfilerActivity, profile
 from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.factorization.solvers import htp as htp_module
-from cospadi.factorization.solvers.htp import best_dictionary, first_atoms, htp, htp_batch, largest, least_squares
+from cospadi.factorization.solvers.htp import (
+    RIDGE,
+    Pursuit,
+    best_dictionary,
+    first_atoms,
+    htp,
+    htp_batch,
+    largest,
+    least_squares,
+)
 from cospadi.factorization.solvers.low_rank import left_singular_vectors
 from cospadi.factorization.solvers.one_shot import one_shot
 from cospadi.factorization.solvers.orthogonal import orthogonal
@@ -120,6 +129,50 @@ def test_least_squares_goes_down_to_the_reference(dtype, data):
         few, residual = (t[0] for t in least_squares(gram[None], gradient[None], start[None], support[None], steps=2))
         wanted = support * (correlations - few @ gram)
         torch.testing.assert_close(residual, wanted, rtol=1e-3, atol=1e-4)
+
+
+@given(st.data(), st.integers(1, 4))
+def test_learned_atoms_beside_fixed_ones_have_the_inverse_of_all(data, atoms):
+    target = data.draw(pursuits(torch.float64))[0]
+    fixed = normal(data.draw(seeds), len(target), 2 * len(target), dtype=torch.float64)
+    dictionary = normal(data.draw(seeds), len(target), atoms, dtype=torch.float64)
+    pursuit = Pursuit(target[None], fixed[None])
+    gram = pursuit._gram((dictionary / dictionary.norm(dim=0))[None])
+    joint = torch.cat([fixed / fixed.norm(dim=0), dictionary / dictionary.norm(dim=0)], dim=1)
+    torch.testing.assert_close(gram[0], joint.T @ joint)
+    expected = torch.linalg.inv(joint.T @ joint + RIDGE * torch.eye(joint.shape[1], dtype=torch.float64))
+    torch.testing.assert_close(pursuit.inverse(gram)[0], expected, rtol=1e-8, atol=1e-8 * float(expected.abs().max()))
+
+
+@given(st.data())
+def test_preconditioned_least_squares_go_down_to_the_reference_as_well(data):
+    target, atoms, sparsity = data.draw(pursuits(torch.float64))
+    dictionary = normal(data.draw(seeds), target.shape[0], atoms, dtype=torch.float64)
+    dictionary /= dictionary.norm(dim=0)
+    gram, correlations = dictionary.T @ dictionary, target.T @ dictionary
+    inverse = torch.linalg.inv(gram + RIDGE * torch.eye(atoms, dtype=torch.float64))
+    support = largest(normal(data.draw(seeds), target.shape[1], atoms, dtype=torch.float64), sparsity)
+    start = correlations * support
+    given_all = (gram[None], (correlations - start @ gram)[None], start[None], support[None])
+    expected = references.least_squares_on_support(dictionary, target, support.T.bool())
+    best, last = error(target, dictionary, expected), error(target, dictionary, start.T)
+    for steps in (1, 2, 3, 8, 50):
+        codes = least_squares(*given_all, steps, inverse[None])[0][0]
+        assert (codes[support == 0] == 0).all()
+        now = error(target, dictionary, codes.T)
+        assert best - 1e-8 <= now <= last + 1e-8
+        last = now
+    if max(torch.linalg.cond(dictionary[:, s]) for s in support.bool()) < 30:
+        torch.testing.assert_close(codes.T, expected, rtol=1e-3, atol=2e-4)
+
+
+def test_on_a_full_support_and_without_a_ridge_one_preconditioned_step_is_all():
+    dictionary = normal(0, 12, 8, dtype=torch.float64)
+    target = normal(1, 12, 5, dtype=torch.float64)
+    gram, correlations = dictionary.T @ dictionary, target.T @ dictionary
+    start, support = torch.zeros_like(correlations)[None], torch.ones_like(correlations)[None]
+    codes, _ = least_squares(gram[None], correlations[None], start, support, 1, torch.linalg.inv(gram)[None])
+    torch.testing.assert_close(codes[0], correlations @ torch.linalg.inv(gram))
 
 
 @given(pursuits(), seeds)

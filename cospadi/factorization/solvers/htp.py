@@ -23,6 +23,8 @@ from cospadi.kernels.precision import float32_products
 
 CPU_ROWS = 192
 """Rows of codes worked on at once on a CPU: what a round computes between two products stays in its cache."""
+RIDGE = 0.03
+"""Of unit atoms, in the inverse that preconditions conjugate gradients: supports change, and it is of all atoms."""
 GPU_BYTES = 4 * 2**30
 """Memory on a GPU for the same: a constant, so that results do not depend on what else is in it."""
 
@@ -79,8 +81,9 @@ def htp_batch(
         first_step: step of the ranking in the first round, for atoms of unit length.
         last_step: step of the ranking in the last round.
         relaxation: fraction by which the dictionary is moved past its optimum.
-        cg_steps: conjugate-gradient steps of a round; atoms of very different length need no more, for they are made unit inside (which is
-            Jacobi preconditioning).
+        cg_steps: products with the gram in a round's least squares. That many conjugate-gradient steps; atoms of very different
+            length need no more, for they are made unit inside (which is Jacobi preconditioning). Learned atoms beside
+            fixed ones: half as many steps, each with a product for the step and one with `Pursuit.inverse`.
         final_cg_steps: conjugate-gradient steps of the last least squares.
         fixed: atoms that are used but not changed, such as the whitener for identity atoms. Alone, without learned
             ones, a column keeps its old support where a new one does not lower its error (if ``balanced``).
@@ -161,7 +164,7 @@ class Pursuit:
 
     @cached_property
     def gram_of_fixed(self) -> Tensor:
-        """``FᵀF``, in full precision on a GPU, too: where no atom is learned every round takes this one."""
+        """``FᵀF``, in full precision on a GPU, too: every round takes this one."""
         with float32_products(exact=True):
             return product(self.fixed.mT, self.fixed)
 
@@ -171,6 +174,32 @@ class Pursuit:
         with float32_products(exact=True):
             pieces = [product(self.targets[:, :, rows].mT, self.fixed) for rows in self._rows(self.n_fixed)]
         return torch.cat(pieces, dim=1)
+
+    @cached_property
+    def inverse_of_fixed(self) -> Tensor:
+        """``(FᵀF + RIDGE · I)⁻¹``"""
+        ridged = self.gram_of_fixed.double()
+        ridged.diagonal(dim1=1, dim2=2).add_(RIDGE)
+        return torch.cholesky_inverse(torch.linalg.cholesky(ridged)).to(self.targets)
+
+    def inverse(self, gram: Tensor) -> Tensor:
+        """``([F D]ᵀ[F D] + RIDGE · I)⁻¹`` from its gram, by the Schur complement of the fixed atoms: few are learned.
+
+        Beside identity atoms learned ones are nearly dependent on many others, which is what conjugate gradients are slow
+        at. On the support of a column it is not the inverse, but nearer to it than the identity is.
+        """
+        mixed = gram[:, : self.n_fixed, self.n_fixed :]
+        own = gram[:, self.n_fixed :, self.n_fixed :].clone()
+        own.diagonal(dim1=1, dim2=2).add_(RIDGE)
+        explained = product(self.inverse_of_fixed, mixed)
+        corner = torch.linalg.inv(own - product(mixed.mT, explained))
+        side = product(explained, corner)
+        joint = torch.empty_like(gram)
+        joint[:, : self.n_fixed, : self.n_fixed] = torch.baddbmm(self.inverse_of_fixed, side, explained.mT)
+        joint[:, : self.n_fixed, self.n_fixed :] = -side
+        joint[:, self.n_fixed :, : self.n_fixed] = -side.mT
+        joint[:, self.n_fixed :, self.n_fixed :] = corner
+        return joint
 
     def first_codes(self, fixed_codes: Tensor | None, atoms: int) -> Tensor:
         batch, _, d_out = self.targets.shape
@@ -186,7 +215,6 @@ class Pursuit:
         codes = codes[..., : self.n_fixed].clone()
         no_atoms = self.fixed[..., :0]
         self.code(no_atoms, codes, 1.0, sparsity, 2 * cg_steps)
-        del self.gram_of_fixed, self.correlations_of_fixed  # learned atoms come in, and these are not used again
         return self.targets - self.fixed @ codes.mT
 
     def code(
@@ -199,12 +227,13 @@ class Pursuit:
         keep_better: bool = False,
     ) -> Tensor:
         """One round of coding, in place; the relative error of every target."""
-        joint = self._joint(dictionary)
-        gram = product(joint.mT, joint) if dictionary.shape[2] else self.gram_of_fixed
+        gram = self._gram(dictionary)
+        inverse = self.inverse(gram) if 0 < self.n_fixed < gram.shape[2] else None
+        steps = cg_steps if inverse is None else max(1, cg_steps // 2)
         explained = torch.zeros_like(self.energies[:, 0], dtype=torch.float64)
-        for rows, correlations, gradient, support in self._supports(joint, gram, codes, step, sparsity):
+        for rows, correlations, gradient, support in self._supports(dictionary, gram, codes, step, sparsity):
             old = codes[:, rows]
-            new, residual = least_squares(gram, gradient, old, support, cg_steps)
+            new, residual = least_squares(gram, gradient, old, support, steps, inverse)
             # ‖y − Ds‖² = ‖y‖² − sᵀ(Dᵀy + r) with r = Dᵀ(y − Ds), so the error needs no further product.
             gain = (new * residual.add_(correlations)).sum(dim=2)
             # The same for the old codes, on their old support: a column keeps whichever explains more.
@@ -217,19 +246,16 @@ class Pursuit:
         return self.relative(self.energies.sum(dim=1, dtype=torch.float64) - explained)
 
     def _supports(
-        self, joint: Tensor, gram: Tensor, codes: Tensor, step: float, sparsity: int | float
+        self, dictionary: Tensor, gram: Tensor, codes: Tensor, step: float, sparsity: int | float
     ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Rows of codes, ``[F D]ᵀY`` and the gradient there, and the support that a step along the gradient leads to."""
 
         def piece(rows: slice) -> tuple[Tensor, Tensor]:
-            if joint.shape[2] == self.n_fixed:
-                correlations = self.correlations_of_fixed[:, rows]
-            else:
-                correlations = product(self.targets[:, :, rows].mT, joint)
+            correlations = self._correlations(dictionary, rows)
             return correlations, torch.baddbmm(correlations, codes[:, rows], gram, alpha=-1)
 
         # As many non-zeros in every column: a piece of the rows needs to know nothing of the others.
-        pieces = list(self._rows(joint.shape[2]))
+        pieces = list(self._rows(gram.shape[2]))
         if self.balanced:
             for rows in pieces:
                 correlations, gradient = piece(rows)
@@ -297,6 +323,20 @@ class Pursuit:
             squared += _squared(columns - product(codes[:, rows], joint.mT))
             squared_before += _squared(columns - product(codes_before[:, rows], before.mT))
         return squared, squared_before
+
+    def _gram(self, dictionary: Tensor) -> Tensor:
+        """``[F D]ᵀ[F D]``; what belongs to the fixed atoms alone is multiplied once."""
+        own = product(dictionary.mT, dictionary)
+        if not self.n_fixed:
+            return own
+        mixed = product(self.fixed.mT, dictionary)
+        above = torch.cat([self.gram_of_fixed, mixed], dim=2)
+        return torch.cat([above, torch.cat([mixed.mT, own], dim=2)], dim=1)
+
+    def _correlations(self, dictionary: Tensor, rows: slice) -> Tensor:
+        """``Yᵀ[F D]`` of some columns of ``Y``, likewise."""
+        own = product(self.targets[:, :, rows].mT, dictionary)
+        return torch.cat([self.correlations_of_fixed[:, rows], own], dim=2) if self.n_fixed else own
 
     def _joint(self, dictionary: Tensor) -> Tensor:
         return torch.cat([self.fixed, dictionary], dim=2) if self.n_fixed else dictionary
@@ -374,10 +414,12 @@ def least_squares(
     codes: Float[Tensor, "batch d_out atoms"],
     support: Float[Tensor, "batch d_out atoms"],
     steps: int,
+    inverse: Float[Tensor, "batch atoms atoms"] | None = None,
 ) -> tuple[Float[Tensor, "batch d_out atoms"], Float[Tensor, "batch d_out atoms"]]:
     """``steps`` conjugate-gradient steps on every row's normal equations, restricted to its support (0 or 1).
 
-    Starts from ``codes`` cut down to ``support``; ``gradient`` is ``Dᵀ(Y − DS)`` at ``codes`` as they come in. Each step
+    Starts from ``codes`` cut down to ``support``; ``gradient`` is ``Dᵀ(Y − DS)`` at ``codes`` as they come in. An ``inverse``
+    of about the ``gram``, cut down to the support of a row, preconditions its steps. Each step
     lowers every row's error or leaves it, up to the rounding of the products. A row stops for good once its residual is
     rounding noise, or points where the atoms of its support are dependent to working precision: a step there would be
     noise over nothing. Returns the codes and the gradient at them on the support.
@@ -386,15 +428,18 @@ def least_squares(
     start = codes * support
     residual = torch.baddbmm(gradient, codes - start, gram).mul_(support)
     codes = start
-    direction = residual
+
+    def preconditioned(residual: Tensor) -> Tensor:
+        return residual if inverse is None else product(residual, inverse).mul_(support)
 
     # Below ``noise`` a residual is rounding; below ``flat`` a curvature is, of atoms that depend on each other.
-    length = residual.square().sum(dim=2, keepdim=True)
+    direction = preconditioned(residual)
+    length = (residual * direction).sum(dim=2, keepdim=True)
     epsilon = torch.finfo(gram.dtype).eps
     noise = (4 * epsilon) ** 2 * length
     flat = 64 * epsilon * gram.diagonal(dim1=1, dim2=2).amax(dim=1)[:, None, None]
     going = torch.ones_like(length, dtype=torch.bool)
-    for _ in range(steps):
+    for done in range(1, steps + 1):
         # Every row is a system of its own: the support cuts its rows and columns out of the same gram.
         image = direction @ gram
         curvature = (direction * image).sum(dim=2, keepdim=True)
@@ -402,8 +447,11 @@ def least_squares(
         step = torch.where(going, length / curvature, 0.0)
         codes = torch.addcmul(codes, step, direction)
         residual = torch.addcmul(residual, image.mul_(support), step, value=-1)
-        shorter = residual.square().sum(dim=2, keepdim=True)
-        direction = torch.addcmul(residual, shorter / length.clamp_min(_tiny(gram)), direction)
+        if done == steps:
+            break
+        steepest = preconditioned(residual)
+        shorter = (residual * steepest).sum(dim=2, keepdim=True)
+        direction = torch.addcmul(steepest, shorter / length.clamp_min(_tiny(gram)), direction)
         length = shorter
     return codes, residual
 
