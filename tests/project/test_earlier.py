@@ -22,6 +22,7 @@ STUDY = (
     "study.ratios_of={} tracking=disabled"
 )
 """The overrides under which `smoke_study.tar.gz` was computed."""
+EVERY_STAGE = ("prepare_model", "prepare_text", "calibrate", "factorize", "quantize", "evaluate_dense", "evaluate")
 
 
 @pytest.fixture
@@ -78,15 +79,23 @@ def planned(folder: Path, overrides: str) -> str:
     return run.stdout + run.stderr
 
 
+def jobs_of(plan: str) -> dict[str, int]:
+    """Rule -> number of jobs that a dry run counts."""
+    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", plan, re.MULTILINE)}
+
+
 @pytest.mark.xdist_group("workflow")
-def test_an_earlier_study_has_nothing_to_compute_again(earlier_study):
-    assert "Nothing to be done" in planned(earlier_study, STUDY)
+def test_an_earlier_study_computes_again_what_has_another_revision_alone(earlier_study):
+    """It had `cospadi_plus` of revision 2, whose two blocks of layers are factorized, quantized and measured again."""
+    plan = planned(earlier_study, STUDY)
+    of_cells = {rule: count for rule, count in jobs_of(plan).items() if rule in EVERY_STAGE}
+    assert of_cells == {"factorize": 2, "quantize": 2, "evaluate": 2}
+    assert "method=svd" not in plan
 
 
 @pytest.mark.xdist_group("workflow")
 def test_an_earlier_study_goes_on_from_what_it_has(earlier_study):
-    plan = planned(earlier_study, f"{STUDY} study.compression_ratios=[0.3,0.4]")
-    jobs = dict(re.findall(r"^(\w+) +(\d+)$", plan, re.MULTILINE))
+    jobs = jobs_of(planned(earlier_study, f"{STUDY} study.compression_ratios=[0.3,0.4]"))
     assert "calibrate" not in jobs
     assert "prepare_model" not in jobs
-    assert jobs["factorize"] == "4"  # two methods, two blocks of layers, the new ratio alone
+    assert jobs["factorize"] == 2 + 4  # two blocks of layers: of SVD the new ratio alone, of CoSpaDi+ both
