@@ -27,7 +27,7 @@ from cospadi.factorization.files import read_factors
 from cospadi.factorization.groups import factorized, groups_of, problems_from, runs_in_memory
 from cospadi.factorization.problem import Problem
 from cospadi.factorization.settings import IDENTITY, CoSpaDiConfig
-from cospadi.models import Projection
+from cospadi.models import TRANSPOSED, Projection
 from cospadi.pipeline import chain, outcome
 from cospadi.quantization.methods import quantize
 from cospadi.records import add_to_folder, check_output_folder, own_folder, read_json
@@ -307,6 +307,15 @@ def _require_plain(model: PreTrainedModel) -> None:
         raise UserError(f"This model is {state}. Load the 16-bit model that it was made from, and compress that.")
     if hasattr(model, "peft_config"):
         raise UserError("This model has an adapter of peft. Call merge_and_unload first, and compress what it returns.")
+    if model.config.model_type in TRANSPOSED:
+        raise UserError(
+            f"Models of type {model.config.model_type} have Conv1D layers. Only linear layers are compressed, so this family is not "
+            "supported."
+        )
+    if model.get_output_embeddings() is None:
+        raise UserError(
+            f"This {type(model).__name__} has no head for tokens. Load the model with AutoModelForCausalLM, and compress that."
+        )
     away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if away:
         raise UserError(

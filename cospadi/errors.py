@@ -48,6 +48,14 @@ def require_at_least(setting: str, value: Real | None, least: Real) -> None:
     require(value is None or math.isfinite(value), f"{setting}={value} is not finite. Set a number.")
 
 
+def require_seed(setting: str, value: int) -> None:
+    """
+    Raises:
+        UserError: when torch would not take ``value`` as a seed.
+    """
+    require(0 <= value < 2**63, f"{setting}={value} is not a seed. Set a number from 0 to {2**63 - 1}.")
+
+
 def require_device(setting: str, value: str) -> None:
     """
     Raises:

@@ -145,10 +145,19 @@ def find_projections(folder: Path, config: ModelConfig) -> list[Projection]:
     return projections
 
 
+TRANSPOSED = ("gpt2", "openai-gpt")
+"""Families whose matrices are ``Conv1D`` layers, which keep them the other way round."""
+
+
 def _nothing_found(checkpoint: Checkpoint, config: ModelConfig, missing: list[str]) -> str:
+    family = checkpoint.config.get("model_type", "unknown")
+    if family in TRANSPOSED:
+        return (
+            f"{checkpoint.folder} is of model_type {family}, whose matrices are Conv1D layers of transformers. Only linear layers "
+            "are compressed, so this family is not supported."
+        )
     linear = [n.removesuffix(".weight") for n in checkpoint.names if n.endswith(".weight")]
     kinds = sorted({re.sub(r"\.\d+\.", ".<i>.", n) for n in linear if len(checkpoint.shape(f"{n}.weight")) == 2})
-    family = checkpoint.config.get("model_type", "unknown")
     return (
         f"{checkpoint.folder} (model_type {family}) lacks the projections {', '.join(missing)} under {config.blocks}. "
         f"Matrices found: {', '.join(kinds)}. Set model.blocks and model.shared_inputs to match, in conf/model or for one "

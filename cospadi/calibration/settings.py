@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from cospadi.errors import require_at_least, require_device, require_one_of
+from cospadi.errors import require_at_least, require_device, require_one_of, require_seed
 from cospadi.sources.settings import TextConfig
 
 
@@ -39,5 +39,6 @@ class CalibrationConfig:
         require_at_least("calibration.sample_length", self.sample_length, 2)
         require_at_least("calibration.batch_size", self.batch_size, 1)
         require_at_least("calibration.damping", self.damping, 0)
+        require_seed("calibration.seed", self.seed)
         require_device("calibration.device", self.device)
         require_one_of("calibration.gram_dtype", self.gram_dtype, ("float32", "float64"))

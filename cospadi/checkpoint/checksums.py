@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cospadi.errors import UserError
+from cospadi.sources.files import is_pointer
 
 CHECKSUMS = "cospadi_checksums"
 """Key of the metadata: JSON, tensor name -> checksum, at least of the tensors in the same file."""
@@ -36,7 +37,7 @@ def verify_files(files: Iterable[Path | str]) -> set[str]:
         UserError: naming the file, when it is cut short or damaged, or carries no checksums.
     """
     names: set[str] = set()
-    for file in files:
+    for file in map(Path, files):
         try:
             with safe_open(file, framework="pt") as tensors:
                 expected = json.loads((tensors.metadata() or {}).get(CHECKSUMS, "{}"))
@@ -51,6 +52,8 @@ def verify_files(files: Iterable[Path | str]) -> set[str]:
                 raise UserError(f"{file} may not be read. Give yourself the right to: chmod u+r.") from error
             raise UserError(f"{file} is missing. Copy or download the checkpoint again.") from error
         except (SafetensorError, OSError, ValueError) as error:
+            if is_pointer(file):
+                raise UserError(f"{file} stands for a file that git-lfs holds. Fetch it: git lfs pull.") from error
             raise UserError(f"{file} is damaged or cut short ({error}). Copy or download it again.") from error
         if damaged:
             raise UserError(f"{file} is damaged: {', '.join(damaged[:3])} differ from their checksums. Copy it again.")

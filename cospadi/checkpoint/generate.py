@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import TextStreamer
 
-from cospadi.errors import UserError
+from cospadi.errors import UserError, require_seed
 from cospadi.models import load_tokenizer
 from cospadi.sources.addresses import brief
 
@@ -29,8 +29,7 @@ def write_on(
     """
     if tokens < 1 or not (temperature == 0 or LEAST_TEMPERATURE <= temperature < float("inf")):
         raise UserError(f"--tokens must be 1 or more, --temperature 0, or {LEAST_TEMPERATURE} or more.")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed {seed} is not a seed. Set a number from 0 to {2**63 - 1}.")
+    require_seed("--seed", seed)
     try:
         tokenizer = load_tokenizer(folder)
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,10 @@ def compression_of(folder: Path) -> dict[str, Any]:
         config = read_json(folder / "config.json")
         section = config.get("quantization_config") or {}
         method = section.get("quant_method")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{folder}/config.json cannot be read as JSON ({brief(error)}). Mend it, or copy the folder again."
+        ) from error
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
             f"{folder} holds no readable config.json, so it is not a checkpoint. Name a folder written by cospadi compress."
@@ -58,6 +63,10 @@ def load(folder: Path | str, dtype: str | torch.dtype = "auto", **options: Any) 
     if isinstance(dtype, str) and dtype not in ("auto", *DTYPES):
         raise UserError(f"dtype={dtype} is not known. Choose auto, {', '.join(DTYPES)}.")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+        raise UserError(f"dtype={dtype} holds no fractions. Choose auto, {', '.join(DTYPES)}.")
+    if "quantization_config" in options:
+        raise UserError(f"{folder} is compressed, and says itself how. Load it without quantization_config.")
     try:
         model, report = auto_class_of(folder).from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except SafetensorError as error:

@@ -108,9 +108,15 @@ def _take_settings(options: argparse.Namespace, rest: Sequence[str]) -> None:
             options.parser.error(f"{word} is an option: --{name} {value}")
     unknown = [word for word in rest if word not in settings]
     if unknown:
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}. Put quotes around a text that has blanks.")
+        quotes = " Put quotes around a text that has blanks." if _takes_text(options) else ""
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}.{quotes}")
     if settings:
         options.overrides = [*options.overrides, *settings]
+
+
+def _takes_text(options: argparse.Namespace) -> bool:
+    """Whether the command takes a text that a person writes in the line, or a folder whose name may have blanks."""
+    return "prompt" in options or "out" in options
 
 
 class _Parser(argparse.ArgumentParser):

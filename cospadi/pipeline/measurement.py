@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from cospadi import devices, models
 from cospadi.checkpoint.read import load
 from cospadi.checkpoint.transformers_plugin import METHOD
-from cospadi.errors import require_extra
+from cospadi.errors import UserError, require_extra
 from cospadi.evaluation.perplexity import mean_stderr, measure_tokens, token_windows
 from cospadi.evaluation.settings import EvaluationConfig
 from cospadi.evaluation.task_names import check_tasks
@@ -118,6 +118,8 @@ def _alone(protocol: _Protocol, name: str, work: Path) -> Measurement:
 def _both(protocol: _Protocol, name: str, dense_name: str, work: Path) -> list[Measurement]:
     """The dense model, whose hidden states are kept in a file meanwhile, and the other one."""
     reference = work / "reference.safetensors"
+    if _is_compressed(Path(dense_name).expanduser()):
+        raise UserError(f"--dense {dense_name} is a compressed model. Name the one that it was made from.")
     place, network = _opened(dense_name, work / "dense", protocol)
     windows = _windows(protocol, place, network)
     dense_result = measure_tokens(network, windows, write_reference=reference, quiet=protocol.is_quiet)

@@ -24,6 +24,7 @@ from cospadi.sources.files import (
     TOKENIZER,
     WEIGHTS,
     companions,
+    is_pointer,
     matches,
     refuse_adapter,
     refuse_other_kinds,
@@ -325,7 +326,7 @@ def _link_files(origin: Path, folder: Path, named: str) -> None:
             f"{named} has no safetensors weights{only}. Convert it with "
             "save_pretrained of transformers, or choose a revision that has *.safetensors."
         )
-    refuse_other_kinds(origin, _read_settings(origin / "config.json", "model.source"), named)
+    refuse_other_kinds(_read_settings(origin / "config.json", "model.source"), named)
     weights = weight_files(origin)
     if not weights:
         raise UserError(
@@ -398,6 +399,10 @@ def _header_errors(config: ModelConfig, file: Path, kind: type[Exception]) -> It
     try:
         yield
     except kind as error:
+        if is_pointer(file):
+            raise UserError(
+                f"model.source={config.source}: {file.name} stands for a file that git-lfs holds. Fetch it: git lfs pull."
+            ) from error
         raise UserError(
             f"model.source={config.source}: {file.name} is truncated or no safetensors file ({brief(error)}). "
             "Fetch it again."

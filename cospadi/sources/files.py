@@ -51,11 +51,10 @@ def companions(folder: Path) -> list[Path]:
     return [*kept, *sorted((folder / TEMPLATES).glob("*.jinja"))]
 
 
-def refuse_other_kinds(folder: Path, config: dict[str, Any], named: str) -> None:
+def refuse_other_kinds(config: dict[str, Any], named: str) -> None:
     """
     Args:
-        folder: a checkpoint.
-        config: its ``config.json``.
+        config: ``config.json`` of a checkpoint.
         named: the setting that leads to it, for the sentence.
 
     Raises:
@@ -99,3 +98,9 @@ def quantization_of(config: dict[str, Any]) -> dict[str, Any]:
             if section.get(key):
                 return dict(section[key])
     return {}
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a clone without git-lfs left a few lines of text in place of ``file``."""
+    with open(file, "rb") as stream:
+        return stream.read(40).startswith(b"version https://git-lfs")

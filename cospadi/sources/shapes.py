@@ -11,6 +11,7 @@ from typing import Any
 from cospadi.errors import UserError
 from cospadi.records import RESULTS
 from cospadi.sources.addresses import local_path
+from cospadi.sources.files import refuse_other_kinds
 from cospadi.sources.settings import ModelConfig
 
 
@@ -104,8 +105,9 @@ def shape_from(config: dict[str, Any], source: str) -> Shape:
     """The shape that a ``config.json`` describes.
 
     Raises:
-        UserError: the family has other projections than Llama's, whose sizes nobody has counted.
+        UserError: the family has other projections than Llama's, whose sizes nobody has counted; or its weights are codes.
     """
+    refuse_other_kinds(config, f"model.source={source}")
     needed = ("num_attention_heads", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
     missing = [name for name in needed if name not in config]
     experts = [name for name in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(name)]

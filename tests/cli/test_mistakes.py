@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import cospadi
 from cospadi import api, cli
@@ -16,7 +17,8 @@ from cospadi.api import compress_to
 from cospadi.errors import UserError
 from cospadi.models import load_tokenizer
 from cospadi.pipeline import outcome
-from cospadi.settings import model_overrides
+from cospadi.settings import load, model_overrides
+from cospadi.sources.checkpoints import prepare_model
 
 SETTINGS = ["calibration.n_samples=4", "calibration.sample_length=64", "calibration.damping=1e-3"]
 
@@ -58,8 +60,8 @@ def answer(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--temperature", "0.8", "--seed", "99999999999999999999"], "--seed 99999999999999999999 is not a seed"),
-        (["--temperature", "0.8", "--seed", "-1"], "--seed -1 is not a seed"),
+        (["--temperature", "0.8", "--seed", "99999999999999999999"], "--seed=99999999999999999999 is not a seed"),
+        (["--temperature", "0.8", "--seed", "-1"], "--seed=-1 is not a seed"),
         (["--temperature", "nan"], "--temperature 0, or 0.001 or more"),
         (["--temperature", "inf"], "--temperature 0, or 0.001 or more"),
         (["--temperature", "1e-40"], "--temperature 0, or 0.001 or more"),
@@ -123,6 +125,72 @@ def test_a_gguf_file_is_told_apart(answer, tmp_path, text):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     told = answer("compress", str(tmp_path / "m.gguf"), str(tmp_path / "out"), "--calibration", text)
     assert "is a GGUF file, whose weights are nearly always quantized" in told
+
+
+def test_files_of_git_lfs_are_told_apart(answer, made, tmp_path, text):
+    for folder in ("dense", "small"):
+        shutil.copytree(made / folder, tmp_path / folder)
+        (tmp_path / folder / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+        )
+    assert "git lfs pull" in answer("generate", str(tmp_path / "small"), "hi")
+    told = answer("compress", str(tmp_path / "dense"), str(tmp_path / "out"), "--calibration", text, *SETTINGS)
+    assert "git lfs pull" in told
+
+
+def test_a_config_that_is_no_json_is_not_called_another_folder(answer, made, tmp_path):
+    shutil.copytree(made / "small", tmp_path / "edited")
+    (tmp_path / "edited" / "config.json").write_text('{"a": 1,}')
+    assert "config.json cannot be read as JSON (" in answer("info", str(tmp_path / "edited"))
+
+
+def test_gpt_2_is_refused_without_advice_that_leads_nowhere(answer, tmp_path, text):
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=2, vocab_size=257, n_positions=64)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "gpt2")
+    prepare_model(load(["model=tiny_llama"]).model, tmp_path / "llama")
+    tokenizer = load_tokenizer(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    told = answer("compress", str(tmp_path / "gpt2"), str(tmp_path / "out"), "--calibration", text, *SETTINGS)
+    assert "matrices are Conv1D layers" in told
+    assert "--set" not in told
+    with pytest.raises(UserError, match="gpt2 have Conv1D layers"):
+        cospadi.compress(model, tokenizer, texts=["a"])
+
+
+def test_a_model_without_a_head_is_named(made):
+    model = AutoModel.from_pretrained(made / "dense")
+    with pytest.raises(
+        UserError, match=r"This LlamaModel has no head for tokens\. Load the model with AutoModelForCausalLM"
+    ):
+        cospadi.compress(model, load_tokenizer(made / "dense"), texts=["a"])
+
+
+def test_a_compressed_model_is_neither_planned_nor_compared_with(answer, made, text):
+    small = str(made / "small")
+    assert "is compressed by cospadi already" in answer("plan", small)
+    told = answer("evaluate", small, "--dense", small, "--text", text, "evaluation.n_windows=1")
+    assert f"--dense {small} is a compressed model" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"dtype": torch.int8}, r"dtype=torch\.int8 holds no fractions"),
+        ({"quantization_config": {}}, "says itself how"),
+    ],
+)
+def test_loading_in_another_way_is_not_called_damage(made, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        cospadi.load(made / "small", **options)
+
+
+def test_quotes_are_advised_where_a_text_is_typed(answer, made):
+    assert answer("generate", str(made / "small"), "hello", "world").endswith(
+        "Put quotes around a text that has blanks."
+    )
+    assert answer("info", str(made / "small"), "dense").endswith("unrecognized arguments: dense.")
+    assert "calibration.seed=-1 is not a seed" in answer("compress", "tiny_llama", "x", "calibration.seed=-1")
 
 
 def test_an_edited_format_version_does_not_ask_for_a_newer_program(answer, made, tmp_path):
