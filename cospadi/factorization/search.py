@@ -119,7 +119,7 @@ def beside_identity(
 
 def relative(targets: Float[Tensor, "d_in d_out"], residuals: Float[Tensor, "d_in d_out"]) -> float:
     """``‖residuals‖_F / ‖targets‖_F``; 0 where there is nothing to fit."""
-    return float(residuals.norm() / targets.norm().clamp_min(torch.finfo(targets.dtype).tiny))
+    return float(residuals.detach().norm() / targets.norm().clamp_min(torch.finfo(targets.dtype).tiny))
 
 
 def size_beside_identity(d_in: int, d_out: int, compression_ratio: float, fraction: float, members: int = 1) -> Size:

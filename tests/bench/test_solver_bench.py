@@ -215,7 +215,7 @@ def test_a_finished_problem_is_kept_when_the_next_one_fails(tmp_path, monkeypatc
         (["--matrix", "24x40", "--ratios", "a"], "--ratios a is not a list of numbers."),
         (["--matrix", "24x40", "--rho", "0.5"], "--rho 0.5 is too small."),
         (["--rounds", "0"], "--rounds 0 is too small."),
-        (["--device", "abacus"], "--device=abacus is not a device."),
+        (["--device", "abacus"], "--device=abacus is not a device that this runs on."),
         (["--json", "/dev/null"], "/dev/null is not a regular file"),
         (["--figure", "errors.txt"], "--figure errors.txt is neither .png nor .svg."),
         (["--solvers", ","], "--solvers is empty."),

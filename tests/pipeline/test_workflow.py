@@ -185,7 +185,7 @@ def test_a_second_run_has_nothing_to_do(finished):
     assert run.returncode == 0
     assert "Nothing to be done" in run.stdout, run.stdout[-3000:]
     assert times(finished) == before
-    assert took < 10  # 4 on free cores
+    assert took < 20  # 4 on free cores
 
 
 def test_another_evaluation_leaves_the_factors_alone(finished):

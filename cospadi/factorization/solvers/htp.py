@@ -25,6 +25,8 @@ CPU_ROWS = 192
 """Rows of codes worked on at once on a CPU: what a round computes between two products stays in its cache."""
 RIDGE = 0.03
 """Of unit atoms, in the inverse that preconditions conjugate gradients: supports change, and it is of all atoms."""
+PRECONDITIONED = 8
+"""Products from which preconditioned steps gain: three of them leave learned atoms behind (docs/solver-log.md)."""
 GPU_BYTES = 4 * 2**30
 """Memory on a GPU for the same: a constant, so that results do not depend on what else is in it."""
 
@@ -83,7 +85,8 @@ def htp_batch(
         relaxation: fraction by which the dictionary is moved past its optimum.
         cg_steps: products with the gram in a round's least squares. That many conjugate-gradient steps; atoms of very different
             length need no more, for they are made unit inside (which is Jacobi preconditioning). Learned atoms beside
-            fixed ones: half as many steps, each with a product for the step and one with `Pursuit.inverse`.
+            fixed ones, from `PRECONDITIONED` on: half as many steps, each with a product for the step and one with
+            `Pursuit.inverse`.
         final_cg_steps: conjugate-gradient steps of the last least squares.
         fixed: atoms that are used but not changed, such as the whitener for identity atoms. Alone, without learned
             ones, a column keeps its old support where a new one does not lower its error (if ``balanced``).
@@ -228,8 +231,9 @@ class Pursuit:
     ) -> Tensor:
         """One round of coding, in place; the relative error of every target."""
         gram = self._gram(dictionary)
-        inverse = self.inverse(gram) if 0 < self.n_fixed < gram.shape[2] else None
-        steps = cg_steps if inverse is None else max(1, cg_steps // 2)
+        is_worth_it = 0 < self.n_fixed < gram.shape[2] and cg_steps >= PRECONDITIONED
+        inverse = self.inverse(gram) if is_worth_it else None
+        steps = cg_steps if inverse is None else cg_steps // 2
         explained = torch.zeros_like(self.energies[:, 0], dtype=torch.float64)
         for rows, correlations, gradient, support in self._supports(dictionary, gram, codes, step, sparsity):
             old = codes[:, rows]
