@@ -143,7 +143,9 @@ def _alone(work: Path, out: Path) -> Iterator[None]:
     try:
         with FileLock(lock, blocking=False):
             yield
-            lock.unlink(missing_ok=True)  # held still: nobody who waits for nothing has it open
+            lock.unlink(
+                missing_ok=True
+            )  # while it is held: another run is refused at once, and does not wait with the file open
     except Timeout as error:
         raise UserError(f"Another cospadi compress is writing {out}. Wait for it, or name another folder.") from error
 

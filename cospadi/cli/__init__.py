@@ -8,6 +8,7 @@ is known: torch takes seconds.
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import re
@@ -54,10 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        # The system's own errors have a number. transformers raises others, about what it found in a file.
-        if os.environ.get("COSPADI_TRACEBACK") or error.errno is None:
+        # The system's own errors name a file. transformers raises others, about what it found in one.
+        is_output_full = error.filename is None and error.errno == errno.ENOSPC
+        if os.environ.get("COSPADI_TRACEBACK") or not (error.filename or is_output_full):
             raise
-        if error.filename is None:
+        if is_output_full:
             print(f"error: {error.strerror} while writing the answer. Let it go to another place.", file=sys.stderr)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
             return 1

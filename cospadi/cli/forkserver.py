@@ -38,11 +38,11 @@ IMPORTS = (
     "cospadi.pipeline.stages.quantization",
     "cospadi.pipeline.stages.evaluation",
     "cospadi.pipeline.stages.tables",
-    "cospadi.pipeline.stages.tracking",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
 )
-"""What the server imports; importing starts no thread and no GPU."""
+"""What the server imports: what starts no thread and no GPU, and holds nothing that ends with a process. W&B is not among it:
+its temporary folders, made by its import, would be removed by the first job that ends."""
 CONNECTIONS = 1024
 """Jobs that may wait while the server still imports."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.factorization.settings import PROBE_ROUNDS, RHOS, probe_step
-from cospadi.factorization.solvers.htp import first_atoms, htp_batch
+from cospadi.factorization.solvers.htp import first_atoms, htp_batch, relative_error
 from cospadi.factorization.solvers.low_rank import left_singular_vectors
 from cospadi.factorization.solvers.solution import Solution
 
@@ -58,6 +58,7 @@ def learned_only(
     return [solutions[i] for i in everything]
 
 
+@torch.no_grad()
 def beside_identity(
     targets: Float[Tensor, "batch d_in d_out"],
     whiteners: Float[Tensor, "batch d_in d_in"],
@@ -100,12 +101,12 @@ def beside_identity(
         return solutions
 
     # Learned atoms start where the identity's atoms leave most: singular vectors of the residual.
-    residuals = torch.stack([y - r @ fit.coefficients for y, r, fit in zip(targets, whiteners, solutions, strict=True)])
-    basis = left_singular_vectors(residuals, max(atoms for atoms, _ in sizes))
+    explained = torch.stack([r @ fit.coefficients for r, fit in zip(whiteners, solutions, strict=True)])
+    basis = left_singular_vectors(targets - explained, max(atoms for atoms, _ in sizes))
     # Sizes are ranked, not solved, so a part of many columns will do.
     every = probe_step(targets.shape[2])
     chosen, errors = _probed(len(targets), sizes[1:], lambda which, size, n: solve(which, size, n, basis, every))
-    without = [relative(y[:, ::every], left[:, ::every]) for y, left in zip(targets, residuals, strict=True)]
+    without = [relative_error(y[:, ::every], z[:, ::every]) for y, z in zip(targets, explained, strict=True)]
 
     # A full run only where the short one came near, and its result only where it ends lower.
     for candidate, size in enumerate(sizes[1:]):
@@ -115,11 +116,6 @@ def beside_identity(
         for i, with_atoms in zip(which, solve(which, size, n_rounds, basis), strict=True):
             solutions[i] = min(solutions[i], with_atoms, key=lambda solution: solution.errors[-1])
     return solutions
-
-
-def relative(targets: Float[Tensor, "d_in d_out"], residuals: Float[Tensor, "d_in d_out"]) -> float:
-    """``‖residuals‖_F / ‖targets‖_F``; 0 where there is nothing to fit."""
-    return float(residuals.detach().norm() / targets.norm().clamp_min(torch.finfo(targets.dtype).tiny))
 
 
 def size_beside_identity(d_in: int, d_out: int, compression_ratio: float, fraction: float, members: int = 1) -> Size:

@@ -137,14 +137,18 @@ def test_without_a_server_a_job_imports_for_itself(tmp_path):
         assert out.startswith("cospadi ")
 
 
-def test_what_it_imports_starts_no_thread_that_a_fork_would_miss():
-    """A fork has only the thread that forks; the pools of linear algebra libraries start anew there."""
+def test_what_it_imports_starts_no_thread_and_holds_no_folder_that_a_fork_would_end():
+    """A fork has only the thread that forks; the pools of linear algebra libraries start anew there.
+
+    A temporary folder of the server would be removed by the first job that ends, under the feet of all others.
+    """
     listed = (
-        "import importlib, json, threading\n"
+        "import gc, importlib, json, tempfile, threading\n"
         "from cospadi.cli import forkserver\n"
         "for module in forkserver.IMPORTS: importlib.import_module(module)\n"
         "import torch\n"
-        "print(json.dumps([threading.active_count(), torch.cuda.is_initialized()]))"
+        "folders = [o.name for o in gc.get_objects() if isinstance(o, tempfile.TemporaryDirectory)]\n"
+        "print(json.dumps([threading.active_count(), torch.cuda.is_initialized(), folders]))"
     )
     run = subprocess.run([sys.executable, "-c", listed], check=True, capture_output=True, text=True)
-    assert json.loads(run.stdout.splitlines()[-1]) == [1, False]
+    assert json.loads(run.stdout.splitlines()[-1]) == [1, False, []]

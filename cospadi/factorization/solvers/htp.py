@@ -330,6 +330,8 @@ class Pursuit:
 
     def _gram(self, dictionary: Tensor) -> Tensor:
         """``[F D]ᵀ[F D]``; what belongs to the fixed atoms alone is multiplied once."""
+        if not dictionary.shape[2]:
+            return self.gram_of_fixed
         own = product(dictionary.mT, dictionary)
         if not self.n_fixed:
             return own
@@ -339,6 +341,8 @@ class Pursuit:
 
     def _correlations(self, dictionary: Tensor, rows: slice) -> Tensor:
         """``Yᵀ[F D]`` of some columns of ``Y``, likewise."""
+        if not dictionary.shape[2]:
+            return self.correlations_of_fixed[:, rows]
         own = product(self.targets[:, :, rows].mT, dictionary)
         return torch.cat([self.correlations_of_fixed[:, rows], own], dim=2) if self.n_fixed else own
 
