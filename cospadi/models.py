@@ -150,19 +150,19 @@ TRANSPOSED = ("gpt2", "openai-gpt")
 
 
 def _nothing_found(checkpoint: Checkpoint, config: ModelConfig, missing: list[str]) -> str:
-    family = checkpoint.config.get("model_type", "unknown")
-    if family in TRANSPOSED:
-        return (
-            f"{checkpoint.folder} is of model_type {family}, whose matrices are Conv1D layers of transformers. Only linear layers "
-            "are compressed, so this family is not supported."
-        )
     linear = [n.removesuffix(".weight") for n in checkpoint.names if n.endswith(".weight")]
     kinds = sorted({re.sub(r"\.\d+\.", ".<i>.", n) for n in linear if len(checkpoint.shape(f"{n}.weight")) == 2})
-    return (
+    family = checkpoint.config.get("model_type", "unknown")
+    found = (
         f"{checkpoint.folder} (model_type {family}) lacks the projections {', '.join(missing)} under {config.blocks}. "
-        f"Matrices found: {', '.join(kinds)}. Set model.blocks and model.shared_inputs to match, in conf/model or for one "
-        f"compress{_suggested(kinds)}."
+        f"Matrices found: {', '.join(kinds)}."
     )
+    if family in TRANSPOSED:
+        return (
+            f"{found} Its matrices are Conv1D layers of transformers, and only linear layers are compressed: whatever model.blocks "
+            "and model.shared_inputs say, this family is not supported."
+        )
+    return f"{found} Set model.blocks and model.shared_inputs to match, in conf/model or for one compress{_suggested(kinds)}."
 
 
 def _suggested(kinds: list[str]) -> str:
