@@ -182,8 +182,11 @@ def _suggested(kinds: list[str]) -> str:
     )
 
 
-def check_loadable(folder: Path, config: ModelConfig) -> None:
+def check_loadable(folder: Path, config: ModelConfig) -> list[Projection]:
     """Build the model without its weights, and its tokenizer, to learn now whether transformers can.
+
+    Returns:
+        its projections, as `find_projections`.
 
     Raises:
         UserError: when it cannot, or when a projection of the checkpoint has another shape than the model's.
@@ -213,6 +216,7 @@ def check_loadable(folder: Path, config: ModelConfig) -> None:
         if n_built != n_stored:
             raise ValueError(f"config.json has {n_built} blocks, the weights have {n_stored}")
         _require_stored(model, config, projections)
+        return projections
     except UserError:
         raise
     except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, OSError, StrictDataclassError) as error:
@@ -282,6 +286,22 @@ class Arguments(NamedTuple):
 
     further: tuple[object, ...]
     named: Mapping[str, object]
+
+
+def run_block(block: nn.Module, states: Tensor, arguments: Arguments, name: str) -> Tensor:
+    """Hidden states behind a block that is called as its model calls it.
+
+    Raises:
+        UserError: the block asks for more than that; naming it.
+    """
+    try:
+        out = block(states, *arguments.further, **arguments.named)
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
+        raise UserError(
+            f"{name}, a {type(block).__name__}, does not run on its own ({type(error).__name__}: {brief(error)}), so this model "
+            "cannot be calibrated block by block. Compress the model in memory with cospadi.compress."
+        ) from error
+    return out[0] if isinstance(out, tuple) else out
 
 
 class BlockWalker:

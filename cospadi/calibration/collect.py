@@ -25,7 +25,7 @@ from cospadi.calibration.settings import CalibrationConfig
 from cospadi.calibration.statistics import InputStatistics
 from cospadi.errors import UserError
 from cospadi.experts import expanded, groups_of_block
-from cospadi.models import BlockWalker, load_tokenizer
+from cospadi.models import BlockWalker, load_tokenizer, run_block
 from cospadi.records import read_json
 from cospadi.sources.settings import ModelConfig
 
@@ -81,7 +81,7 @@ def collect(
         UserError: at the first layer whose inputs are not finite, naming it.
     """
     device = devices.pick(calibration.device, "calibration.device")
-    weights_tokens = calibration.attention and bool(model.attended)
+    weights_tokens = _weights_tokens(model, calibration)
     walker = BlockWalker(folder, model, device, attention="eager" if weights_tokens else None)
     if weights_tokens:
         attention.tell_received(walker.decoder)
@@ -91,9 +91,7 @@ def collect(
         hooks, experts = _listen_all(block, model, calibration, statistics)
         with torch.inference_mode():
             for i, states in enumerate(hidden):
-                further, named = arguments[i][layer]
-                out = block(states, *further, **named)
-                hidden[i] = out[0] if isinstance(out, tuple) else out
+                hidden[i] = run_block(block, states, arguments[i][layer], f"{model.blocks}.{layer}")
         for hook in hooks:
             hook.remove()
         statistics |= experts.statistics()
@@ -143,7 +141,7 @@ def gather(
     ]
     device = next(network.parameters()).device
     implementation = network.config._attn_implementation
-    weights_tokens = calibration.attention and bool(model.attended)
+    weights_tokens = _weights_tokens(model, calibration)
     try:
         if weights_tokens:
             attention.tell_received(network)
@@ -163,6 +161,16 @@ def gather(
             if not all(torch.isfinite(gram).all() for gram in statistics[group[0]].grams):
                 raise UserError(f"The calibration activations of {names[0]} are not finite (NaN or infinite).")
             yield names, statistics.pop(group[0])
+
+
+def _weights_tokens(model: ModelConfig, calibration: CalibrationConfig) -> bool:
+    """Whether tokens are weighted by the attention they receive; says so where it is asked for and cannot be."""
+    if calibration.attention and not model.attended:
+        print(
+            "No projection of this model reads keys or values alone (model.attended is empty), so no input is weighted by attention.",
+            flush=True,
+        )
+    return calibration.attention and bool(model.attended)
 
 
 def _listen_all(

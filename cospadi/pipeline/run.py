@@ -5,6 +5,7 @@ Arguments go to Snakemake as they are. Its own words are in ``.snakemake/log``.
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 import signal
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     started = time.monotonic()
     # The logger comes last, as its option takes every word after it that is none; so would targets be loggers.
     command = [sys.executable, "-m", "snakemake", *arguments, "--logger", "cospadi"]
+    _name_user()
     # A process group of its own: what is stopped is Snakemake with all its jobs, whoever sent the signal.
     run = subprocess.Popen(command, process_group=0)
     with _stopped_by(signal.SIGINT, signal.SIGTERM):
@@ -60,6 +62,14 @@ def main(arguments: Sequence[str]) -> int:
     elif runs_jobs:
         print(f"Done in {duration(time.monotonic() - started)}.")
     return code
+
+
+def _name_user() -> None:
+    """Give a user without an entry in the system's list (``docker run --user 12345``) the name that Snakemake asks for."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"user{os.getuid()}"
 
 
 def require_snakefile(arguments: Sequence[str]) -> None:

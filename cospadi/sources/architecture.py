@@ -25,7 +25,7 @@ def auto_class(settings: PreTrainedConfig) -> Any:
     """The ``Auto…`` class of transformers for a config: of causal language models, else of those that also read images.
 
     Raises:
-        ValueError: transformers has neither.
+        UserError: transformers has neither.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -38,7 +38,10 @@ def auto_class(settings: PreTrainedConfig) -> Any:
         return AutoModelForCausalLM
     if type(settings) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
-    raise ValueError(f"it has no language model of model_type {settings.model_type}, so this type is not supported")
+    raise UserError(
+        f"transformers has no causal language model of model_type {settings.model_type}, so this type is not supported. Compress "
+        "another model, or a part of this one that is a causal language model saved on its own."
+    )
 
 
 def auto_class_of(folder: Path) -> Any:

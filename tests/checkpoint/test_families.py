@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 import cospadi
 from cospadi.api import compress_to
@@ -235,3 +235,32 @@ def test_an_unknown_family_gets_a_line_that_works(tmp_path, text, monkeypatch):
     assert len(options) == 3
     compress_to(str(tmp_path / "dense"), tmp_path / "out", ["factorization=svd_llm", *SETTINGS, *options], text)
     assert len([m for m in cospadi.load(tmp_path / "out").modules() if isinstance(m, CompressedLinear)]) == 2 * 6
+
+
+def test_a_block_that_does_not_run_on_its_own_is_refused_in_a_sentence(tmp_path, text, monkeypatch):
+    """Whatever it asks for: an argument that only its model computes, a state that it keeps between blocks."""
+    written("llama", tmp_path / "dense")
+
+    def needy(self, hidden_states, *, per_layer_state, **kwargs):
+        return hidden_states
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward", needy)
+    with pytest.raises(
+        UserError, match=r"model\.layers\.0, a LlamaDecoderLayer, .*per_layer_state.* cospadi\.compress"
+    ):
+        compress_to(str(tmp_path / "dense"), tmp_path / "out", ["factorization=svd_llm", *SETTINGS], text)
+
+
+def test_a_type_without_a_language_model_is_named_without_advice_on_files(tmp_path, text):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    written("llama", tmp_path / "dense")  # for its tokenizer
+    AutoModel.from_config(AutoConfig.for_model("vit", **sizes)).save_pretrained(tmp_path / "dense")
+    with pytest.raises(UserError, match="model_type vit, so this type is not supported") as refused:
+        compress_to(str(tmp_path / "dense"), tmp_path / "out", ["factorization=svd_llm", *SETTINGS], text)
+    assert "download" not in str(refused.value)
+
+
+def test_fused_queries_and_keys_are_told_to_be_unweighted(tmp_path, text, capsys):
+    written("phi3", tmp_path / "dense")
+    compress_to(str(tmp_path / "dense"), tmp_path / "out", ["factorization=svd_llm", *SETTINGS], text)
+    assert "no input is weighted by attention" in capsys.readouterr().out

@@ -87,3 +87,15 @@ def test_a_stopped_study_leaves_no_process_and_no_lock(number, tmp_path):
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
     assert not list((tmp_path / ".snakemake" / "locks").glob("*"))
+
+
+def test_a_user_without_a_name_gets_one(monkeypatch):
+    """As in a container that runs under a number; Snakemake asks for the name and knows no other way on."""
+
+    def unknown() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.delenv("USER", raising=False)
+    monkeypatch.setattr("getpass.getuser", unknown)
+    run._name_user()
+    assert os.environ["USER"] == f"user{os.getuid()}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from cospadi.models import check_loadable, find_projections
+from cospadi.models import check_loadable
 from cospadi.records import Record, read_json, text_hash, write_json
 from cospadi.settings import Config
 from cospadi.sources import checkpoints
@@ -20,8 +20,7 @@ def prepare_model(config: Config, folder: Path, record: Path) -> None:
     print(f"Preparing {config.model.title} from {config.model.source}", flush=True)
     provenance = checkpoints.prepare_model(config.model, folder)
     model = fitted(config.model, provenance["model_type"])
-    projections = find_projections(folder, model)
-    check_loadable(folder, model)
+    projections = check_loadable(folder, model)
     log.finish(record, provenance=provenance, projections=[asdict(p) for p in projections])
 
 
