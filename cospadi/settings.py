@@ -151,7 +151,7 @@ def _register() -> None:
     store.store("tracking_schema", TrackingConfig, group="tracking")
     for method, schema in METHODS.items():
         store.store(f"{method}_schema", schema, group="factorization")
-    OmegaConf.register_new_resolver("project", lambda: str(PROJECT), replace=True)
+    OmegaConf.register_new_resolver("conf", lambda: str(CONF), replace=True)
 
 
 _register()

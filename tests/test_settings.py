@@ -10,6 +10,7 @@ from cospadi.errors import UserError
 from cospadi.settings import CONF, load
 
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
+TEXTS = [path.stem for path in FILES if path.parent.name == "text"]
 ON_CELL = {"text": "text@calibration.text"}
 SHA256 = "0" * 64
 
@@ -46,6 +47,16 @@ def test_every_file_composes_under_its_own_name(file):
     section = composed.calibration.text if group == "text" else getattr(composed, group)
     assert section.name == option
     assert section is not None
+
+
+def test_texts_on_disk_travel_with_the_settings():
+    """A wheel holds ``conf/``, and nothing of ``tests/``."""
+    sources = {
+        name: load([f"text@calibration.text={name}"]).calibration.text.source for name in TEXTS if name != "file"
+    }
+    on_disk = {name: Path(source) for name, source in sources.items() if Path(source).is_absolute()}
+    assert set(on_disk) == {"smoke_calibration", "smoke_evaluation"}
+    assert all(path.is_file() and path.is_relative_to(CONF) for path in on_disk.values())
 
 
 def test_there_is_a_file_for_every_room():

@@ -60,7 +60,7 @@ def test_a_study_of_a_model_that_cannot_be_counted_runs_all_the_same(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_study_leaves_no_process_and_no_lock(number, tmp_path):
-    for name in ("Snakefile", "workflow", "profiles", "tests/data"):
+    for name in ("Snakefile", "workflow", "profiles"):
         source = ROOT / name
         if source.is_file():
             shutil.copy(source, tmp_path / name)

@@ -63,10 +63,10 @@ def earlier_study(tmp_path) -> Path:
         archive.extractall(tmp_path, filter="data")
 
     def time(match: re.Match) -> str:
-        return str((ROOT / "tests" / "data" / match[1]).stat().st_mtime_ns)
+        return str((ROOT / "conf" / "text" / match[1]).stat().st_mtime_ns)
 
     for note in (tmp_path / ".snakemake" / "metadata").iterdir():
-        text = note.read_text(encoding="utf-8").replace("@PROJECT@", str(ROOT))
+        text = note.read_text(encoding="utf-8").replace("@PROJECT@/tests/data", str(ROOT / "conf" / "text"))
         note.write_text(re.sub(r"@TIME:([\w.]+)@", time, text), encoding="utf-8")
     return tmp_path
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from cospadi.errors import UserError
 from cospadi.models import Checkpoint, find_projections, load_tokenizer
-from cospadi.settings import PROJECT
+from cospadi.settings import CONF, PROJECT
 from cospadi.sources import checkpoints, texts, wheels, wikitext
 from cospadi.sources import settings as sources_settings
 from cospadi.sources.checkpoints import n_layers, prepare_model
@@ -29,7 +29,7 @@ from cospadi.sources.settings import ModelConfig, TextConfig
 from cospadi.sources.texts import read_documents
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-DATA = PROJECT / "tests" / "data"
+TEXTS = CONF / "text"
 GOOD_TAG = "py3-none-any"
 
 
@@ -271,7 +271,7 @@ def shipped(group: str, name: str):
     from omegaconf import OmegaConf
 
     schema = {"text": TextConfig, "model": ModelConfig}[group]
-    content = OmegaConf.load(PROJECT / "conf" / group / f"{name}.yaml")
+    content = OmegaConf.load(CONF / group / f"{name}.yaml")
     content.pop("defaults")
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), content))
 
@@ -408,8 +408,8 @@ def test_lines_and_plain(tmp_path):
 
 
 def test_the_smoke_texts_are_disjoint():
-    calibration = read_documents(text(source=str(DATA / "smoke_calibration.txt")))
-    evaluation = read_documents(text(source=str(DATA / "smoke_evaluation.txt")))
+    calibration = read_documents(text(source=str(TEXTS / "smoke_calibration.txt")))
+    evaluation = read_documents(text(source=str(TEXTS / "smoke_evaluation.txt")))
     assert (len(calibration), len(evaluation)) == (30, 12)
     assert min(len(document.split()) for document in [*calibration, *evaluation]) >= 98
     sentences = [set(re.split(r"(?<=\.) ", " ".join(documents))) for documents in (calibration, evaluation)]
