@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -51,7 +51,13 @@ def usage(run: Callable[[], object], device: torch.device) -> Usage:
     return Usage(counter.get_total_flops(), _product_share(profiled, device), peak)
 
 
-def product_peaks(rows: int, inner: int, columns: int, device: torch.device) -> dict[str, float]:
+KINDS = ("float32", "fast", "bfloat16")
+"""Arithmetic of `product_peaks`."""
+
+
+def product_peaks(
+    rows: int, inner: int, columns: int, device: torch.device, of: Sequence[str] = KINDS
+) -> dict[str, float]:
     """Best floating-point operations per second of ``(rows × inner) @ (inner × columns)``, by arithmetic.
 
     ``fast`` is what htp's rounds use (`float32_products`): TF32 on a GPU; on a CPU another library's float32.
@@ -62,7 +68,7 @@ def product_peaks(rows: int, inner: int, columns: int, device: torch.device) -> 
         "bfloat16": (torch.bfloat16, nullcontext()),
     }
     rates = {}
-    for name, (dtype, precision) in kinds.items():
+    for name, (dtype, precision) in ((name, kinds[name]) for name in of):
         left = torch.randn((rows, inner), device=device).to(dtype)
         right = torch.randn((inner, columns), device=device).to(dtype)
         with precision:

@@ -18,6 +18,12 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
             "compressed models beside the dense one: bytes, prefill and decode speed",
             arguments.add_inference_options,
         ),
+        (
+            "pipeline",
+            _bench_pipeline,
+            "every stage of a study on the first blocks of its model: time, operations, memory",
+            arguments.add_pipeline_options,
+        ),
     ):
         sub = benches.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         add_options(sub)
@@ -34,6 +40,12 @@ def _bench_inference(o: argparse.Namespace) -> None:
     from cospadi.bench import inference
 
     inference.run(o)
+
+
+def _bench_pipeline(o: argparse.Namespace) -> None:
+    from cospadi.pipeline import profile
+
+    profile.run(o)
 
 
 COMMANDS = (Command("bench", lambda o: None, "measure on this machine", MEASURING, _bench_options),)

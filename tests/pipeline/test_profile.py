@@ -1,0 +1,38 @@
+"""``cospadi bench pipeline``."""
+
+import json
+
+import pytest
+
+from cospadi import cli
+from cospadi.errors import UserError
+from cospadi.pipeline.profile import measure
+from cospadi.pipeline.study import Study
+
+OF_ONE = "study.models=[tiny_llama] study.methods=[svd,cospadi_plus] study.quantizations_of={cospadi_plus:[int4]} study.ratios_of={}"
+
+
+def test_every_stage_of_a_study_is_measured(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    command = ["bench", "pipeline", "--study", "smoke", "--overrides", OF_ONE, "--threads", "1", "--json", str(file)]
+    assert cli.main(command) == 0
+    rows = json.loads(file.read_text())
+    parts = [row["part"] for row in rows if row["stage"] in ("factorization", "quantization")]
+    assert parts == ["svd-0.3", "cospadi_plus-0.3", "cospadi_plus-0.3-int4"]
+    assert {row["stage"] for row in rows} == {
+        *("sources", "calibration", "factorization", "quantization", "packing", "unpacking", "evaluation")
+    }
+    for row in rows:
+        assert row["seconds"] > 0
+        assert row["core_seconds"] > 0
+        assert row["peak_memory_mb"] > 100
+        assert row["gflops"] is None or 0 < row["gflops"] < row["peak_gflops"]
+    (calibrated,) = [row for row in rows if row["stage"] == "calibration"]
+    assert calibrated["study_core_seconds"] == pytest.approx(2 * calibrated["core_seconds"])  # one block of two
+    assert "minutes on the" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_more_blocks_than_the_model_has_are_refused(blocks, tmp_path):
+    with pytest.raises(UserError, match="tiny_llama has 2: set 1 to 2"):
+        measure(Study("smoke"), "tiny_llama", blocks, tmp_path)
