@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -16,11 +18,12 @@ import lm_eval.api.task
 import lm_eval.evaluator
 import lm_eval.models.huggingface
 import torch
+from jaxtyping import Int
 from lm_eval.api.metrics import perplexity, weighted_perplexity
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
-from torch import nn
+from torch import Tensor, nn
 
 from cospadi.errors import UserError
 from cospadi.evaluation.perplexity import exponential, mean_stderr, ratio_stderr
@@ -46,9 +49,11 @@ _EXPECTED_WARNINGS = (
 
 
 class ReportingModel(HFLM):
-    """HFLM that prints lines with the time left instead of moving bars; what it computes is untouched."""
+    """HFLM that prints lines with the time left instead of moving bars, and makes no logits that nobody reads."""
 
     progress: Progress | None = None
+    longest: int | None = None
+    """Tokens of the longest answer, whose logits are read; ``None``: those of all tokens."""
     title = ""
     rolling = False
     cut = 0
@@ -89,12 +94,25 @@ class ReportingModel(HFLM):
             )
             distinct = {tuple(context + continuation[:-1]) for _, context, continuation in requests}
             self.start(len(requests), sum(min(len(key), self.max_length) for key in distinct))
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+            self.longest = longest
+        try:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+        finally:
+            self.longest = None
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        logits = super()._model_call(inps, *args, **kwargs)
+        if self.longest is None or args or kwargs or not self._keeps_logits:
+            logits = super()._model_call(inps, *args, **kwargs)
+        else:
+            # HFLM counts positions from the end, so that logits of the last ones are enough.
+            with torch.no_grad():
+                logits = self.model(inps, logits_to_keep=min(self.longest + padding(inps), inps.shape[1])).logits
         self.advance(inps.numel())
         return logits
+
+    @cached_property
+    def _keeps_logits(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         room = self.max_length - max(new_tokens(request.args[1]) for request in requests)
@@ -112,6 +130,16 @@ class ReportingModel(HFLM):
         written = super()._model_generate(context, *args, **kwargs)
         self.advance(int(kwargs["attention_mask"].sum()))
         return written
+
+
+def padding(inps: Int[Tensor, "batch length"]) -> int:
+    """At most so many tokens at the end of a row are padding, which HFLM writes as zeros.
+
+    >>> padding(torch.tensor([[5, 0, 7, 8], [5, 6, 0, 0]])), padding(torch.tensor([[0, 0]]))
+    (2, 2)
+    """
+    ends = torch.arange(1, inps.shape[1] + 1, device=inps.device) * (inps != 0)
+    return inps.shape[1] - int(ends.amax(dim=1).min())
 
 
 def harness_model(model: nn.Module, tokenizer: Callable[..., Any], config: EvaluationConfig) -> ReportingModel:

@@ -1,7 +1,7 @@
 """Token perplexity on held-out text, and how far a compressed model is from the dense one on the same tokens.
 
-The dense model runs once: its evaluation keeps the final hidden states (the inputs of ``lm_head``). Compression leaves
-``lm_head`` alone, so the dense logits of every later comparison are one matrix product away.
+The dense model runs once: its evaluation keeps the final hidden states (the inputs of ``lm_head``) and what its distributions come to
+(`next_token`). Compression leaves ``lm_head`` alone, so no later comparison needs the dense logits again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cospadi.errors import UserError
+from cospadi.evaluation.next_token import NextTokens, divergence, next_tokens
 from cospadi.progress import Progress
 from cospadi.records import write_tensors
 
-_LOGITS_AT_ONCE = 2**24
-"""Logits held at a time: 64 MiB in float32, whatever the vocabulary."""
+_CHECKED_EVERY = 16
+"""Of so many tokens one is used to look whether ``lm_head`` is the dense model's."""
 _HEAD_TOLERANCE = 1e-3
 """Largest change of a window's dense negative log-likelihood (nats per token) when ``lm_head`` only changed its dtype."""
 
@@ -106,12 +107,12 @@ def perplexity(mean_nll: float, stderr: float | None) -> tuple[float, float | No
 
 
 class TokenMetric(NamedTuple):
-    """A metric against the dense model: the mean over tokens of a value that `compare_tokens` computes."""
+    """A metric against the dense model: the mean over tokens of a value that `_compared` computes."""
 
     name: str
     """Key in an evaluation record."""
     token_value: str
-    """Key in what `compare_tokens` returns."""
+    """Key in what `_compared` returns."""
     protocol: str
     """What is measured, as the protocol says it."""
     of_dense: float
@@ -122,28 +123,6 @@ TOKEN_METRICS = (
     TokenMetric("kl_to_dense", "kl", "KL(dense || model), nats per token", 0.0),
     TokenMetric("top1_agreement", "agrees", "same most likely token as the dense model", 1.0),
 )
-
-
-def compare_tokens(
-    logits: Float[Tensor, "tokens vocab"],
-    targets: Int[Tensor, " tokens"],
-    dense_logits: Float[Tensor, "tokens vocab"] | None = None,
-) -> dict[str, Float[Tensor, " tokens"]]:
-    """Per token: ``nll`` (nats), and given the dense logits ``kl`` = KL(dense ‖ model) (nats), ``agrees`` and ``dense_nll``.
-
-    Log-softmax in float32, sums over the vocabulary in float64: ``KL = Σᵥ p(v)·(log p(v) − log q(v))`` with ``p`` the dense
-    model's distribution. ``agrees`` is 1 where both rank the same token first; NaN logits agree with nothing.
-    """
-    log_q = logits.float().log_softmax(-1)
-    nll = -log_q.gather(-1, targets[:, None])[:, 0].double()
-    if dense_logits is None:
-        return {"nll": nll}
-    log_p = dense_logits.float().log_softmax(-1)
-    dense_nll = -log_p.gather(-1, targets[:, None])[:, 0].double()
-    p = log_p.exp()
-    divergence = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1, dtype=torch.float64)
-    agrees = (logits.argmax(-1) == dense_logits.argmax(-1)) & ~nll.isnan()
-    return {"nll": nll, "kl": divergence, "agrees": agrees.double(), "dense_nll": dense_nll}
 
 
 def measure_tokens(
@@ -175,11 +154,9 @@ def measure_tokens(
     head = model.get_output_embeddings()
     device = model.device
     n_windows, window = windows.shape
-    n_rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
     model.eval()
     dense = _Reference(reference, windows, head) if reference is not None else None
-    kept: list[Tensor] = []
-    kept_nll: list[Tensor] = []
+    kept: list[dict[str, Tensor]] = []
     means: list[list[float]] = []
     progress = None if quiet else Progress(n_windows, f"Token perplexity: {n_windows} windows of {window} tokens")
     with torch.no_grad():
@@ -187,27 +164,44 @@ def measure_tokens(
         for index, ids in enumerate(windows):
             ids = ids.to(device)
             hidden = decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
-            dense_hidden = dense.hidden_states(index).to(hidden) if dense else None
-            parts = []
-            for start in range(0, window - 1, n_rows):
-                rows = slice(start, start + n_rows)
-                dense_logits = head(dense_hidden[rows]) if dense else None
-                parts.append(compare_tokens(head(hidden[rows]), ids[1:][rows], dense_logits))
-            tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            if dense:
-                dense.check_nll(index, tokens["dense_nll"])
+            found = next_tokens(hidden, head, ids[1:], with_expected=write_reference is not None)
+            tokens = {"nll": found.nll} | (_compared(hidden, found, *dense.read(index, ids[1:])) if dense else {})
             if write_reference is not None:
-                kept.append(hidden.cpu())
-                kept_nll.append(tokens["nll"].float().cpu())
+                kept.append(_kept(hidden, found))
             values = ("nll", *(metric.token_value for metric in TOKEN_METRICS))
             means.append([tokens[name].mean().item() if name in tokens else math.nan for name in values])
             so_far = exponential(sum(m[0] for m in means) / len(means))
             if progress:
                 progress.step(f"window {index + 1}", f"perplexity so far {so_far:.2f}")
     if write_reference is not None:
-        tensors = {"hidden_states": torch.stack(kept), "token_nll": torch.stack(kept_nll)}
+        tensors = {name: torch.stack([of_window[name] for of_window in kept]) for name in kept[0]}
         write_tensors(write_reference, tensors, _identity(windows, head))
     return _summary(torch.tensor(means, dtype=torch.float64), window, dense is not None, write_reference is not None)
+
+
+def _compared(
+    hidden: Float[Tensor, "tokens width"],
+    found: NextTokens,
+    dense_hidden: Float[Tensor, "tokens width"],
+    dense: NextTokens,
+) -> dict[str, Float[Tensor, " tokens"]]:
+    """Per token: ``kl`` = KL(dense ‖ model) in nats, and ``agrees``, 1 where both rank the same token first.
+
+    Logits that are not numbers agree with nothing.
+    """
+    agrees = (found.likeliest == dense.likeliest) & ~found.nll.isnan()
+    return {"kl": divergence(dense_hidden, dense, hidden, found), "agrees": agrees.double()}
+
+
+def _kept(hidden: Float[Tensor, "tokens width"], found: NextTokens) -> dict[str, Tensor]:
+    """What a later comparison needs of the dense model."""
+    return {
+        "hidden_states": hidden.cpu(),
+        "token_nll": found.nll.float().cpu(),
+        "log_total": found.log_total.cpu(),
+        "likeliest": found.likeliest.int().cpu(),
+        "expected": found.expected.float().cpu(),
+    }
 
 
 def _summary(
@@ -261,10 +255,11 @@ def _check_head(model: nn.Module, decoder: nn.Module, head: nn.Module, ids: Int[
 
 
 class _Reference:
-    """The dense model's final hidden states, read one window at a time."""
+    """What the dense model's evaluation kept, read one window at a time."""
 
     def __init__(self, path: Path, windows: Int[Tensor, "windows window"], head: nn.Module):
         self.path = path
+        self.head = head
         try:
             self.file = safe_open(str(path), framework="pt")
         except (OSError, SafetensorError) as error:
@@ -284,16 +279,36 @@ class _Reference:
                 f"({'; '.join(differing)}). Evaluate the dense model again with these settings."
             )
 
-    def hidden_states(self, index: int) -> Float[Tensor, "tokens width"]:
-        return self.file.get_slice("hidden_states")[index]
+    def read(self, index: int, targets: Int[Tensor, " tokens"]) -> tuple[Float[Tensor, "tokens width"], NextTokens]:
+        """Final hidden states of a window, and the distributions behind them.
 
-    def check_nll(self, index: int, nll: Float[Tensor, " tokens"]) -> None:
-        """The dense likelihoods seen through this model's ``lm_head`` have to be the ones that were recorded."""
-        recorded = self.file.get_slice("token_nll")[index].double().mean().item()
-        mean = nll.mean().item()
-        if math.isfinite(recorded) and not abs(mean - recorded) <= _HEAD_TOLERANCE * max(1.0, abs(recorded)):
+        Raises:
+            UserError: this model's ``lm_head`` makes other distributions of them.
+        """
+        hidden = self._part("hidden_states", index).to(self.head.weight)
+        nll = self._part("token_nll", index).to(targets.device).double()
+        self._check(hidden[::_CHECKED_EVERY], targets[::_CHECKED_EVERY], nll[::_CHECKED_EVERY])
+        if "expected" not in self.file.keys():  # noqa: SIM118 - of a reference that version 0.1.0 wrote
+            return hidden, next_tokens(hidden, self.head, targets, with_expected=True)
+        log_total, likeliest, expected = (
+            self._part(name, index).to(targets.device) for name in ("log_total", "likeliest", "expected")
+        )
+        return hidden, NextTokens(nll, log_total, likeliest, expected)
+
+    def _part(self, name: str, index: int) -> Tensor:
+        return self.file.get_slice(name)[index]
+
+    def _check(
+        self,
+        hidden: Float[Tensor, "tokens width"],
+        targets: Int[Tensor, " tokens"],
+        recorded: Float[Tensor, " tokens"],
+    ) -> None:
+        mean = next_tokens(hidden, self.head, targets).nll.mean().item()
+        expected = recorded.mean().item()
+        if math.isfinite(expected) and not abs(mean - expected) <= _HEAD_TOLERANCE * max(1.0, abs(expected)):
             raise UserError(
                 f"The dense model's hidden states in {self.path} give a negative log-likelihood of {mean:.4f} through this "
-                f"model's lm_head, but {recorded:.4f} through the dense one: lm_head was changed, or it is another model. "
+                f"model's lm_head, but {expected:.4f} through the dense one: lm_head was changed, or it is another model. "
                 "Leave lm_head out of the compression, or give the reference of the right dense model."
             )

@@ -16,11 +16,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cospadi.errors import UserError
-from cospadi.evaluation import heldout, perplexity, task_names, tasks
+from cospadi.evaluation import heldout, next_token, perplexity, task_names, tasks
 from cospadi.evaluation import measure as evaluation
 from cospadi.evaluation.settings import EvaluationConfig
 from cospadi.records import write_json
@@ -172,9 +174,9 @@ def test_token_perplexity_is_that_of_a_naive_loop(model, windows):
     assert "6 non-overlapping windows of 48 tokens" in found["protocol"]
 
 
-@pytest.mark.parametrize("logits_at_once", [2**24, 257 * 10])
-def test_divergence_and_agreement_are_those_of_full_logits(model, windows, reference, monkeypatch, logits_at_once):
-    monkeypatch.setattr(perplexity, "_LOGITS_AT_ONCE", logits_at_once)
+@pytest.mark.parametrize("at_once", [1024, 100, 1])
+def test_divergence_and_agreement_are_those_of_full_logits(model, windows, reference, monkeypatch, at_once):
+    monkeypatch.setattr(next_token, "VOCABULARY_AT_ONCE", at_once)
     changed = perturbed(model)
     found = evaluation.measure_tokens(changed, windows, reference)
     divergences, agreements = [], []
@@ -202,6 +204,39 @@ def test_half_precision_does_not_differ_from_itself_either(model, windows, tmp_p
     found = evaluation.measure_tokens(half, windows, tmp_path / "half.safetensors")
     assert found["kl_to_dense"]["value"] == 0.0
     assert found["top1_agreement"]["value"] == 1.0
+
+
+def test_a_reference_of_hidden_states_alone_gives_the_same(model, windows, reference, tmp_path):
+    """As version 0.1.0 wrote it."""
+    tensors = load_file(reference)
+    with safe_open(reference, framework="pt") as file:
+        kept = {name: tensors[name] for name in ("hidden_states", "token_nll")}
+        save_file(kept, tmp_path / "old.safetensors", file.metadata())
+    changed = perturbed(model)
+    old = evaluation.measure_tokens(changed, windows, tmp_path / "old.safetensors")
+    new = evaluation.measure_tokens(changed, windows, reference)
+    assert old["kl_to_dense"]["value"] == pytest.approx(new["kl_to_dense"]["value"], rel=1e-6)
+    assert old["top1_agreement"] == new["top1_agreement"]
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1.0, 30.0]), st.booleans())
+def test_distributions_are_those_of_a_softmax_in_float64(seed, scale, biased):
+    draw = torch.Generator().manual_seed(seed)
+    head = torch.nn.Linear(8, 2 * next_token.VOCABULARY_AT_ONCE + 13, bias=biased)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw))
+    hidden = scale * torch.randn(5, 8, generator=draw)
+    targets = torch.randint(head.out_features, (5,), generator=draw)
+    with torch.no_grad():
+        found = next_token.next_tokens(hidden, head, targets, with_expected=True)
+        logits = hidden.double() @ head.weight.double().T + (head.bias.double() if biased else 0.0)
+    p = logits.softmax(-1)
+    wanted = -logits.log_softmax(-1)[torch.arange(5), targets]
+    torch.testing.assert_close(found.nll, wanted, rtol=1e-5, atol=1e-5 * scale)
+    torch.testing.assert_close(found.log_total, logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.expected, p @ head.weight.double(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.likeliest, logits.argmax(-1))
 
 
 def test_without_a_reference_nothing_is_claimed(model, windows):
