@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from cospadi import devices
 from cospadi.calibration.collect import draw_samples, gather
+from cospadi.calibration.fisher import gather_fisher, loss_metric
 from cospadi.calibration.statistics import InputStatistics
 from cospadi.checkpoint.card import card
 from cospadi.checkpoint.ledger import ledger
@@ -22,11 +23,13 @@ from cospadi.checkpoint.transformers_plugin import METHOD, attach
 from cospadi.checkpoint.write import refuse_taken, write
 from cospadi.errors import AUTO, UserError
 from cospadi.experts import experts_apart, names_experts
+from cospadi.factorization.allocation import allocate
 from cospadi.factorization.factors import Dense, Factors
 from cospadi.factorization.files import read_factors
 from cospadi.factorization.groups import factorized, groups_of, problems_from, runs_in_memory
 from cospadi.factorization.problem import Problem
 from cospadi.factorization.settings import IDENTITY, CoSpaDiConfig
+from cospadi.factorization.trials import tried
 from cospadi.models import TRANSPOSED, Projection
 from cospadi.pipeline import chain, outcome
 from cospadi.quantization.methods import quantize
@@ -259,13 +262,22 @@ def _smaller_layers(
             attended = projection in config.model.attended
             projections.append(Projection(name, int(layer), projection, shared_input, d_in, d_out, attended))
 
+    needs_fisher = config.factorization.needs_fisher
+
     def statistics_of(projection: Projection) -> tuple[Tensor, Tensor]:
         statistics = inputs[projection.layer, projection.shared_input]
-        return statistics.gram_of(projection.attended), statistics.absolute_mean
+        return statistics.gram_of(projection.attended and not needs_fisher), statistics.absolute_mean
 
-    problem_of = problems_from(
-        lambda p: model.get_submodule(p.name).weight.detach().T.float(), statistics_of, calibration.damping
-    )
+    def weight_of(projection: Projection) -> Tensor:
+        return model.get_submodule(projection.name).weight.detach().T.float()
+
+    metric_of = _metric_of(config, model, tokens) if needs_fisher else None
+    problem_of = problems_from(weight_of, statistics_of, calibration.damping, metric_of=metric_of)
+    if config.factorization.allocates:
+        losses = {p.name: tried(config.factorization, problem_of(p)) for p in projections}
+        sizes = {p.name: p.d_in * p.d_out for p in projections}
+        ratios = allocate(losses, sizes, config.factorization.compression_ratio)
+        problem_of = problems_from(weight_of, statistics_of, calibration.damping, metric_of=metric_of, ratios=ratios)
     groups = groups_of(config.factorization, projections, problem_of)
     runs = runs_in_memory(config.factorization, groups, model.device)
     smaller: dict[str, CompressedLinear] = {}
@@ -276,6 +288,20 @@ def _smaller_layers(
             "No projection was compressed: every one was left dense. Choose another ratio, method or quantization."
         )
     return smaller
+
+
+def _metric_of(
+    config: Config, model: PreTrainedModel, tokens: Int[Tensor, "n_samples sample_length"]
+) -> Callable[[Projection, Tensor], tuple[Tensor, Tensor]]:
+    """From a projection and its gram, what the loss asks for (`problems_from`)."""
+    fisher = config.calibration.fisher
+    some = tokens[: fisher.n_samples]
+    (factors,) = _in_eval_mode(model, iter([gather_fisher(model, config.model, config.calibration, some)]))
+
+    def metric_of(projection: Projection, gram: Tensor) -> tuple[Tensor, Tensor]:
+        return loss_metric(gram, *factors[projection.layer][projection.projection].per_token, fisher.blend)
+
+    return metric_of
 
 
 def _require_kinds(model: object, tokenizer: object, texts: object, overrides: object) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -324,6 +325,7 @@ class BlockWalker:
             model = auto_class(settings).from_config(settings, dtype=self.dtype, attn_implementation=attention)
         if names_experts(config.projections):
             unfuse(model)
+        self.model = model.requires_grad_(False)
         decoder_path, _, blocks_name = config.blocks.rpartition(".")
         self.decoder = model.get_submodule(decoder_path).eval()
         self.blocks: nn.ModuleList = self.decoder.get_submodule(blocks_name)
@@ -337,7 +339,7 @@ class BlockWalker:
         state = {n: self.checkpoint.read(f"{path}.{n}").to(self.device, self.dtype) for n in names}
         module.load_state_dict(state, assign=True, strict=False)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, batches: Iterable[Tensor]) -> tuple[list[Tensor], list[list[Arguments]]]:
         """Hidden states that enter the first block, and the further arguments that every block receives, per batch.
 
@@ -349,8 +351,7 @@ class BlockWalker:
         """
         hidden = []
         arguments = []
-        originals = [block.forward for block in self.blocks]
-        try:
+        with self._stood_in():
             for tokens in batches:
                 calls: list[tuple[Tensor, Arguments]] = []
 
@@ -376,14 +377,48 @@ class BlockWalker:
                     ) from error
                 hidden.append(calls[0][0])
                 arguments.append([of_block for _, of_block in calls])
-        finally:
-            for block, forward in zip(self.blocks, originals, strict=True):
-                block.forward = forward
         return hidden, arguments
 
     def walk(self) -> Iterator[tuple[int, nn.Module]]:
         """Each block in turn, its weights loaded for the time of one step."""
-        for index, block in enumerate(self.blocks):
-            self._read(block, f"{self.config.blocks}.{index}", [n for n, _ in block.named_parameters()])
-            yield index, block
-            block.to("meta")
+        for index in range(len(self.blocks)):
+            with self.loaded(index) as block:
+                yield index, block
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """A block with its weights, which do not ask for gradients."""
+        block = self.blocks[index]
+        self._read(block, f"{self.config.blocks}.{index}", [n for n, _ in block.named_parameters()])
+        yield block.requires_grad_(False)
+        block.to("meta")
+
+    def load_head(self) -> None:
+        """Read the weights of the output layer, which ``logits`` needs; a tied one has those of the embeddings."""
+        head = self.model.get_output_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is head)
+        stored = set(self.checkpoint.names)
+        own = [n for n, _ in head.named_parameters() if f"{name}.{n}" in stored]
+        self._read(head, name, own)
+        if "weight" not in own:
+            head.weight = self.model.get_input_embeddings().weight
+        self.model.requires_grad_(False)
+
+    def logits(
+        self, tokens: Int[Tensor, "batch length"], states: Float[Tensor, "batch length width"]
+    ) -> Float[Tensor, "batch length vocabulary"]:
+        """What the model makes of ``states`` that leave its last block, as its class makes it; after `load_head`."""
+        with self._stood_in():
+            for block in self.blocks:
+                block.forward = lambda *_, **__: states
+            return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+
+    @contextmanager
+    def _stood_in(self) -> Iterator[None]:
+        """Blocks whose ``forward`` may be replaced: afterwards it is their own again."""
+        originals = [block.forward for block in self.blocks]
+        try:
+            yield
+        finally:
+            for block, forward in zip(self.blocks, originals, strict=True):
+                block.forward = forward

@@ -89,7 +89,7 @@ def collect(
     for layer, block in walker.walk():
         statistics: dict[str, InputStatistics] = {}
         hooks, experts = _listen_all(block, model, calibration, statistics)
-        with torch.inference_mode():
+        with torch.no_grad():
             for i, states in enumerate(hidden):
                 hidden[i] = run_block(block, states, arguments[i][layer], f"{model.blocks}.{layer}")
         for hook in hooks:

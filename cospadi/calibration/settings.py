@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from cospadi.errors import require_at_least, require_device, require_one_of, require_seed
+from cospadi.errors import require, require_at_least, require_device, require_one_of, require_seed
 from cospadi.sources.settings import TextConfig
+
+
+@dataclass
+class FisherConfig:
+    """What the loss cares about, for methods with ``objective=loss``: one backward pass over calibration tokens."""
+
+    n_samples: int | None = None
+    """Of the token sequences of the calibration; ``null``: all."""
+    blend: float = 0.5
+    """Share of the plain gram in the one that is weighted by gradients; 0: none."""
+    seed: int = 42
+    """Of the labels, which are drawn from the model's own predictions."""
+    revision: int = 1
+
+    def __post_init__(self) -> None:
+        require_at_least("calibration.fisher.n_samples", self.n_samples, 1)
+        require_seed("calibration.fisher.seed", self.seed)
+        require(
+            0 <= self.blend <= 1,
+            f"calibration.fisher.blend={self.blend:g} is not a share. Set 0 (gradients alone) to 1 (the plain gram alone).",
+        )
 
 
 @dataclass
@@ -32,6 +53,7 @@ class CalibrationConfig:
     """Ridge on the gram, as a fraction of its mean diagonal."""
     device: str = "auto"
     """``auto`` (a GPU when there is one), ``cpu`` or ``cuda``."""
+    fisher: FisherConfig = field(default_factory=FisherConfig)
     revision: int = 2
 
     def __post_init__(self) -> None:

@@ -39,6 +39,18 @@ def _calibrate(o: argparse.Namespace) -> None:
     stage("calibration").calibrate(_config(o.overrides), o.model, o.documents, o.grams, o.record)
 
 
+def _fisher(o: argparse.Namespace) -> None:
+    stage("calibration").fisher(_config(o.overrides), o.model, o.documents, o.factors, o.record)
+
+
+def _expect_losses(o: argparse.Namespace) -> None:
+    stage("allocation").expect_losses(_config(o.overrides), o.model, o.grams, o.fisher, o.losses)
+
+
+def _choose_ratios(o: argparse.Namespace) -> None:
+    stage("allocation").choose_ratios(_config(o.overrides), o.losses, o.ratios)
+
+
 def _search_ranks(o: argparse.Namespace) -> None:
     stage("rank_search").search_ranks(_config(o.overrides), o.model, o.documents, o.grams, o.sensitivity)
 
@@ -49,12 +61,16 @@ def _choose_ranks(o: argparse.Namespace) -> None:
 
 def _factorize(o: argparse.Namespace) -> None:
     config = _config(o.overrides)
-    stage("factorization").factorize(config, o.model, o.grams, o.layers, o.factors, o.record, o.ranks)
+    stage("factorization").factorize(
+        config, o.model, o.grams, o.layers, o.factors, o.record, o.ranks, o.fisher, o.ratios
+    )
 
 
 def _quantize(o: argparse.Namespace) -> None:
     config = _config(o.overrides)
-    stage("quantization").quantize(config, o.model, o.grams, o.factors, o.factorization, o.quantized, o.record)
+    stage("quantization").quantize(
+        config, o.model, o.grams, o.factors, o.factorization, o.quantized, o.record, o.fisher
+    )
 
 
 def _evaluate_cell(o: argparse.Namespace) -> None:
@@ -89,6 +105,29 @@ COMMANDS = (
         ),
     ),
     Command(
+        "fisher",
+        _fisher,
+        "what the loss cares about: calibration tokens forward and back",
+        STAGES,
+        overrides_and(
+            model="checkpoint", documents="calibration text", factors="folder to write", record="record to write"
+        ),
+    ),
+    Command(
+        "expect-losses",
+        _expect_losses,
+        "allocation: what every projection would lose at some ratios",
+        STAGES,
+        overrides_and(model="checkpoint", grams="grams", fisher="of fisher", losses="JSON to write"),
+    ),
+    Command(
+        "choose-ratios",
+        _choose_ratios,
+        "allocation: the ratio of every projection",
+        STAGES,
+        overrides_and(losses="of expect-losses", ratios="JSON to write"),
+    ),
+    Command(
         "search-ranks",
         _search_ranks,
         "asvd: perplexity with each projection truncated alone",
@@ -120,6 +159,8 @@ COMMANDS = (
             factors="safetensors to write",
             record="record to write",
             ranks="(optional) of choose-ranks",
+            fisher="(optional) of fisher, for objective=loss",
+            ratios="(optional) of choose-ratios",
         ),
     ),
     Command(
@@ -134,6 +175,7 @@ COMMANDS = (
             factorization="their record",
             quantized="safetensors to write",
             record="record to write",
+            fisher="(optional) of fisher, for objective=loss",
         ),
     ),
     Command(

@@ -26,7 +26,7 @@ def batches(config: CoSpaDiConfig, groups: Sequence[Sequence[Problem]]) -> Itera
     def key(group: Sequence[Problem]) -> tuple[object, ...]:
         weight = group[0].weight
         batched = SOLVERS[config.solver].solves_batches and weight.is_cuda and len(group) == 1
-        return (tuple(weight.shape), weight.device) if batched else (id(group),)
+        return (tuple(weight.shape), weight.device, group[0].ratio) if batched else (id(group),)
 
     return (list(run) for _, run in itertools.groupby(groups, key))
 
@@ -35,17 +35,18 @@ def whitened(
     problems: Sequence[Problem],
 ) -> tuple[Float[Tensor, "batch d_in d_out"], Float[Tensor, " batch"]]:
     """``R W`` of every problem in float32 with entries near 1, whatever the calibration size, and the scales divided out."""
-    targets, scales = zip(*(unit_scale(p.whitener @ p.weight.double()) for p in problems), strict=True)
+    targets, scales = zip(*(unit_scale(p.whitener @ p.weighed(p.weight)) for p in problems), strict=True)
     return torch.stack(targets), torch.stack(scales)
 
 
-def atoms_and_sparsity(config: CoSpaDiConfig, d_in: int, d_out: int, members: int) -> tuple[int, int | float]:
+def atoms_and_sparsity(
+    config: CoSpaDiConfig, d_in: int, d_out: int, members: int, ratio: float
+) -> tuple[int, int | float]:
     """Atoms that ``members`` projections of ``d_in × d_out`` share, and non-zeros per column, where neither is searched.
 
     Raises:
         UserError: the budget has no room for one atom and one non-zero per column.
     """
-    ratio = config.compression_ratio
     accounting = config.accounting
     if config.fixed_atoms == IDENTITY:
         return search.size_beside_identity(d_in, d_out, ratio, config.learned_atoms, members)
@@ -69,7 +70,7 @@ def under_own_grams(config: CoSpaDiConfig, group: Sequence[Problem]) -> Solution
     return shared_htp(
         (whiteners @ weights).float(),
         whiteners,
-        *atoms_and_sparsity(config, d_in, d_out, len(group)),
+        *atoms_and_sparsity(config, d_in, d_out, len(group), config.compression_ratio),
         own_rounds=OWN_ROUNDS,
         **settings,
     )

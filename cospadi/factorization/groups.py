@@ -35,6 +35,8 @@ def problems_from(
     statistics_of: Callable[[Projection], tuple[Tensor, Tensor]],
     damping: float,
     ranks: Mapping[str, int | None] | None = None,
+    metric_of: Callable[[Projection, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ratios: Mapping[str, float] | None = None,
 ) -> Callable[[Projection], Problem]:
     """A function that makes problems; those that read the same input share its whitener while any of them is in use.
 
@@ -43,13 +45,20 @@ def problems_from(
         statistics_of: gram and mean absolute activation of its input.
         damping: of the whitener.
         ranks: of every projection, ``None`` where it stays dense; by default from the ratio.
+        metric_of: from a projection and its gram, the gram and the roots of column weights that the loss asks for.
+        ratios: of every projection; by default that of the settings.
     """
     beside: WeakValueDictionary[tuple[int, str, bool], Problem] = WeakValueDictionary()
 
     def problem_of(projection: Projection) -> Problem:
         key = projection.layer, projection.shared_input, projection.attended
+        columns = None
         try:
-            if (sibling := beside.get(key)) is not None:
+            if metric_of is not None:  # of every projection its own: siblings have none in common
+                gram, absolute_mean = statistics_of(projection)
+                gram, columns = metric_of(projection, gram)
+                root = whitener(gram, damping)
+            elif (sibling := beside.get(key)) is not None:
                 root = sibling.whitener
                 absolute_mean = sibling.absolute_mean
             else:
@@ -57,7 +66,8 @@ def problems_from(
                 root = whitener(gram, damping)
             rank = ranks[projection.name] if ranks else None
             keep_dense = ranks is not None and rank is None
-            problem = Problem(weight_of(projection), root, absolute_mean, rank, keep_dense)
+            ratio = ratios[projection.name] if ratios else None
+            problem = Problem(weight_of(projection), root, absolute_mean, rank, keep_dense, columns, ratio)
         except UserError as error:
             raise UserError(f"{projection.name}: {error}") from error
         beside[key] = problem

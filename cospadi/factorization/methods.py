@@ -188,37 +188,42 @@ def cospadi(config: CoSpaDiConfig, groups: Sequence[Sequence[Problem]]) -> Itera
     """
     solver = SOLVERS[config.solver]
     settings = solver.settings(config)
-    ratio = config.compression_ratio
     for batch in batches(config, groups):
         members = len(batch[0])
+        ratio = batch[0][0].ratio or config.compression_ratio
         if members > 1 and config.metric == "own":
             (group,) = batch
             fit = under_own_grams(config, group)
             yield _stored(config, fit.dictionary, fit.coefficients, members)
             continue
 
-        # Whitening turns the error at the layer's outputs into the error of a matrix: ‖X (W − D S)‖ = ‖R W − R D S‖.
+        # Whitening turns the error at the layer's outputs into the error of a matrix: ‖X (W − D S)‖ = ‖R W − R D S‖. Where the loss is
+        # what counts, columns have their weights C, too.
         problems = [side_by_side(group) for group in batch]
         targets, scales = whitened(problems)
         d_in, d_out = batch[0][0].weight.shape
 
         if config.fixed_atoms == IDENTITY:
             whiteners = torch.stack([(p.whitener / scale).float() for p, scale in zip(problems, scales, strict=True)])
-            weights = torch.stack([problem.weight.float() for problem in problems])
+            weights = torch.stack([problem.weighed(problem.weight).float() for problem in problems])
             fractions = LEARNED_FRACTIONS if config.learned_atoms == AUTO else [config.learned_atoms]
             fits = search.beside_identity(targets, whiteners, weights, ratio, fractions, settings, members)
         elif config.rho == AUTO:
             fits = search.learned_only(targets, ratio, settings, members)
         elif solver.solves_batches:
-            fits = solver.solve(targets, *atoms_and_sparsity(config, d_in, d_out, members), **settings)
+            fits = solver.solve(targets, *atoms_and_sparsity(config, d_in, d_out, members, ratio), **settings)
         else:
             further = {"whitener": problems[0].whitener} if solver.needs_whitener else {}
-            fits = [solver.solve(targets[0], *atoms_and_sparsity(config, d_in, d_out, members), **settings, **further)]
+            fits = [
+                solver.solve(
+                    targets[0], *atoms_and_sparsity(config, d_in, d_out, members, ratio), **settings, **further
+                )
+            ]
 
-        # R W ≈ D S becomes W ≈ (R⁻¹ D) S, so that nothing of the whitener is stored.
+        # R W C ≈ D S becomes W ≈ (R⁻¹ D) (S C⁻¹), so that nothing of the metric is stored.
         for problem, scale, fit in zip(problems, scales, fits, strict=True):
             dictionary = unwhiten(problem.whitener, fit.dictionary.double() * scale)
-            yield _stored(config, dictionary, fit.coefficients, members)
+            yield _stored(config, dictionary, problem.unweighed(fit.coefficients), members)
 
 
 def _stored(config: CoSpaDiConfig, dictionary: Tensor, coefficients: Tensor, members: int) -> list[Factors]:

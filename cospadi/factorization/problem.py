@@ -26,10 +26,27 @@ class Problem:
     """Set by a rank search; ``None``: from the compression ratio."""
     keep_dense: bool = False
     """Set by a rank search that leaves this projection alone."""
+    columns: Float[Tensor, " d_out"] | None = None
+    """Roots of the weights of its outputs, float64, where the loss is what counts; the whitener is then that of the loss, too, and
+    ``½ ‖R ΔW diag(columns)‖²`` the expected loss in nats per token."""
+    ratio: float | None = None
+    """Set by an allocation; ``None``: the compression ratio of the settings."""
 
     def __post_init__(self) -> None:
         if not torch.isfinite(self.weight).all():
             raise UserError("The weight holds NaN or infinite numbers. Check the checkpoint of model.source.")
+
+    def weighed(self, weight: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "d_in d_out"]:
+        """``weight`` in float64, its columns times the roots of their weights: errors of what comes out all count alike."""
+        return weight.double() if self.columns is None else weight.double() * self.columns
+
+    def unweighed(self, coefficients: Float[Tensor, "atoms d_out"]) -> Float[Tensor, "atoms d_out"]:
+        """The opposite of `weighed`, on coefficients of it."""
+        return coefficients.double() if self.columns is None else coefficients.double() / self.columns
+
+    def expected_loss(self, approximation: Float[Tensor, "d_in d_out"]) -> float:
+        """``½ ‖R (W − Ŵ) diag(columns)‖²``: nats per token by which the loss is expected to rise."""
+        return 0.5 * float((self.whitener @ self.weighed(self.weight - approximation)).square().sum())
 
     @property
     def input_norms(self) -> Float[Tensor, " d_in"]:

@@ -12,6 +12,11 @@ from cospadi.errors import AUTO, UserError, require, require_at_least, require_d
 from cospadi.factorization.budget import pattern_ratio, pattern_too_large
 from cospadi.factorization.solver_table import SOLVERS
 
+OUTPUT = "output"
+LOSS = "loss"
+OBJECTIVES = (OUTPUT, LOSS)
+UNIFORM = "uniform"
+ALLOCATIONS = (UNIFORM, LOSS)
 RHOS = (2.0, 2.5, 3.0, 3.5)
 """Atoms per non-zero that ``rho=auto`` tries."""
 LEARNED_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4)
@@ -78,6 +83,16 @@ class FactorizationConfig:
     @property
     def searches_ranks(self) -> bool:
         """Whether ranks come from a search of their own, before the factorization."""
+        return False
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether it asks what the loss cares about, beside what the inputs are."""
+        return False
+
+    @property
+    def allocates(self) -> bool:
+        """Whether every projection has a compression ratio of its own, found before the factorization."""
         return False
 
     def _check_ratio(self) -> None:
@@ -228,11 +243,29 @@ class CoSpaDiConfig(GroupedConfig):
     metric: str = "mean"
     """Metric of a group: ``mean``, one gram for all its layers (arXiv:2509.22075, eq. 30); ``own`` (htp only), every layer its
     own, which is the error that is reported."""
+    objective: str = OUTPUT
+    """What is kept the same: ``output``, the outputs of the projection; ``loss``, the model's predictions, by the Fisher information
+    of a backward pass (`cospadi.calibration.fisher`)."""
+    allocation: str = UNIFORM
+    """``uniform``: ``compression_ratio`` for every projection. ``loss`` (with ``objective=loss``): it is that of all projections
+    together, and each gets the ratio at which the expected loss of all is lowest."""
     revision: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_one_of("factorization.solver", self.solver, SOLVERS)
+        require_one_of("factorization.objective", self.objective, OBJECTIVES)
+        require_one_of("factorization.allocation", self.allocation, ALLOCATIONS)
+        require(
+            self.objective == OUTPUT or not self.shares,
+            "factorization.objective=loss weighs every projection by itself, so none can share. Set "
+            "factorization.group_size=1 and factorization.pairing=consecutive, or objective=output.",
+        )
+        require(
+            self.allocation == UNIFORM or self.objective == LOSS,
+            "factorization.allocation=loss needs factorization.objective=loss, whose errors of different projections can be compared. "
+            "Set both, or allocation=uniform.",
+        )
         require_one_of("factorization.fixed_atoms", self.fixed_atoms, FIXED_ATOMS)
         require_one_of("factorization.support", self.support, SUPPORTS)
         self._check_rho()
@@ -250,6 +283,14 @@ class CoSpaDiConfig(GroupedConfig):
             "factorization.metric=own of a group needs factorization.solver=htp and a number for factorization.rho, with "
             "fixed_atoms=identity for factorization.learned_atoms. Set them, or metric=mean.",
         )
+
+    @property
+    def needs_fisher(self) -> bool:
+        return self.objective == LOSS
+
+    @property
+    def allocates(self) -> bool:
+        return self.allocation != UNIFORM
 
     @property
     def rounds(self) -> int:

@@ -16,7 +16,7 @@ from cospadi.factorization.settings import layer_blocks
 from cospadi.models import Projection, find_projections
 from cospadi.pipeline import recipes
 from cospadi.pipeline.compress_plan import BLOCK_BYTES
-from cospadi.pipeline.stages import calibration, factorization, quantization, sources
+from cospadi.pipeline.stages import allocation, calibration, factorization, quantization, sources
 from cospadi.records import read_json, write_json
 from cospadi.settings import Config
 from cospadi.sources.families import fitted
@@ -80,9 +80,29 @@ def compress(config: Config, work: Path) -> Compressed:
         calibration.calibrate(config, model, documents, grams, work / "calibration.json")
 
     chain.run("calibration", recipes.of_stage("calibration", config), grams, calibrate)
+    fisher = _fisher(chain, config, model, documents) if config.factorization.needs_fisher else None
+    ratios = _ratios(chain, config, model, grams, fisher) if config.factorization.allocates else None
     blocks = _blocks(config, projections)
-    factorized = _factorized(chain, config, model, grams, blocks)
-    return _quantized(chain, config, grams, factorized) if config.quantization.changes else factorized
+    factorized = _factorized(chain, config, model, grams, fisher, ratios, blocks)
+    return _quantized(chain, config, grams, fisher, factorized) if config.quantization.changes else factorized
+
+
+def _fisher(chain: Chain, config: Config, model: Path, documents: Path) -> Path:
+    factors = chain.folder / "fisher"
+    record = chain.folder / "fisher.json"
+    function = partial(calibration.fisher, config, model, documents, factors, record)
+    chain.run("fisher", recipes.of_stage("fisher", config), factors, function)
+    return factors
+
+
+def _ratios(chain: Chain, config: Config, model: Path, grams: Path, fisher: Path) -> Path:
+    losses = chain.folder / "losses.json"
+    function = partial(allocation.expect_losses, config, model, grams, fisher, losses)
+    chain.run("losses", recipes.of_stage("losses", config), losses, function)
+    ratios = chain.folder / "ratios.json"
+    function = partial(allocation.choose_ratios, config, losses, ratios)
+    chain.run("ratios", recipes.of_stage("factorization", config), ratios, function)
+    return ratios
 
 
 def _require_disk(config: Config, projections: Sequence[Projection], work: Path) -> None:
@@ -112,16 +132,25 @@ def _blocks(config: Config, projections: Sequence[Projection]) -> list[str]:
     return layer_blocks(config.factorization, n_layers, max(1, int(BLOCK_BYTES / bytes_per_layer)))
 
 
-def _factorized(chain: Chain, config: Config, model: Path, grams: Path, blocks: Sequence[str]) -> Compressed:
+def _factorized(
+    chain: Chain,
+    config: Config,
+    model: Path,
+    grams: Path,
+    fisher: Path | None,
+    ratios: Path | None,
+    blocks: Sequence[str],
+) -> Compressed:
     folder = chain.folder / "factorization"
     made = Compressed(model, [folder / f"{b}.safetensors" for b in blocks], [folder / f"{b}.json" for b in blocks])
     for block, factors, record in zip(blocks, made.factors, made.records, strict=True):
-        function = partial(factorization.factorize, config, model, grams, block, factors, record, None)
+        inputs = config, model, grams, block, factors, record
+        function = partial(factorization.factorize, *inputs, fisher=fisher, ratios=ratios)
         chain.run(f"factorization-{block}", recipes.of_stage("factorization", config), factors, function)
     return made
 
 
-def _quantized(chain: Chain, config: Config, grams: Path, before: Compressed) -> Compressed:
+def _quantized(chain: Chain, config: Config, grams: Path, fisher: Path | None, before: Compressed) -> Compressed:
     folder = chain.folder / "quantization"
     made = Compressed(
         before.model, [folder / file.name for file in before.factors], [folder / file.name for file in before.records]
@@ -129,6 +158,7 @@ def _quantized(chain: Chain, config: Config, grams: Path, before: Compressed) ->
     for factors, record, smaller, new_record in zip(
         before.factors, before.records, made.factors, made.records, strict=True
     ):
-        function = partial(quantization.quantize, config, before.model, grams, factors, record, smaller, new_record)
+        inputs = config, before.model, grams, factors, record, smaller, new_record
+        function = partial(quantization.quantize, *inputs, fisher=fisher)
         chain.run(f"quantization-{factors.stem}", recipes.of_stage("quantization", config), smaller, function)
     return made

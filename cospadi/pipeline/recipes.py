@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from cospadi.factorization.settings import FactorizationConfig
+from cospadi.factorization.settings import OUTPUT, UNIFORM, FactorizationConfig
 from cospadi.settings import Config
 from cospadi.sources.addresses import state_on_disk
 from cospadi.sources.settings import TextConfig
@@ -23,10 +23,12 @@ def of_stage(stage: str, config: Config) -> str:
     """Settings that ``stage`` of one cell depends on. What its inputs depend on is not repeated."""
     sections = {
         "model": lambda: [without(asdict(config.model), "title"), state_on_disk(config.model.source)],
-        "calibration": lambda: without(asdict(config.calibration), "text", "damping"),
+        "calibration": lambda: without(asdict(config.calibration), "text", "damping", "fisher"),
+        "fisher": lambda: [of_stage("calibration", config), without(asdict(config.calibration.fisher), "blend")],
         "sensitivity": lambda: _sensitivity(config.factorization),
-        "factorization": lambda: [without(asdict(config.factorization), "title"), _damping(config)],
-        "quantization": lambda: [without(asdict(config.quantization), "title"), _damping(config)],
+        "losses": lambda: [without(_factorization(config.factorization), "compression_ratio"), *_metric(config)],
+        "factorization": lambda: [_factorization(config.factorization), *_metric(config)],
+        "quantization": lambda: [without(asdict(config.quantization), "title"), *_metric(config)],
         "evaluation": lambda: without(asdict(config.evaluation), "text", "second_text"),
     }
     return canonical(sections[stage]())
@@ -46,5 +48,16 @@ def _sensitivity(factorization: FactorizationConfig) -> dict[str, object]:
     return settings | {"rank_search": without(settings["rank_search"] or {}, "perplexity_budget")}
 
 
-def _damping(config: Config) -> dict[str, float]:
-    return {"damping": config.calibration.damping}
+LATER = {"objective": OUTPUT, "allocation": UNIFORM}
+"""Settings that came after the first studies, and the value that says what was done before: at it, they are left out."""
+
+
+def _factorization(factorization: FactorizationConfig) -> dict[str, object]:
+    settings = without(asdict(factorization), "title")
+    return {name: value for name, value in settings.items() if name not in LATER or LATER[name] != value}
+
+
+def _metric(config: Config) -> list[dict[str, float]]:
+    """What a whitener is made with, beside its gram."""
+    damping = {"damping": config.calibration.damping}
+    return [damping, {"blend": config.calibration.fisher.blend}] if config.factorization.needs_fisher else [damping]

@@ -256,6 +256,12 @@ class Study:
     def searches_ranks(self, method: str) -> bool:
         return self.config(method=method).factorization.searches_ranks
 
+    def needs_fisher(self, method: str) -> bool:
+        return self.config(method=method).factorization.needs_fisher
+
+    def allocates(self, method: str) -> bool:
+        return self.config(method=method).factorization.allocates
+
     def recipe(self, room: str, **wildcards: str) -> str:
         """The settings a job of ``room`` depends on, as canonical JSON: a change re-runs just that job."""
         if room == "text":
@@ -326,6 +332,11 @@ class Study:
         if self.searches_ranks(cell.method):
             folder = f"{RESULTS}/factorization/{cell.model}/{self.calibration}"
             records += [f"{folder}/{cell.method}/sensitivity.json", f"{folder}/{cell.method}-{cell.ratio}/ranks.json"]
+        if self.needs_fisher(cell.method):
+            records.append(f"{RESULTS}/calibration/{cell.model}/{self.calibration}/fisher.json")
+        if self.allocates(cell.method):
+            folder = f"{RESULTS}/factorization/{cell.model}/{self.calibration}"
+            records += [f"{folder}/{cell.method}/losses.json", f"{folder}/{cell.method}-{cell.ratio}/ratios.json"]
         return records
 
     def records(self, cell: CellId) -> list[str]:

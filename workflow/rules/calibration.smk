@@ -17,3 +17,24 @@ rule calibrate:
     shell:
         "python -m cospadi calibrate {params.overrides} --model {input.model} --documents {input.documents}"
         " --grams {output.grams} --record {output.record} > {log} 2>&1"
+
+
+rule fisher:
+    """Room 2: calibration text forward and back through the dense model -> what the loss cares about."""
+    input:
+        model=rules.prepare_model.output.folder,
+        documents=rules.calibrate.input.documents,
+    output:
+        factors=directory("results/calibration/{model}/{calibration}/fisher"),
+        record="results/calibration/{model}/{calibration}/fisher.json",
+    log:
+        "results/calibration/{model}/{calibration}/fisher.log",
+    threads: 16  # or as many as --cores allows
+    resources:
+        gpu=1,
+    params:
+        recipe=lambda w: study.recipe("fisher", model=w.model),
+        overrides=lambda w, output: study.overrides_for(model=w.model),
+    shell:
+        "python -m cospadi fisher {params.overrides} --model {input.model} --documents {input.documents}"
+        " --factors {output.factors} --record {output.record} > {log} 2>&1"

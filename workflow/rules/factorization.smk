@@ -43,6 +43,44 @@ rule choose_ranks:
         " --grams {input.grams} --sensitivity {input.sensitivity} --ranks {output} > {log} 2>&1"
 
 
+rule expect_losses:
+    """Room 3, allocation: what every projection would lose at some ratios."""
+    input:
+        model=rules.prepare_model.output.folder,
+        grams=rules.calibrate.output.grams,
+        fisher=rules.fisher.output.factors,
+    output:
+        "results/factorization/{model}/{calibration}/{method}/losses.json",
+    log:
+        "results/factorization/{model}/{calibration}/{method}/losses.log",
+    threads: 16
+    resources:
+        gpu=1,
+    params:
+        recipe=lambda w: study.recipe("losses", model=w.model, method=w.method),
+        overrides=lambda w, output: study.overrides_for(model=w.model, method=w.method),
+    shell:
+        "python -m cospadi expect-losses {params.overrides} --model {input.model} --grams {input.grams}"
+        " --fisher {input.fisher} --losses {output} > {log} 2>&1"
+
+
+rule choose_ratios:
+    """Room 3, allocation: the ratio of every projection, at the bits of one ratio for all."""
+    input:
+        losses=rules.expect_losses.output,
+    output:
+        "results/factorization/{model}/{calibration}/{method}-{ratio}/ratios.json",
+    log:
+        "results/factorization/{model}/{calibration}/{method}-{ratio}/ratios.log",
+    params:
+        recipe=lambda w: study.recipe(
+            "factorization", model=w.model, method=w.method, ratio=w.ratio
+        ),
+        overrides=lambda w, output: study.overrides_for(w.model, w.method, w.ratio),
+    shell:
+        "python -m cospadi choose-ratios {params.overrides} --losses {input.losses} --ratios {output} > {log} 2>&1"
+
+
 rule factorize:
     """Room 3: gram and weights -> factors of every projection in a block of layers."""
     input:
@@ -51,6 +89,10 @@ rule factorize:
         ranks=lambda w: (
             rules.choose_ranks.output if study.searches_ranks(w.method) else []
         ),
+        fisher=lambda w: (
+            rules.fisher.output.factors if study.needs_fisher(w.method) else []
+        ),
+        ratios=lambda w: rules.choose_ratios.output if study.allocates(w.method) else [],
     output:
         factors="results/factorization/{model}/{calibration}/{method}-{ratio}/{layers}.safetensors",
         record="results/factorization/{model}/{calibration}/{method}-{ratio}/{layers}.json",
@@ -63,7 +105,11 @@ rule factorize:
             "factorization", model=w.model, method=w.method, ratio=w.ratio
         ),
         overrides=lambda w, output: study.overrides_for(w.model, w.method, w.ratio),
-        ranks=lambda w, input: f"--ranks {input.ranks}" if input.ranks else "",
+        chosen=lambda w, input: " ".join(
+            f"--{name} {input.get(name)}"
+            for name in ("ranks", "fisher", "ratios")
+            if input.get(name)
+        ),
     shell:
-        "python -m cospadi factorize {params.overrides} --model {input.model} --grams {input.grams} {params.ranks}"
+        "python -m cospadi factorize {params.overrides} --model {input.model} --grams {input.grams} {params.chosen}"
         " --layers {wildcards.layers} --factors {output.factors} --record {output.record} > {log} 2>&1"

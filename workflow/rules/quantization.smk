@@ -5,6 +5,7 @@ rule quantize:
         grams=rules.calibrate.output.grams,
         factors=rules.factorize.output.factors,
         factorization=rules.factorize.output.record,
+        fisher=rules.factorize.input.fisher,
     output:
         factors="results/quantization/{model}/{calibration}/{method}-{ratio}-{quantization}/{layers}.safetensors",
         record="results/quantization/{model}/{calibration}/{method}-{ratio}-{quantization}/{layers}.json",
@@ -23,7 +24,8 @@ rule quantize:
         overrides=lambda w, output: study.overrides_for(
             w.model, w.method, w.ratio, w.quantization
         ),
+        fisher=lambda w, input: f"--fisher {input.fisher}" if input.fisher else "",
     shell:
         "python -m cospadi quantize {params.overrides} --model {input.model} --grams {input.grams}"
-        " --factors {input.factors} --factorization {input.factorization} --quantized {output.factors}"
+        " {params.fisher} --factors {input.factors} --factorization {input.factorization} --quantized {output.factors}"
         " --record {output.record} > {log} 2>&1"

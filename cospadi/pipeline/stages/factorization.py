@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cospadi import devices
-from cospadi.calibration.statistics import read_statistics, statistics_file
+from cospadi.calibration.statistics import statistics_file
 from cospadi.errors import UserError
 from cospadi.factorization import budget
 from cospadi.factorization.factors import Factors, stored_bits
@@ -19,13 +19,13 @@ from cospadi.factorization.groups import (
     Group,
     factorized,
     groups_of,
-    problems_from,
     require_whole_groups,
     runs_in_memory,
 )
 from cospadi.factorization.problem import Problem
 from cospadi.factorization.solvers.whitening import output_error, weight_error
-from cospadi.models import Checkpoint, Projection, find_projections
+from cospadi.models import Projection, find_projections
+from cospadi.pipeline.stages.problems import problems_of
 from cospadi.pipeline.stages.sources import weights_hash
 from cospadi.progress import Progress
 from cospadi.records import Record, file_hashes, read_json, text_hash, versions
@@ -34,26 +34,30 @@ from cospadi.sources.addresses import state_on_disk
 
 
 def factorize(
-    config: Config, model: Path, grams: Path, layers: str, factors: Path, record: Path, ranks: Path | None
+    config: Config,
+    model: Path,
+    grams: Path,
+    layers: str,
+    factors: Path,
+    record: Path,
+    ranks: Path | None = None,
+    fisher: Path | None = None,
+    ratios: Path | None = None,
 ) -> None:
     """Room 3: gram and weights -> factors of every projection in a block of layers."""
     factorization = config.factorization
     log = Record("factorization", {"factorization": asdict(factorization), "calibration": asdict(config.calibration)})
-    checkpoint = Checkpoint(model)
     projections = _projections_of(config, model, layers)
     chosen_ranks = read_json(ranks)["ranks"] if ranks else None
+    chosen_ratios = read_json(ratios)["ratios"] if ratios else None
 
     # One problem per projection, read from the disk when its turn comes.
     device = devices.pick(factorization.device, "factorization.device")
-    problem_of = problems_from(
-        lambda p: checkpoint.weight(p).to(device),
-        lambda p: read_statistics(grams, p.layer, p.shared_input, device, p.attended),
-        config.calibration.damping,
-        chosen_ranks,
-    )
+    problem_of = problems_of(config, model, grams, fisher, device, chosen_ranks, chosen_ratios)
     groups = groups_of(factorization, projections, problem_of)
-    statistics = [statistics_file(grams, layer) for layer in sorted({p.layer for p in projections})]
-    inputs = file_hashes(*statistics, *([ranks] if ranks else [])) | weights_hash(model)
+    folders = [folder for folder in (grams, fisher) if folder]
+    statistics = [statistics_file(folder, n) for folder in folders for n in sorted({p.layer for p in projections})]
+    inputs = file_hashes(*statistics, *(file for file in (ranks, ratios) if file)) | weights_hash(model)
 
     # What an earlier run of this job has finished is used again.
     key = text_hash(
@@ -79,7 +83,7 @@ def factorize(
     for group, problems, solved in factorized(factorization, runs_in_memory(factorization, left, device), problem_of):
         rows = []
         for projection, problem, compact in zip(group, problems, solved, strict=True):
-            row = _row(projection, group, compact, problem, factorization.compression_ratio)
+            row = _row(projection, group, compact, problem, problem.ratio or factorization.compression_ratio)
             if ranks and factorization.rank_search.perplexity_budget is not None:
                 row["fallback"] = "rank chosen by factorization.rank_search.perplexity_budget, whatever the ratio"
             # Seconds since the row before: the first matrix of a batch carries the time of all.
@@ -130,13 +134,15 @@ def _row(
 def measured(factors: Factors, problem: Problem, shares: bool) -> dict[str, Any]:
     """Sizes and errors of factors."""
     approximation = factors.weight()
+    expected = {} if problem.columns is None else {"expected_loss": problem.expected_loss(approximation)}
     return {
         "kind": factors.kind,
         **factors.sizes,
         "value_bits": factors.value_bits,
         "stored_bits": stored_bits(factors, shares),
-        "output_error": output_error(problem.whitener, problem.weight, approximation),
+        "output_error": output_error(problem.whitener, problem.weighed(problem.weight), problem.weighed(approximation)),
         "weight_error": weight_error(problem.weight, approximation),
+        **expected,
     }
 
 

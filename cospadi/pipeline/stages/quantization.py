@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cospadi import devices
-from cospadi.calibration.statistics import read_statistics
 from cospadi.factorization.factors import Factors
 from cospadi.factorization.files import FactorsFile, read_factors, shares
-from cospadi.factorization.groups import problems_from
-from cospadi.models import Checkpoint, find_projections
+from cospadi.models import find_projections
 from cospadi.pipeline.stages.factorization import described, measured
+from cospadi.pipeline.stages.problems import problems_of
 from cospadi.pipeline.stages.sources import weights_hash
 from cospadi.progress import Progress
 from cospadi.quantization import methods
@@ -24,7 +23,14 @@ from cospadi.settings import Config
 
 
 def quantize(
-    config: Config, model: Path, grams: Path, factors: Path, factorization: Path, out: Path, record: Path
+    config: Config,
+    model: Path,
+    grams: Path,
+    factors: Path,
+    factorization: Path,
+    out: Path,
+    record: Path,
+    fisher: Path | None = None,
 ) -> None:
     """Room 4: factors of a block of layers -> the same in fewer bits.
 
@@ -41,12 +47,7 @@ def quantize(
     before = {row["name"]: row for row in read_json(factorization)["projections"]}
     projections = {p.name: p for p in find_projections(model, config.model)}
     device = devices.pick(config.quantization.device, "quantization.device")
-    checkpoint = Checkpoint(model)
-    problem_of = problems_from(
-        lambda p: checkpoint.weight(p).to(device),
-        lambda p: read_statistics(grams, p.layer, p.shared_input, device, p.attended),
-        config.calibration.damping,
-    )
+    problem_of = problems_of(config, model, grams, fisher, device)
     title = f"{config.factorization.title} in {config.quantization.title}"
     progress = Progress(len(before), title, float(sum(row["d_in"] * row["d_out"] for row in before.values())))
     file = FactorsFile(list(before))

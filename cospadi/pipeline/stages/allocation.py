@@ -1,0 +1,50 @@
+"""Stages of room 3: what every projection would lose at some ratios, and the ratio that each gets."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from cospadi import devices
+from cospadi.factorization.allocation import TRIED, allocate, expected
+from cospadi.factorization.trials import tried
+from cospadi.models import find_projections
+from cospadi.pipeline.stages.problems import problems_of
+from cospadi.pipeline.stages.sources import weights_hash
+from cospadi.progress import Progress
+from cospadi.records import Record, read_json
+from cospadi.settings import Config
+
+MIDDLE = TRIED[len(TRIED) // 2]
+"""The ratio whose loss the progress tells."""
+
+
+def expect_losses(config: Config, model: Path, grams: Path, fisher: Path, losses: Path) -> None:
+    """Room 3: every projection, solved roughly at every ratio of `TRIED` -> its expected losses, in nats per token."""
+    factorization = config.factorization
+    log = Record("losses", {"factorization": asdict(factorization)}, weights_hash(model))
+    projections = find_projections(model, config.model)
+    problem_of = problems_of(config, model, grams, fisher, devices.pick(factorization.device, "factorization.device"))
+    sizes = {p.name: p.d_in * p.d_out for p in projections}
+    progress = Progress(len(projections), f"Expected losses at {len(TRIED)} ratios", float(sum(sizes.values())))
+    found = {}
+    for projection in projections:
+        of_ratios = tried(factorization, problem_of(projection))
+        found[projection.name] = {f"{ratio:g}": loss for ratio, loss in of_ratios.items()}
+        progress.step(projection.name, f"{of_ratios[MIDDLE]:.2e} nats at {MIDDLE:g}", sizes[projection.name])
+    log.finish(losses, losses=found, sizes=sizes)
+
+
+def choose_ratios(config: Config, losses: Path, ratios: Path) -> None:
+    """Room 3: expected losses -> a ratio for every projection, at the bits of ``compression_ratio`` for all."""
+    log = Record("ratios", {"factorization": asdict(config.factorization)})
+    found = read_json(losses)
+    curves = {name: {float(ratio): loss for ratio, loss in row.items()} for name, row in found["losses"].items()}
+    ratio = config.factorization.compression_ratio
+    chosen = allocate(curves, found["sizes"], ratio)
+    log.finish(
+        ratios,
+        ratios=chosen,
+        expected_loss=expected(curves, chosen),
+        expected_loss_uniform=expected(curves, dict.fromkeys(chosen, ratio)),
+    )
