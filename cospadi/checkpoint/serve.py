@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 from transformers.cli.serve import Serve
+from transformers.cli.serving.model_manager import ModelManager
 
 from cospadi import devices
 from cospadi.checkpoint.read import compression_of
@@ -22,7 +23,15 @@ def serve(folder: Path, host: str, port: int, device: str) -> None:
     _require_free(host, port)
     place = devices.pick(device, "--device")
     print(f"http://{host}:{port}/v1 answers for the model {folder}. Stop it with Ctrl-C.", flush=True)
+    _list_alone(folder)
     Serve(force_model=str(folder), host=host, port=port, device=str(place))
+
+
+def _list_alone(folder: Path) -> None:
+    """Have ``GET /v1/models`` name the model that is served: transformers lists the hub's cache, and fails where there is none."""
+    created = int((folder / "config.json").stat().st_mtime)
+    model = {"id": str(folder), "object": "model", "created": created, "owned_by": "cospadi"}
+    ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: [model])
 
 
 def _require_free(host: str, port: int) -> None:

@@ -143,7 +143,7 @@ def _generate(o: argparse.Namespace) -> None:
 def _serve_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         f"{parser.description}. It is transformers' own server: POST /v1/completions, /v1/chat/completions and /v1/responses, "
-        "GET /health."
+        "GET /v1/models and /health."
     )
     _add_checkpoint(parser)
     parser.add_argument("--host", default="localhost", help="address to listen on (default %(default)s)")

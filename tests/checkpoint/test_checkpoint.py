@@ -986,6 +986,8 @@ def test_a_compressed_model_is_served(made):
         answer = httpx.post(f"{address}/v1/completions", json=asked, timeout=60)
         assert answer.status_code == 200, answer.text
         text = answer.json()["choices"][0]["text"]
+        listed = httpx.get(f"{address}/v1/models", timeout=60).json()["data"]
+        assert [model["id"] for model in listed] == [folder]
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(timeout=30)
