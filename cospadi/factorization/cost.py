@@ -7,6 +7,7 @@ from functools import singledispatch
 
 from cospadi.errors import AUTO, UserError
 from cospadi.factorization import budget
+from cospadi.factorization.allocation import TRIED
 from cospadi.factorization.settings import (
     IDENTITY,
     LEARNED_FRACTIONS,
@@ -110,6 +111,12 @@ def cospadi(config: CoSpaDiConfig, d_in: int, d_out: int, members: int) -> Work:
         work += solver.work(config, sizes, OWN_ROUNDS)
         work += Work(double=12 * OWN_ROUNDS * members * d_in**2 * atoms)
     return work
+
+
+def trials(config: CoSpaDiConfig, d_in: int, d_out: int) -> Work:
+    """One projection solved roughly at every ratio that an allocation tries, with its whitener and the errors."""
+    common = Work(double=d_in**3 / 3 + (2 + 2 * len(TRIED)) * d_in**2 * d_out)
+    return common + own_work(config.rough, d_in, d_out, 1) * len(TRIED)
 
 
 def _beside_identity(config: CoSpaDiConfig, d_in: int, d_out: int) -> Work:

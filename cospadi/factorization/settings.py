@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from omegaconf import MISSING
@@ -23,6 +23,9 @@ LEARNED_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4)
 """Learned atoms beside identity atoms that ``learned_atoms=auto`` tries, in fractions of the shorter side."""
 PROBE_ROUNDS = 6
 """Rounds of each of these trials: enough to tell which of them ends lowest, to about a percent of the error."""
+TRIAL_ROUNDS = 1
+TRIAL_CG_STEPS = 3
+"""Of a trial for an allocation: losses of projections are compared with each other, and all end about as much too high."""
 PROBE_COLUMNS = 768
 """Columns of a trial at least, where a matrix has twice as many or more: sizes are ranked there, not solved."""
 OWN_ROUNDS = 16
@@ -291,6 +294,12 @@ class CoSpaDiConfig(GroupedConfig):
     @property
     def allocates(self) -> bool:
         return self.allocation != UNIFORM
+
+    @property
+    def rough(self) -> CoSpaDiConfig:
+        """The same method for a trial: a few steps, and no learned atoms beside the identity's."""
+        learned = {"learned_atoms": 0} if self.fixed_atoms == IDENTITY else {}
+        return replace(self, n_rounds=TRIAL_ROUNDS, cg_steps=TRIAL_CG_STEPS, allocation=UNIFORM, **learned)
 
     @property
     def rounds(self) -> int:

@@ -72,13 +72,19 @@ def plan_compress(config: Config, speed: Speed, measure: bool = True) -> Compres
     quantization = Work()
     if config.quantization.changes:
         quantization = sum((cost.quantize(config, *size) for size in shape.projections.values()), Work()) * shape.layers
+    calibration = cost.calibrate(config, shape)
+    grams = cost.gram_bytes(config, shape)
+    if config.factorization.needs_fisher:
+        calibration += cost.fisher(config, shape)
+        grams += cost.fisher_bytes(shape)
+    factorization = cost.factorize_model(config.factorization, shape) + cost.expect_losses(config.factorization, shape)
     return CompressPlan(
-        calibration=cost.calibrate(config, shape).seconds(speed),
-        factorization=cost.factorize_model(config.factorization, shape).seconds(speed),
+        calibration=calibration.seconds(speed),
+        factorization=factorization.seconds(speed),
         quantization=quantization.seconds(speed),
         measuring=_measuring(config, shape).seconds(speed) if measure else 0.0,
         memory=_memory(config, shape, measure),
-        grams=shape.layers * cost.gram_bytes(config, shape),
+        grams=shape.layers * grams,
         factors=factors + (stored if config.quantization.changes else 0),
         checkpoint=stored + dense - 2 * shape.compressed,
         dense=dense,
@@ -116,6 +122,9 @@ def _memory(config: Config, shape: Shape, measure: bool) -> int | float:
     embeddings = shape.vocabulary * shape.hidden * value_bytes
     block = shape.compressed / shape.layers * value_bytes
     hidden_states = calibration.n_samples * calibration.sample_length * shape.hidden * value_bytes
+    if config.factorization.needs_fisher:  # what enters every block is kept until the gradient comes back
+        kept = (calibration.fisher.n_samples or calibration.n_samples) / calibration.n_samples
+        hidden_states *= max(1, kept * (shape.layers + 1))
     grams = cost.gram_bytes(config, shape)
     packed = min(2 * shape.compressed, BLOCK_BYTES)
     solver = COPIES * 8 * max(max(size) ** 2 for size in shape.projections.values())

@@ -49,6 +49,17 @@ def calibrate(config: Config, shape: Shape) -> Work:
     return Work(model=tokens * per_token, double=tokens * 2 * grams, memory=tokens * softmax) * shape.layers
 
 
+def fisher(config: Config, shape: Shape) -> Work:
+    """Tokens forward, and back with every block computed again; a weighted gram of every projection."""
+    calibration = config.calibration
+    tokens = (calibration.fisher.n_samples or calibration.n_samples) * calibration.sample_length
+    forward = 2 * shape.compressed / shape.layers + 4 * calibration.sample_length * shape.queries
+    grams = sum(d_in**2 for d_in, _ in shape.projections.values())
+    blocks = Work(model=3 * tokens * forward, double=tokens * 2 * grams) * shape.layers
+    head = 2 * shape.vocabulary * shape.hidden
+    return blocks + Work(model=2 * tokens * head, memory=tokens * shape.vocabulary * 4 * 8)
+
+
 def gram_bytes(config: Config, shape: Shape) -> int:
     """Bytes of a block's grams, in float64."""
     return 8 * sum(size**2 for size in gram_sizes(config, shape))
@@ -96,6 +107,19 @@ def evaluate(config: Config, shape: Shape, dense: bool) -> Work:
     head = 2 * shape.vocabulary * shape.hidden
     forward = (windows + tasks) * (2 * shape.compressed + head) + (0 if dense else windows * head)
     return Work(model=forward, memory=(windows + tasks) * shape.vocabulary * 4 * 6)
+
+
+def fisher_bytes(shape: Shape) -> int:
+    """Bytes of a block's factors of the Fisher information, in float32."""
+    return 4 * sum(d_in**2 for d_in, _ in shape.projections.values())
+
+
+def expect_losses(config: FactorizationConfig, shape: Shape) -> Work:
+    """Every projection solved roughly at every ratio that an allocation tries; nothing where it divides nothing."""
+    if not config.allocates:
+        return Work()
+    each = sum((method_cost.trials(config, *size) for size in shape.projections.values()), Work())
+    return each * shape.layers
 
 
 def factorize_model(config: FactorizationConfig, shape: Shape) -> Work:

@@ -18,7 +18,10 @@ from cospadi.pipeline.cost import (
     download_bytes,
     evaluate,
     evaluated_tokens,
+    expect_losses,
     factorize_model,
+    fisher,
+    fisher_bytes,
     gram_bytes,
     quantize,
     value_bytes,
@@ -80,6 +83,14 @@ def _plan_model(study: Study, model: str, speed: Speed) -> ModelPlan:
     takes.grams = shape.layers * gram_bytes(config, shape)
     takes.reference = evaluated_tokens(config)[0] * shape.hidden * value_bytes(config)
     takes.download = download_bytes(config, shape)
+    methods = {c.method: study.config(model, c.method).factorization for c in study.cells if c.model == model}
+    if any(method.needs_fisher for method in methods.values()):
+        takes.jobs += 1
+        takes.calibration += START + fisher(config, shape).seconds(speed)
+        takes.grams += shape.layers * fisher_bytes(shape)
+    for method in (method for method in methods.values() if method.allocates):
+        takes.jobs += 1
+        takes.factorization += START + expect_losses(method, shape).seconds(speed)
     factored: set[CellId] = set()
     for cell in (cell for cell in study.cells if cell.model == model):
         composed = study.config(model, cell.method, cell.ratio, cell.quantization)
@@ -90,7 +101,7 @@ def _plan_model(study: Study, model: str, speed: Speed) -> ModelPlan:
         plain = CellId(model, cell.method, cell.ratio)
         if plain not in factored:
             factored.add(plain)
-            takes.jobs += blocks
+            takes.jobs += blocks + composed.factorization.allocates
             takes.factorization += blocks * START + factorize_model(composed.factorization, shape).seconds(speed)
             takes.factors += (1 - composed.factorization.compression_ratio) * 2 * shape.compressed
         if cell.quantization != NONE:

@@ -33,7 +33,7 @@ from cospadi.factorization.files import FactorsFile, read_factors, shares
 from cospadi.factorization.work import Work
 from cospadi.models import Checkpoint
 from cospadi.pipeline import cost
-from cospadi.pipeline.stages import calibration, evaluation, factorization, quantization, sources
+from cospadi.pipeline.stages import allocation, calibration, evaluation, factorization, quantization, sources
 from cospadi.pipeline.study import CellId, Study, parse_overrides
 from cospadi.progress import Progress
 from cospadi.quantization.settings import NONE
@@ -148,8 +148,27 @@ def _parts(study: Study, model: str, n_blocks: int, shape: Shape, folder: Path) 
         cost.calibrate(root, shape_of_cut),
     )
 
-    layers = f"000-{n_blocks - 1:03}"
     cells = [cell for cell in study.cells if cell.model == model]
+    methods = {cell.method: _cut(study.config(model, cell.method), n_blocks) for cell in cells}
+    back = folder / "fisher"
+    if any(config.factorization.needs_fisher for config in methods.values()):
+        yield Part(
+            "calibration",
+            "fisher",
+            partial(calibration.fisher, _cut(root, n_blocks), cut, documents, back, folder / "fisher.json"),
+            cost.fisher(root, shape_of_cut),
+        )
+    for method, config in methods.items():
+        if config.factorization.allocates:
+            losses = folder / f"{method}.losses.json"
+            yield Part(
+                "factorization",
+                f"losses of {method}",
+                partial(allocation.expect_losses, config, cut, grams, back, losses),
+                cost.expect_losses(config.factorization, shape_of_cut),
+            )
+
+    layers = f"000-{n_blocks - 1:03}"
     last: Path | None = None
     for cell in cells:
         config = _cut(study.config(model, cell.method, cell.ratio, cell.quantization), n_blocks)
@@ -182,7 +201,7 @@ def _parts(study: Study, model: str, n_blocks: int, shape: Shape, folder: Path) 
             yield Part(
                 "quantization",
                 cell.folder,
-                partial(quantization.quantize, config, cut, grams, factors, *records),
+                partial(quantization.quantize, config, cut, grams, factors, *records, fisher=back),
                 work,
             )
     if last is None:

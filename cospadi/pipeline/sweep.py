@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 
 from cospadi.errors import UserError
 from cospadi.pipeline import locks, run
-from cospadi.pipeline.study import Study, digits
+from cospadi.pipeline.study import CellId, Study, digits
 from cospadi.records import RESULTS
 from cospadi.settings import CONF, PROJECT, Config, load
 
@@ -104,9 +104,9 @@ def job(config: DictConfig) -> None:
     study = _study([config], HydraConfig.get().overrides.task)
     (cell,) = study.cells
     cores = _cores(HydraConfig.get().launcher)
-    _in_common(study, cell.model, cores)
+    _in_common(study, cell, cores)
     own = [f"{cell.model}-{study.calibration}-{cell.method}-{cell.ratio}"]  # quantizations of a cell share its factors
-    if study.searches_ranks(cell.method):
+    if study.searches_ranks(cell.method) or study.allocates(cell.method):
         own.insert(0, f"{cell.model}-{study.calibration}-{cell.method}")  # ratios share the search
     with locks.held([LOCKS / name for name in own]):
         _snakemake(study, [study.evaluation_record(cell)], cores)
@@ -190,10 +190,14 @@ def _sources(study: Study) -> list[str]:
     ]
 
 
-def _in_common(study: Study, model: str, cores: int) -> None:
-    """Grams and the dense model's evaluation, which all cells of a model share: one job makes them, others wait."""
+def _in_common(study: Study, cell: CellId, cores: int) -> None:
+    """Calibration and the dense model's evaluation, which all cells of a model share: one job makes them, others wait."""
+    model = cell.model
     targets = [f"{RESULTS}/calibration/{model}/{study.calibration}/record.json", study.dense_record(model)]
     settings = study.recipe("calibration", model=model), study.recipe("evaluation", model=model)
+    if study.needs_fisher(cell.method):
+        targets.insert(1, f"{RESULTS}/calibration/{model}/{study.calibration}/fisher.json")
+        settings = *settings, study.recipe("fisher", model=model)
     if (*targets, *settings) not in _made:
         with locks.held([LOCKS / model]):
             _snakemake(study, targets, cores)
