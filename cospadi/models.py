@@ -395,7 +395,7 @@ class BlockWalker:
 
     def load_head(self) -> None:
         """Read the weights of the output layer, which ``logits`` needs; a tied one has those of the embeddings."""
-        head = self.model.get_output_embeddings()
+        head = self.head
         name = next(name for name, module in self.model.named_modules() if module is head)
         stored = set(self.checkpoint.names)
         own = [n for n, _ in head.named_parameters() if f"{name}.{n}" in stored]
@@ -404,14 +404,31 @@ class BlockWalker:
             head.weight = self.model.get_input_embeddings().weight
         self.model.requires_grad_(False)
 
+    @property
+    def head(self) -> nn.Module:
+        """The output layer; after `load_head` with its weights."""
+        return self.model.get_output_embeddings()
+
+    def finished(
+        self, tokens: Int[Tensor, "batch length"], states: Float[Tensor, "batch length width"]
+    ) -> Float[Tensor, "batch length width"]:
+        """What enters the output layer when ``states`` leave the last block, as the model's class computes it."""
+        with self._handing_on(states):
+            return self.decoder(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
+
     def logits(
         self, tokens: Int[Tensor, "batch length"], states: Float[Tensor, "batch length width"]
     ) -> Float[Tensor, "batch length vocabulary"]:
-        """What the model makes of ``states`` that leave its last block, as its class makes it; after `load_head`."""
+        """What the model makes of ``states`` that leave its last block; after `load_head`."""
+        with self._handing_on(states):
+            return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+
+    @contextmanager
+    def _handing_on(self, states: Tensor) -> Iterator[None]:
         with self._stood_in():
             for block in self.blocks:
                 block.forward = lambda *_, **__: states
-            return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+            yield
 
     @contextmanager
     def _stood_in(self) -> Iterator[None]:

@@ -30,12 +30,15 @@ from cospadi.calibration.settings import CalibrationConfig
 from cospadi.calibration.statistics import add_weighted, statistics_file
 from cospadi.errors import UserError
 from cospadi.experts import groups_of_block
+from cospadi.kernels.next_token import drawn
 from cospadi.models import BlockWalker, run_block
 from cospadi.sources.settings import ModelConfig
 
 GRAM = "gram"
 COLUMNS = "columns"
 """Names of the two factors in a layer's file."""
+COMPARED = 8
+"""Tokens of which it is looked whether their logits are the head's."""
 
 
 @dataclass
@@ -103,9 +106,13 @@ def fisher_factors(
             name = f"{model.blocks}.{layer}"
             states = [run_block(block, s, of_block[layer], name) for s, of_block in zip(states, arguments, strict=True)]
 
-    draw = torch.Generator(device).manual_seed(calibration.fisher.seed)
+    def onwards(forward: Callable[[Tensor, Tensor], Tensor], ids: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = leaving.detach().requires_grad_()
+        return forward(ids, leaf), leaf
+
+    gradient_of = LossGradient(walker.head, calibration.fisher.seed, device)
     gradients = [
-        loss_gradient(partial(walker.logits, ids), leaving, draw)
+        gradient_of(partial(onwards, walker.finished, ids, leaving), partial(onwards, walker.logits, ids, leaving))
         for ids, leaving in zip(sequences, states, strict=True)
     ]
     for layer in reversed(range(len(entering))):
@@ -131,20 +138,23 @@ def gather_fisher(
     blocks = list(network.get_submodule(model.blocks))
     listening = [_listen(block, model, calibration) for block in blocks]
     device = next(network.parameters()).device
-    draw = torch.Generator(device).manual_seed(calibration.fisher.seed)
     embedded: list[Tensor] = []
 
     def start(_: nn.Module, __: object, out: Tensor) -> Tensor:
         embedded[:] = [out.detach().requires_grad_()]
         return embedded[0]
 
+    def finished(ids: Tensor) -> tuple[Tensor, Tensor]:
+        return network.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state, embedded[0]
+
+    def logits(ids: Tensor) -> tuple[Tensor, Tensor]:
+        return network(input_ids=ids, use_cache=False).logits, embedded[0]
+
+    gradient_of = LossGradient(network.get_output_embeddings(), calibration.fisher.seed, device)
     hook = network.get_input_embeddings().register_forward_hook(start)
     try:
-        for ids in tokens.split(1):
-            with torch.enable_grad():
-                logits = network(input_ids=ids.to(device), use_cache=False).logits
-                loss = negative_log_likelihood(logits, draw)
-            torch.autograd.grad(loss, embedded[0])
+        for ids in tokens.to(device).split(1):
+            gradient_of(partial(finished, ids), partial(logits, ids))
     finally:
         hook.remove()
         for _, remove in listening:
@@ -154,30 +164,57 @@ def gather_fisher(
     return [factors for factors, _ in listening]
 
 
-def loss_gradient(
-    logits_of: Callable[[Tensor], Tensor], states: Float[Tensor, "1 length width"], draw: torch.Generator
-) -> Float[Tensor, "1 length width"]:
-    """Gradient of `negative_log_likelihood` at ``states``."""
-    with torch.enable_grad():
-        leaf = states.detach().requires_grad_()
-        loss = negative_log_likelihood(logits_of(leaf), draw)
-    return torch.autograd.grad(loss, leaf)[0]
+Forward = Callable[[], tuple[Tensor, Tensor]]
+"""A pass through the model: its end, and the tensor at which the gradient is wanted."""
 
 
-def negative_log_likelihood(logits: Float[Tensor, "1 length vocabulary"], draw: torch.Generator) -> Float[Tensor, ""]:
-    """Sum over tokens of ``−log p(label)``, the labels drawn from ``p`` itself.
+class LossGradient:
+    """Gradients of ``−Σ log p(label)`` over the tokens of a sequence, the labels drawn from ``p`` itself."""
 
-    Raises:
-        UserError: the predictions are not finite.
-    """
-    log_p = logits[0].float().log_softmax(dim=-1)
-    if log_p.isnan().any():
+    def __init__(self, head: nn.Module, seed: int, device: torch.device) -> None:
+        self.head = head
+        self.draw = torch.Generator(device).manual_seed(seed)
+        self.is_plain: bool | None = None
+        """Whether logits are what the head makes and nothing more; found out with the first sequence."""
+
+    def __call__(self, finished: Forward, logits: Forward) -> Tensor:
+        """Gradient of one sequence.
+
+        Args:
+            finished: a pass that ends with what enters the head, ``1 × length × width``.
+            logits: the same pass, as the model's own class ends it.
+
+        Raises:
+            UserError: the predictions are not finite.
+        """
+        if self.is_plain is None:
+            self.is_plain = self._makes_all(finished, logits)
+        with torch.enable_grad():
+            if self.is_plain:
+                end, leaf = finished()
+                _require_finite_predictions(end)
+                _, gradient = drawn(end.detach()[0], self.head, self.draw)
+                return torch.autograd.grad(end, leaf, gradient[None].to(end))[0]
+            # Capped or scaled logits: by way of all of them.
+            all_logits, leaf = logits()
+            log_p = all_logits[0].float().log_softmax(dim=-1)
+            _require_finite_predictions(log_p)
+            labels = torch.multinomial(log_p.detach().exp(), 1, generator=self.draw)
+            return torch.autograd.grad(-log_p.gather(-1, labels).sum(), leaf)[0]
+
+    @torch.no_grad()
+    def _makes_all(self, finished: Forward, logits: Forward) -> bool:
+        """Whether the first tokens' logits are the head's product with what enters it."""
+        ours = self.head(finished()[0][:, :COMPARED])
+        return torch.allclose(ours, logits()[0][:, :COMPARED], rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def _require_finite_predictions(end: Tensor) -> None:
+    if end.isnan().any():
         raise UserError(
             "The model's predictions on the calibration text are not finite (NaN or infinite). Check the checkpoint, or set "
             "model.dtype=float32."
         )
-    labels = torch.multinomial(log_p.detach().exp(), 1, generator=draw)
-    return -log_p.gather(-1, labels).sum()
 
 
 def _listen(block: nn.Module, model: ModelConfig, calibration: CalibrationConfig) -> tuple[Factors, Callable[[], None]]:

@@ -14,8 +14,8 @@ from cospadi.sources.settings import TextConfig
 class FisherConfig:
     """What the loss cares about, for methods with ``objective=loss``: one backward pass over calibration tokens."""
 
-    n_samples: int | None = None
-    """Of the token sequences of the calibration; ``null``: all."""
+    n_samples: int | None = 16
+    """Of the token sequences of the calibration; ``null``: all. Going back costs four times as much as going forward."""
     blend: float = 0.5
     """Share of the plain gram in the one that is weighted by gradients; 0: none."""
     seed: int = 42

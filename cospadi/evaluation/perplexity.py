@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cospadi.errors import UserError
-from cospadi.evaluation.next_token import NextTokens, divergence, next_tokens
+from cospadi.kernels.next_token import NextTokens, divergence, next_tokens
 from cospadi.progress import Progress
 from cospadi.records import write_tensors
 

@@ -9,6 +9,7 @@ from cospadi.api import compress_to
 from cospadi.calibration import fisher
 from cospadi.calibration.collect import draw_samples
 from cospadi.errors import UserError
+from cospadi.kernels.next_token import drawn
 from cospadi.models import load, load_tokenizer
 from cospadi.settings import load as settings
 from cospadi.sources.checkpoints import prepare_model
@@ -48,8 +49,9 @@ def by_definition(network, name: str, tokens: torch.Tensor, seed: int) -> tuple[
     seen = {}
     hook = layer.register_forward_hook(lambda _, args, out: seen.update(x=args[0].detach(), y=out))
     for ids in tokens:
+        hidden = network.get_decoder()(input_ids=ids[None]).last_hidden_state[0].detach()
+        labels, _ = drawn(hidden, network.lm_head, draw)  # the same labels
         log_p = network(input_ids=ids[None]).logits[0].log_softmax(-1)
-        labels = torch.multinomial(log_p.detach().exp(), 1, generator=draw)[:, 0]
         loss = -sum(log_p[t, label] for t, label in enumerate(labels))
         (gradient,) = torch.autograd.grad(loss, seen["y"])
         for x, g in zip(seen["x"][0].double(), gradient[0].double(), strict=True):
@@ -128,9 +130,43 @@ def test_a_model_without_finite_predictions_is_refused(config, network, tokens):
 
 
 def test_gradients_that_are_not_finite_name_the_layer(config, network, tokens, monkeypatch):
-    monkeypatch.setattr(fisher, "negative_log_likelihood", lambda logits, draw: (logits * torch.inf).sum())
+    def huge(hidden, head, draw):
+        return None, torch.full_like(hidden, 1e30)
+
+    monkeypatch.setattr(fisher, "drawn", huge)
     with pytest.raises(UserError, match=r"model\.layers\.0\.[\w.]+ are not finite.*factorization\.objective=output"):
         fisher.gather_fisher(network, config.model, config.calibration, tokens[:1])
+
+
+def test_logits_that_are_more_than_the_head_are_taken_as_they_are(config, network, tokens):
+    """Labels come from all logits then, and gradients are what the chain rule makes of them."""
+    plain = fisher.gather_fisher(network, config.model, config.calibration, tokens)
+    forward = network.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 1.01
+        return output
+
+    network.forward = scaled
+    found = fisher.gather_fisher(network, config.model, config.calibration, tokens)
+    for layer in (0, 1):
+        for name, factors in found[layer].items():
+            share = float(factors.columns.sum() / plain[layer][name].columns.sum())
+            assert 0.5 < share < 2, name  # other labels, of nearly the same distribution
+
+
+def test_labels_are_drawn_from_the_distribution():
+    head = torch.nn.Linear(4, 3000)
+    hidden = torch.randn(4, generator=torch.Generator().manual_seed(0)).expand(20000, 4).contiguous()
+    with torch.no_grad():
+        head.weight.copy_(2 * torch.randn(3000, 4, generator=torch.Generator().manual_seed(1)))
+        labels, gradient = drawn(hidden, head, torch.Generator().manual_seed(2))
+        p = head(hidden[:1])[0].softmax(-1)
+        counts = torch.bincount(labels, minlength=3000) / 20000
+        assert float((counts - p).abs().max()) < 0.02
+        assert float((p @ head.weight - head.weight[labels].mean(0)).abs().max()) < 0.1
+        torch.testing.assert_close(gradient, p @ head.weight - head.weight[labels], rtol=1e-3, atol=1e-4)
 
 
 def test_the_blend_has_the_size_of_the_fisher_gram():

@@ -22,9 +22,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cospadi.errors import UserError
-from cospadi.evaluation import heldout, next_token, perplexity, task_names, tasks
+from cospadi.evaluation import heldout, perplexity, task_names, tasks
 from cospadi.evaluation import measure as evaluation
 from cospadi.evaluation.settings import EvaluationConfig
+from cospadi.kernels import next_token
 from cospadi.records import write_json
 from cospadi.sources.settings import TextConfig
 

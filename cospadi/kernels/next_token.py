@@ -47,7 +47,6 @@ def next_tokens(
     Products are in float32 whatever the model's dtype, sums over the vocabulary in float64.
     """
     hidden = hidden.float()
-    bias = getattr(head, "bias", None)
     largest = hidden.new_full((len(hidden),), -torch.inf)
     total = hidden.new_zeros(len(hidden), dtype=torch.float64)
     likeliest = targets.new_zeros(len(hidden))
@@ -56,9 +55,7 @@ def next_tokens(
     for first in range(0, len(head.weight), VOCABULARY_AT_ONCE):
         part = slice(first, first + VOCABULARY_AT_ONCE)
         rows = head.weight[part].float()
-        logits = hidden @ rows.T
-        if bias is not None:
-            logits += bias[part].float()
+        logits = _logits(hidden, head, part)
 
         # The logit of the token that came, where it is in this part.
         place = targets - first
@@ -79,6 +76,50 @@ def next_tokens(
     log_total = largest.double() + total.log()
     expected = None if expected is None else expected / total[:, None]
     return NextTokens(log_total - of_target.double(), log_total, likeliest, expected)
+
+
+def drawn(
+    hidden: Float[Tensor, "tokens width"], head: nn.Module, draw: torch.Generator
+) -> tuple[Int[Tensor, " tokens"], Float[Tensor, "tokens width"]]:
+    """A label for every token, drawn from its distribution, and the gradient of ``−log p(label)`` at the hidden state.
+
+    That is ``Σᵥ pᵥ Wᵥ − W_label``. First a part of the vocabulary is drawn, then a token of it: its logits alone are made once more.
+    """
+    hidden = hidden.float()
+    parts = [slice(first, first + VOCABULARY_AT_ONCE) for first in range(0, len(head.weight), VOCABULARY_AT_ONCE)]
+    largest = hidden.new_full((len(hidden),), -torch.inf)
+    total = hidden.new_zeros(len(hidden), dtype=torch.float64)
+    expected = torch.zeros_like(hidden, dtype=torch.float64)
+    of_parts = []
+    for part in parts:
+        rows = head.weight[part].float()
+        logits = _logits(hidden, head, part)
+        maximum = logits.max(dim=-1).values
+        larger = torch.maximum(largest, maximum)
+        shrinking = (largest - larger).double().exp()
+        largest = larger
+        exponentials = logits.sub_(largest[:, None]).exp_()
+        sums = exponentials.sum(dim=-1, dtype=torch.float64)
+        of_parts.append(largest.double() + sums.log())
+        total = total * shrinking + sums
+        expected = expected * shrinking[:, None] + (exponentials @ rows).double()
+    expected /= total[:, None]
+
+    chosen = torch.multinomial(torch.stack(of_parts, dim=1).softmax(dim=1), 1, generator=draw)[:, 0]
+    labels = torch.zeros_like(chosen)
+    for number, part in enumerate(parts):
+        here = (chosen == number).nonzero()[:, 0]
+        if len(here):
+            p = _logits(hidden[here], head, part).softmax(dim=-1)
+            labels[here] = part.start + torch.multinomial(p, 1, generator=draw)[:, 0]
+    return labels, (expected - head.weight[labels].double()).float()
+
+
+def _logits(hidden: Float[Tensor, "tokens width"], head: nn.Module, part: slice) -> Float[Tensor, "tokens part"]:
+    """Those of a part of the vocabulary, in float32."""
+    logits = hidden @ head.weight[part].float().T
+    bias = getattr(head, "bias", None)
+    return logits if bias is None else logits.add_(bias[part].float())
 
 
 def divergence(
