@@ -289,22 +289,6 @@ class Arguments(NamedTuple):
     named: Mapping[str, object]
 
 
-def run_block(block: nn.Module, states: Tensor, arguments: Arguments, name: str) -> Tensor:
-    """Hidden states behind a block that is called as its model calls it.
-
-    Raises:
-        UserError: the block asks for more than that; naming it.
-    """
-    try:
-        out = block(states, *arguments.further, **arguments.named)
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
-        raise UserError(
-            f"{name}, a {type(block).__name__}, does not run on its own ({type(error).__name__}: {brief(error)}), so this model "
-            "cannot be calibrated block by block. Compress the model in memory with cospadi.compress."
-        ) from error
-    return out[0] if isinstance(out, tuple) else out
-
-
 class BlockWalker:
     """Runs token sequences through a checkpoint block by block, with one block's weights in memory at a time.
 
@@ -329,6 +313,8 @@ class BlockWalker:
         decoder_path, _, blocks_name = config.blocks.rpartition(".")
         self.decoder = model.get_submodule(decoder_path).eval()
         self.blocks: nn.ModuleList = self.decoder.get_submodule(blocks_name)
+        self.gives_tuples = False
+        """Whether blocks hand on a tuple, whose first element are the hidden states."""
         around = [n for n, _ in self.decoder.named_parameters() if not n.startswith(f"{blocks_name}.")]
         self._read(self.decoder, decoder_path, around)
         for buffer_name, buffer in list(self.decoder.named_buffers()):
@@ -388,20 +374,42 @@ class BlockWalker:
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
         """A block with its weights, which do not ask for gradients."""
+        from accelerate.utils import set_module_tensor_to_device
+
         block = self.blocks[index]
-        self._read(block, f"{self.config.blocks}.{index}", [n for n, _ in block.named_parameters()])
+        names = [n for n, _ in block.named_parameters()]
+        self._read(block, f"{self.config.blocks}.{index}", names)
         yield block.requires_grad_(False)
-        block.to("meta")
+        for name in names:  # buffers stay: they are computed, and not in the file
+            set_module_tensor_to_device(block, name, "meta")
+
+    def run(self, index: int, states: Tensor, arguments: Arguments) -> Tensor:
+        """Hidden states behind a block that is `loaded`, called as its model calls it.
+
+        Raises:
+            UserError: the block asks for more than that; naming it.
+        """
+        block = self.blocks[index]
+        try:
+            out = block(states, *arguments.further, **arguments.named)
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
+            raise UserError(
+                f"{self.config.blocks}.{index}, a {type(block).__name__}, does not run on its own ({type(error).__name__}: "
+                f"{brief(error)}), so this model cannot be calibrated block by block. Compress the model in memory with "
+                "cospadi.compress."
+            ) from error
+        self.gives_tuples = isinstance(out, tuple)
+        return out[0] if self.gives_tuples else out
 
     def load_head(self) -> None:
-        """Read the weights of the output layer, which ``logits`` needs; a tied one has those of the embeddings."""
-        head = self.head
-        name = next(name for name, module in self.model.named_modules() if module is head)
+        """Read the weights of what comes after the decoder, which ``logits`` needs; a tied head has those of the embeddings."""
         stored = set(self.checkpoint.names)
-        own = [n for n, _ in head.named_parameters() if f"{name}.{n}" in stored]
-        self._read(head, name, own)
-        if "weight" not in own:
-            head.weight = self.model.get_input_embeddings().weight
+        holds_decoder = self.config.blocks.partition(".")[0]
+        for name, module in self.model.named_children():
+            if name != holds_decoder:
+                self._read(module, name, [n for n, _ in module.named_parameters() if f"{name}.{n}" in stored])
+        if self.head.weight.is_meta:
+            self.head.weight = self.model.get_input_embeddings().weight
         self.model.requires_grad_(False)
 
     @property
@@ -412,14 +420,14 @@ class BlockWalker:
     def finished(
         self, tokens: Int[Tensor, "batch length"], states: Float[Tensor, "batch length width"]
     ) -> Float[Tensor, "batch length width"]:
-        """What enters the output layer when ``states`` leave the last block, as the model's class computes it."""
+        """What enters the output layer when ``states`` leave the last block, as the model's class computes it; after a `run`."""
         with self._handing_on(states):
             return self.decoder(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
 
     def logits(
         self, tokens: Int[Tensor, "batch length"], states: Float[Tensor, "batch length width"]
     ) -> Float[Tensor, "batch length vocabulary"]:
-        """What the model makes of ``states`` that leave its last block; after `load_head`."""
+        """What the model makes of ``states`` that leave its last block; after `load_head` and a `run`."""
         with self._handing_on(states):
             return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
 
@@ -427,7 +435,7 @@ class BlockWalker:
     def _handing_on(self, states: Tensor) -> Iterator[None]:
         with self._stood_in():
             for block in self.blocks:
-                block.forward = lambda *_, **__: states
+                block.forward = lambda *_, **__: (states,) if self.gives_tuples else states
             yield
 
     @contextmanager

@@ -25,7 +25,7 @@ from cospadi.calibration.settings import CalibrationConfig
 from cospadi.calibration.statistics import InputStatistics
 from cospadi.errors import UserError
 from cospadi.experts import expanded, groups_of_block
-from cospadi.models import BlockWalker, load_tokenizer, run_block
+from cospadi.models import BlockWalker, load_tokenizer
 from cospadi.records import read_json
 from cospadi.sources.settings import ModelConfig
 
@@ -91,7 +91,7 @@ def collect(
         hooks, experts = _listen_all(block, model, calibration, statistics)
         with torch.no_grad():
             for i, states in enumerate(hidden):
-                hidden[i] = run_block(block, states, arguments[i][layer], f"{model.blocks}.{layer}")
+                hidden[i] = walker.run(layer, states, arguments[i][layer])
         for hook in hooks:
             hook.remove()
         statistics |= experts.statistics()

@@ -31,7 +31,7 @@ from cospadi.calibration.statistics import add_weighted, statistics_file
 from cospadi.errors import UserError
 from cospadi.experts import groups_of_block
 from cospadi.kernels.next_token import drawn
-from cospadi.models import BlockWalker, run_block
+from cospadi.models import BlockWalker
 from cospadi.sources.settings import ModelConfig
 
 GRAM = "gram"
@@ -101,10 +101,9 @@ def fisher_factors(
     states, arguments = walker.embed(sequences)
     entering = []
     with torch.no_grad():
-        for layer, block in walker.walk():
+        for layer, _ in walker.walk():
             entering.append(states)
-            name = f"{model.blocks}.{layer}"
-            states = [run_block(block, s, of_block[layer], name) for s, of_block in zip(states, arguments, strict=True)]
+            states = [walker.run(layer, s, of_block[layer]) for s, of_block in zip(states, arguments, strict=True)]
 
     def onwards(forward: Callable[[Tensor, Tensor], Tensor], ids: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:
         leaf = leaving.detach().requires_grad_()
@@ -121,7 +120,7 @@ def fisher_factors(
             for i, (states, of_block) in enumerate(zip(entering.pop(), arguments, strict=True)):
                 with torch.enable_grad():
                     leaf = states.detach().requires_grad_()
-                    out = run_block(block, leaf, of_block[layer], f"{model.blocks}.{layer}")
+                    out = walker.run(layer, leaf, of_block[layer])
                 (gradients[i],) = torch.autograd.grad(out, leaf, gradients[i])
             remove()
         _require_finite(factors, f"{model.blocks}.{layer}")

@@ -13,7 +13,7 @@ import numpy as np
 
 from cospadi.errors import UserError
 
-TRIED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+TRIED = (0.2, 0.4, 0.6)
 """Ratios at which every projection is tried."""
 LOWEST = 0.05
 HIGHEST = 0.85

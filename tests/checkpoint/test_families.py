@@ -10,13 +10,15 @@ from transformers import AutoConfig, AutoModel
 
 import cospadi
 from cospadi.api import compress_to
+from cospadi.calibration.fisher import fisher_factors
 from cospadi.checkpoint.linear import CompressedLinear
 from cospadi.checkpoint.write import densify
 from cospadi.errors import UserError
 from cospadi.models import Checkpoint, load_tokenizer
+from cospadi.settings import load
 from cospadi.sources.architecture import auto_class, auto_class_of
 from cospadi.sources.checkpoints import prepare_model
-from cospadi.sources.families import FAMILIES
+from cospadi.sources.families import FAMILIES, fitted
 from cospadi.sources.settings import ModelConfig
 
 pytestmark = pytest.mark.slow
@@ -168,6 +170,20 @@ def test_a_family_goes_all_the_way(family, tmp_path, text):
     torch.testing.assert_close(flat, logits, rtol=1e-4, atol=1e-5 * float(logits.abs().max()))
     assert stored(tmp_path / "flat") == stored(tmp_path / "dense")
     assert compressed.generate(IDS[:1], max_new_tokens=2, do_sample=False).shape[1] > IDS.shape[1]
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_gradients_come_back_through_a_family(family, tmp_path):
+    """Block by block, to every projection but those of experts that no token chose."""
+    written(family, tmp_path / "dense")
+    settings = load(["model=any", f"model.source={tmp_path / 'dense'}", *SETTINGS])
+    prepare_model(settings.model, tmp_path / "model")
+    model = fitted(settings.model, AutoConfig.from_pretrained(tmp_path / "model").model_type)
+    found = dict(fisher_factors(tmp_path / "model", model, settings.calibration, IDS))
+    assert len(found) == 2
+    for name, factors in (item for of_layer in found.values() for item in of_layer.items()):
+        assert factors.n_tokens > 0 or ".experts." in name
+        assert bool((factors.columns > 0).any()) or ".experts." in name
 
 
 @pytest.mark.parametrize("family", RENAMED)
