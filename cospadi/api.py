@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from cospadi import devices
 from cospadi.calibration.collect import draw_samples, gather
-from cospadi.calibration.fisher import gather_fisher, loss_metric
+from cospadi.calibration.fisher import FisherFactors, gather_fisher, loss_metric
 from cospadi.calibration.statistics import InputStatistics
 from cospadi.checkpoint.card import card
 from cospadi.checkpoint.ledger import ledger
@@ -253,7 +253,10 @@ def _smaller_layers(
     calibration = config.calibration
     inputs: dict[tuple[int, str], InputStatistics] = {}
     projections: list[Projection] = []
-    for names, statistics in _in_eval_mode(model, gather(model, config.model, calibration, tokens)):
+    with _eval_mode(model):
+        gathered = list(gather(model, config.model, calibration, tokens))
+        fisher = _fisher(config, model, tokens) if config.factorization.needs_fisher else None
+    for names, statistics in gathered:
         layer, shared_input = names[0].removeprefix(f"{config.model.blocks}.").split(".", maxsplit=1)
         inputs[int(layer), shared_input] = statistics
         for name in names:
@@ -262,22 +265,25 @@ def _smaller_layers(
             attended = projection in config.model.attended
             projections.append(Projection(name, int(layer), projection, shared_input, d_in, d_out, attended))
 
-    needs_fisher = config.factorization.needs_fisher
-
     def statistics_of(projection: Projection) -> tuple[Tensor, Tensor]:
         statistics = inputs[projection.layer, projection.shared_input]
-        return statistics.gram_of(projection.attended and not needs_fisher), statistics.absolute_mean
+        attended = projection.attended and fisher is None  # whoever reads keys and values is in the gradients already
+        return statistics.gram_of(attended), statistics.absolute_mean
 
     def weight_of(projection: Projection) -> Tensor:
         return model.get_submodule(projection.name).weight.detach().T.float()
 
-    metric_of = _metric_of(config, model, tokens) if needs_fisher else None
-    problem_of = problems_from(weight_of, statistics_of, calibration.damping, metric_of=metric_of)
+    def metric_of(projection: Projection, gram: Tensor) -> tuple[Tensor, Tensor | None]:
+        of_loss = fisher[projection.layer][projection.projection].per_token
+        return loss_metric(gram, *of_loss, calibration.fisher.blend)
+
+    metric = metric_of if fisher else None
+    problem_of = problems_from(weight_of, statistics_of, calibration.damping, metric_of=metric)
     if config.factorization.allocates:
         losses = {p.name: tried(config.factorization, problem_of(p)) for p in projections}
         sizes = {p.name: p.d_in * p.d_out for p in projections}
         ratios = allocate(losses, sizes, config.factorization.compression_ratio)
-        problem_of = problems_from(weight_of, statistics_of, calibration.damping, metric_of=metric_of, ratios=ratios)
+        problem_of = problems_from(weight_of, statistics_of, calibration.damping, metric_of=metric, ratios=ratios)
     groups = groups_of(config.factorization, projections, problem_of)
     runs = runs_in_memory(config.factorization, groups, model.device)
     smaller: dict[str, CompressedLinear] = {}
@@ -290,18 +296,11 @@ def _smaller_layers(
     return smaller
 
 
-def _metric_of(
+def _fisher(
     config: Config, model: PreTrainedModel, tokens: Int[Tensor, "n_samples sample_length"]
-) -> Callable[[Projection, Tensor], tuple[Tensor, Tensor]]:
-    """From a projection and its gram, what the loss asks for (`problems_from`)."""
-    fisher = config.calibration.fisher
-    some = tokens[: fisher.n_samples]
-    (factors,) = _in_eval_mode(model, iter([gather_fisher(model, config.model, config.calibration, some)]))
-
-    def metric_of(projection: Projection, gram: Tensor) -> tuple[Tensor, Tensor]:
-        return loss_metric(gram, *factors[projection.layer][projection.projection].per_token, fisher.blend)
-
-    return metric_of
+) -> list[dict[str, FisherFactors]]:
+    """What the loss cares about, of every block."""
+    return gather_fisher(model, config.model, config.calibration, tokens[: config.calibration.fisher.n_samples])
 
 
 def _require_kinds(model: object, tokenizer: object, texts: object, overrides: object) -> None:
@@ -352,12 +351,13 @@ def _require_plain(model: PreTrainedModel) -> None:
         )
 
 
-def _in_eval_mode(model: PreTrainedModel, statistics: Iterator[Statistics]) -> Iterator[Statistics]:
-    """``statistics`` of a model without dropout, and every module in its own mode again afterwards."""
+@contextmanager
+def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """A model without dropout, and every module in its own mode again afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield from statistics
+        yield
     finally:
         for module in training:
             module.training = True

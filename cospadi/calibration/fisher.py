@@ -284,16 +284,16 @@ def loss_metric(
     fisher_gram: Float[Tensor, "d_in d_in"],
     fisher_columns: Float[Tensor, " d_out"],
     blend: float,
-) -> tuple[Float[Tensor, "d_in d_in"], Float[Tensor, " d_out"]]:
+) -> tuple[Float[Tensor, "d_in d_in"], Float[Tensor, " d_out"] | None]:
     """Gram and roots of column weights such that ``½ tr(Cᵀ ΔWᵀ G ΔW C)`` is the expected loss per token, in nats.
 
     ``blend`` of the plain gram is mixed in, at the size of the Fisher's: gradients of a few thousand tokens are noisy, and the plain
-    gram is not. Mean of the squared column weights is 1.
+    gram is not. Mean of the squared column weights is 1. Of an expert that no token chose nothing is known: then there are none.
     """
     size = fisher_gram.diagonal().mean()
     plain_size = gram.diagonal().mean()
-    if size <= 0 or plain_size <= 0:  # nothing came by: an expert that no token chose
-        return gram, torch.ones_like(fisher_columns)
+    if size <= 0 or plain_size <= 0:
+        return gram, None
     blended = blend * gram * (size / plain_size) + (1 - blend) * fisher_gram
     weights = fisher_columns / fisher_columns.mean()
     return blended, weights.clamp_min(LEAST_COLUMN).sqrt()

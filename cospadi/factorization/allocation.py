@@ -30,7 +30,8 @@ def allocate(
     """A ratio for every projection, by name.
 
     Args:
-        losses: expected loss of every projection at the ratios at which it was tried, two or more.
+        losses: expected loss of every projection at the ratios at which it was tried, two or more; none where nothing is known, and
+            then the projection gets ``compression_ratio``.
         sizes: weights of every projection.
         compression_ratio: of all projections together.
 
@@ -42,7 +43,10 @@ def allocate(
             f"factorization.compression_ratio={compression_ratio:g} cannot be divided among projections, of which each loses "
             f"{LOWEST:g} to {HIGHEST:g}. Set it in between, or factorization.allocation=uniform."
         )
-    names = list(losses)
+    names = [name for name, tried in losses.items() if tried]
+    unknown = {name: compression_ratio for name, tried in losses.items() if not tried}
+    if not names:
+        return unknown
     choices = np.round(np.arange(LOWEST, HIGHEST + STEP / 2, STEP), 6)
     curves = np.stack([_curve(losses[name], choices) for name in names])
     weights = np.array([sizes[name] for name in names], dtype=np.float64)
@@ -75,12 +79,13 @@ def allocate(
             break
         at[first] -= 1
         spare -= weights[first] * STEP
-    return {name: float(choices[i]) for name, i in zip(names, at, strict=True)}
+    chosen_of = {name: float(choices[i]) for name, i in zip(names, at, strict=True)}
+    return {name: (chosen_of | unknown)[name] for name in losses}
 
 
 def expected(losses: Mapping[str, Mapping[float, float]], ratios: Mapping[str, float]) -> float:
     """Expected loss of all projections at these ratios, in nats per token."""
-    return float(sum(np.interp(ratio, *_points(losses[name])) for name, ratio in ratios.items()))
+    return float(sum(_curve(losses[name], np.array([ratio]))[0] for name, ratio in ratios.items() if losses[name]))
 
 
 def _curve(tried: Mapping[float, float], choices: np.ndarray) -> np.ndarray:

@@ -35,7 +35,7 @@ def problems_from(
     statistics_of: Callable[[Projection], tuple[Tensor, Tensor]],
     damping: float,
     ranks: Mapping[str, int | None] | None = None,
-    metric_of: Callable[[Projection, Tensor], tuple[Tensor, Tensor]] | None = None,
+    metric_of: Callable[[Projection, Tensor], tuple[Tensor, Tensor | None]] | None = None,
     ratios: Mapping[str, float] | None = None,
 ) -> Callable[[Projection], Problem]:
     """A function that makes problems; those that read the same input share its whitener while any of them is in use.

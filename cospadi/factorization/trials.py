@@ -11,8 +11,10 @@ from cospadi.factorization.settings import CoSpaDiConfig
 
 
 def tried(config: CoSpaDiConfig, problem: Problem) -> dict[float, float]:
-    """Expected loss, in nats per token, of a projection at every ratio of `TRIED`."""
-    losses = {}
+    """Expected loss, in nats per token, of a projection at every ratio of `TRIED`; empty where nothing is known of it."""
+    losses: dict[float, float] = {}
+    if problem.columns is None:
+        return losses
     for ratio in TRIED:
         factors = factorize(replace(config.rough, compression_ratio=ratio), problem)
         losses[ratio] = problem.expected_loss(factors.weight())

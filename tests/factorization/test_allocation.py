@@ -56,7 +56,18 @@ def test_losses_that_fall_with_the_ratio_are_taken_as_flat():
     """A rough solve is not quite monotone; less is never better."""
     losses = {"a": {0.1: 1.0, 0.5: 0.9, 0.8: 2.0}, "b": {0.1: 1.0, 0.5: 3.0, 0.8: 9.0}}
     assert expected(losses, {"a": 0.5, "b": 0.1}) == pytest.approx(2.0)
+    assert expected(losses, {"a": 0.3, "b": 0.3}) == pytest.approx(1.0 + 3**0.5)
     assert allocate(losses, {"a": 10, "b": 10}, 0.3)["a"] >= 0.5
+
+
+def test_what_nothing_is_known_of_loses_as_much_as_all_together():
+    """An expert that no token of the calibration chose."""
+    losses = curves([1, 30, 2], [9, 9, 9]) | {"expert": {}}
+    ratios = allocate(losses, SIZES | {"expert": 500}, 0.3)
+    assert list(ratios) == [*SIZES, "expert"]
+    assert ratios["expert"] == 0.3
+    assert {name: ratios[name] for name in SIZES} == allocate(curves([1, 30, 2], [9, 9, 9]), SIZES, 0.3)
+    assert allocate({"expert": {}}, {"expert": 5}, 0.3) == {"expert": 0.3}
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.9])

@@ -31,7 +31,8 @@ def expect_losses(config: Config, model: Path, grams: Path, fisher: Path, losses
     for projection in projections:
         of_ratios = tried(factorization, problem_of(projection))
         found[projection.name] = {f"{ratio:g}": loss for ratio, loss in of_ratios.items()}
-        progress.step(projection.name, f"{of_ratios[MIDDLE]:.2e} nats at {MIDDLE:g}", sizes[projection.name])
+        told = f"{of_ratios[MIDDLE]:.2e} nats at {MIDDLE:g}" if of_ratios else "no token came by"
+        progress.step(projection.name, told, sizes[projection.name])
     log.finish(losses, losses=found, sizes=sizes)
 
 

@@ -38,7 +38,7 @@ def problems_of(
             "factorization.objective=loss needs --fisher, the folder that `cospadi fisher` writes. Give it, or set objective=output."
         )
 
-    def metric_of(projection: Projection, gram: Tensor) -> tuple[Tensor, Tensor]:
+    def metric_of(projection: Projection, gram: Tensor) -> tuple[Tensor, Tensor | None]:
         of_loss = read_fisher(fisher, projection.layer, projection.projection, device)
         return loss_metric(gram, *of_loss, config.calibration.fisher.blend)
 
