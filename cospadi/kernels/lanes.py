@@ -1,7 +1,8 @@
 """Vectors of `LANES` numbers in registers: loads, expansions and sums that numba has no types for, as LLVM instructions.
 
 Every function here is an intrinsic: a compiled loop calls it, and its ``code`` writes the instructions. They name no
-instruction set of their own but where LLVM's general form is much slower (AVX512-VBMI2's expand, F16C's conversion).
+instruction set of their own but where LLVM's general form is much slower (AVX512-VBMI2's expand, AVX2's permutation, F16C's
+conversion).
 Numbers in memory are addresses: looking at an array takes numba as long as a small product.
 """
 
@@ -82,14 +83,15 @@ def _has(context, feature):
 
 def _widened(context, builder, words, brain):
     """float32 from 16 bits, exactly."""
-    whole = ir.VectorType(INT, LANES)
-    floats = ir.VectorType(FLOAT, LANES)
+    count = words.type.count
+    whole = ir.VectorType(INT, count)
+    floats = ir.VectorType(FLOAT, count)
     # One instruction where the CPU has it.
     if not brain and _has(context, "f16c"):
-        return builder.fpext(builder.bitcast(words, ir.VectorType(HALF, LANES)), floats)
+        return builder.fpext(builder.bitcast(words, ir.VectorType(HALF, count)), floats)
 
     def constant(number):
-        return ir.Constant(whole, [number] * LANES)
+        return ir.Constant(whole, [number] * count)
 
     # bfloat16 is the upper half of a float32.
     wide = builder.zext(words, whole)
@@ -101,7 +103,7 @@ def _widened(context, builder, words, brain):
     sign = builder.shl(builder.and_(wide, constant(0x8000)), constant(16))
     size = builder.shl(builder.and_(wide, constant(0x7FFF)), constant(13))
     endless = builder.icmp_signed(">=", size, constant(0x7C00 << 13))
-    size = builder.fmul(builder.bitcast(size, floats), ir.Constant(floats, [2.0**112] * LANES))
+    size = builder.fmul(builder.bitcast(size, floats), ir.Constant(floats, [2.0**112] * count))
     size = builder.bitcast(size, whole)
 
     # The largest exponent means infinity or not a number in both formats, and the product has moved it away.
@@ -264,15 +266,16 @@ def _nibbles(builder, base, index, count):
 
 def _numbers(context, builder, codes, form):
     """float32 from codes, or from 16-bit weights."""
-    floats = ir.VectorType(FLOAT, LANES)
-    words = ir.VectorType(SHORT, LANES)
+    count = codes.type.count
+    floats = ir.VectorType(FLOAT, count)
+    words = ir.VectorType(SHORT, count)
     if _element(form) == SHORT:
         return _widened(context, builder, codes, form == BRAIN_FORM)
     if form != FLOAT8_FORM:
-        return builder.sitofp(builder.sext(codes, ir.VectorType(INT, LANES)), floats)
+        return builder.sitofp(builder.sext(codes, ir.VectorType(INT, count)), floats)
 
     def constant(number):
-        return ir.Constant(words, [number] * LANES)
+        return ir.Constant(words, [number] * count)
 
     # e4m3 as a half: the sign moves to its place, exponent and mantissa end where the half's do. The half's exponents begin
     # at −15 instead of −7, so 2^8 is missing.
@@ -280,38 +283,107 @@ def _numbers(context, builder, codes, form):
     sign = builder.shl(builder.and_(wide, constant(0x80)), constant(8))
     size = builder.shl(builder.and_(wide, constant(0x7F)), constant(7))
     halves = _widened(context, builder, builder.or_(sign, size), False)
-    return builder.fmul(halves, ir.Constant(floats, [2.0**8] * LANES))
+    return builder.fmul(halves, ir.Constant(floats, [2.0**8] * count))
+
+
+def _expand(context, builder, signature, arguments):
+    """The instructions of `expand`."""
+    base, index, word, _ = arguments
+    form = signature.args[3].literal_value
+    kind = ir.VectorType(_element(form), LANES)
+    name = f"v{LANES}i{kind.element.width}"
+    bits = _chosen(builder, word)
+    nothing = ir.Constant(kind, None)
+    # Codes of four bits are taken apart first; all others are expanded from memory as they are.
+    count = builder.ctpop(word)
+    near = None
+    pointer = None
+    if form == INT4_FORM:
+        near = _nibbles(builder, base, index, count)
+    else:
+        pointer = _pointer(builder, _place(builder, base, index, form), kind)
+    # AVX512-VBMI2 expands a register in one instruction, and a load before it is twice as fast as `expandload`.
+    if _has(context, "avx512vbmi2"):
+        if near is None:
+            near = _masked_load(builder, pointer, _chosen(builder, _first(builder, count)), kind)
+        taken = _call(builder, f"llvm.x86.avx512.mask.expand.{name}", kind, near, nothing, bits)
+    else:
+        if pointer is None:
+            pointer = cgutils.alloca_once(builder, kind)
+            builder.store(near, pointer)
+        taken = _call(builder, f"llvm.masked.expandload.{name}", kind, pointer, bits, nothing)
+    return _numbers(context, builder, taken, form)
 
 
 @intrinsic(prefer_literal=True)
 def expand(context, base, index, bits, form):
     """The next weights, from the one with number ``index`` on, where a bit is set; zero elsewhere."""
+    return Lanes(1)(types.int64, types.int64, types.int64, form), _expand
+
+
+EIGHT = 8
+"""Lanes that AVX2 permutes at once."""
+
+
+def _places(byte):
+    """For every bit of a byte that is set, how many are set below it.
+
+    >>> _places(0b10010110)
+    [0, 0, 1, 0, 2, 0, 0, 3]
+    """
+    return [(byte & (1 << lane) - 1).bit_count() if byte >> lane & 1 else 0 for lane in range(EIGHT)]
+
+
+def _in_eights(context, builder, word, form, load):
+    """What `expand` gives, eight lanes at a time: a table says for every byte of the mask which number each lane takes.
+
+    ``load`` gives the eight numbers that follow a count of others.
+    """
+    lanes = ir.VectorType(INT, EIGHT)
+    floats = ir.VectorType(FLOAT, EIGHT)
+    rows = [ir.Constant(lanes, _places(byte)) for byte in range(256)]
+    table = cgutils.global_constant(builder, "cospadi_places", ir.Constant(ir.ArrayType(lanes, 256), rows))
+    place = builder.ptrtoint(table, word.type)
+    single = ir.Constant(lanes, [1 << lane for lane in range(EIGHT)])
+    parts = []
+    for first in range(0, LANES, EIGHT):
+        before = builder.ctpop(builder.and_(word, ir.Constant(word.type, (1 << first) - 1)))
+        byte = builder.and_(builder.lshr(word, ir.Constant(word.type, first)), ir.Constant(word.type, 255))
+        row = builder.add(place, builder.mul(byte, ir.Constant(word.type, 4 * EIGHT)))
+        picks = builder.load(_pointer(builder, row, lanes), align=4, typ=lanes)
+        numbers = _numbers(context, builder, load(before), form)
+        moved = _call(builder, "llvm.x86.avx2.permps", floats, numbers, picks)
+        one = builder.insert_element(ir.Constant(lanes, None), builder.trunc(byte, INT), ir.Constant(INT, 0))
+        chosen = builder.and_(_shuffled(builder, one, one, [0] * EIGHT), single)
+        is_set = builder.icmp_signed("!=", chosen, ir.Constant(lanes, None))
+        parts.append(builder.select(is_set, moved, ir.Constant(floats, None)))
+    return _joined(builder, parts)
+
+
+@intrinsic(prefer_literal=True)
+def expand_inside(context, base, index, bits, form):
+    """`expand` where at least `LANES` more weights are in memory from ``index`` on, so that more than the chosen may be read."""
 
     def code(context, builder, signature, arguments):
         base, index, word, _ = arguments
-        kind = ir.VectorType(_element(form.literal_value), LANES)
-        name = f"v{LANES}i{kind.element.width}"
-        bits = _chosen(builder, word)
-        nothing = ir.Constant(kind, None)
-        # Codes of four bits are taken apart first; all others are expanded from memory as they are.
-        count = builder.ctpop(word)
-        near = None
-        pointer = None
-        if form.literal_value == INT4_FORM:
-            near = _nibbles(builder, base, index, count)
+        width = form.literal_value
+        # With AVX512-VBMI2 `expand` is fast already, without AVX2 there is nothing faster.
+        if _has(context, "avx512vbmi2") or not _has(context, "avx2"):
+            return _expand(context, builder, signature, arguments)
+        kind = ir.VectorType(_element(width), EIGHT)
+        size = kind.element.width // 8
+        if width == INT4_FORM:
+            near = cgutils.alloca_once(builder, ir.VectorType(BYTE, LANES))
+            builder.store(_nibbles(builder, base, index, builder.ctpop(word)), near)
+            place = builder.ptrtoint(near, word.type)
         else:
-            pointer = _pointer(builder, _place(builder, base, index, form.literal_value), kind)
-        # AVX512-VBMI2 expands a register in one instruction, and a load before it is twice as fast as `expandload`.
-        if _has(context, "avx512vbmi2"):
-            if near is None:
-                near = _masked_load(builder, pointer, _chosen(builder, _first(builder, count)), kind)
-            taken = _call(builder, f"llvm.x86.avx512.mask.expand.{name}", kind, near, nothing, bits)
-        else:
-            if pointer is None:
-                pointer = cgutils.alloca_once(builder, kind)
-                builder.store(near, pointer)
-            taken = _call(builder, f"llvm.masked.expandload.{name}", kind, pointer, bits, nothing)
-        return _numbers(context, builder, taken, form.literal_value)
+            place = _place(builder, base, index, width)
+
+        def load(before):
+            there = builder.add(place, builder.mul(before, ir.Constant(word.type, size)))
+            return builder.load(_pointer(builder, there, kind), align=size, typ=kind)
+
+        return _in_eights(context, builder, word, width, load)
 
     return Lanes(1)(types.int64, types.int64, types.int64, form), code
 

@@ -3,7 +3,8 @@
 A decode step reads every weight once and multiplies it with a few rows, so its time is that of reading them. These loops
 take `LANES` weights at a time from memory to float32 registers and use them for up to eight rows. They are written in
 LLVM's own vectors, which numba has no types for: half precision, and expanding, which puts the next values into the
-lanes whose mask bit is set. That is one instruction where a CPU has AVX512-VBMI2, and a slow sequence elsewhere.
+lanes whose mask bit is set. That is one instruction where a CPU has AVX512-VBMI2, a table of permutations with AVX2, and a slow
+sequence elsewhere.
 
 Weights are in 16 bits, or `Packed`: codes of 8 or 4 bits, one scale for a group of them. A group holds whole vectors, so
 that a vector of codes has one scale.
@@ -31,6 +32,7 @@ from cospadi.kernels.lanes import (
     address,
     broadcast_rows,
     expand,
+    expand_inside,
     load_int32,
     load_rows,
     load_scale,
@@ -230,6 +232,7 @@ def _sparse(rows, form, brain):
                 store(address(padded) + row * stride + 4 * LANES * word, part)
 
         # Output by output: its values lie one behind the other, so the place of the next one is a running count.
+        end = load_int32(starts + 4 * last)
         for j in range(first, last):
             total = zeros(rows)
             value = load_int32(starts + 4 * j)
@@ -240,7 +243,10 @@ def _sparse(rows, form, brain):
                     scale = zeros(1)
                 for word in range(number * group, min(words, (number + 1) * group)):
                     bits = mask_bits(mask, n_bytes, j * atoms + LANES * word, min(LANES, atoms - LANES * word))
-                    weights = expand(values, value, bits, form)
+                    if value + LANES <= end:
+                        weights = expand_inside(values, value, bits, form)
+                    else:
+                        weights = expand(values, value, bits, form)
                     if scaled:
                         weights = multiply(weights, scale)
                     # Decoded once, used for all rows of the block.
@@ -315,13 +321,17 @@ def _unpack(form, brain):
     def loop(mask, n_bytes, values, scales, group, starts, out, atoms, first, last):
         words = (atoms + LANES - 1) // LANES
         groups = (words + group - 1) // group
+        end = load_int32(starts + 4 * last)
         for j in range(first, last):
             value = load_int32(starts + 4 * j)
             for word in range(words):
                 column = LANES * word
                 count = min(LANES, atoms - column)
                 bits = mask_bits(mask, n_bytes, j * atoms + column, count)
-                weights = expand(values, value, bits, form)
+                if value + LANES <= end:
+                    weights = expand_inside(values, value, bits, form)
+                else:
+                    weights = expand(values, value, bits, form)
                 if scaled:
                     weights = multiply(weights, load_scale(scales + 2 * (j * groups + word // group), brain))
                 store_some(out + 4 * (j * atoms + column), weights, count)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from llvmlite.binding import get_host_cpu_features
 
 from cospadi.kernels import sparse_product as kernels
 from cospadi.kernels.sparse_product import dense_product, offsets, sparse_product, unpack
@@ -227,10 +228,16 @@ def test_nothing_behind_the_end_of_codes_and_scales_is_read(form, d_out, atoms):
     close(dense_product(z, moved(matrix)), z, columns.T)
 
 
-def on_a_plain_cpu(script, inputs, folder):
+AVX2 = ("haswell", "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+popcnt")
+"""A processor without AVX-512, as most are."""
+has_avx2 = pytest.mark.skipif(not get_host_cpu_features().get("avx2"), reason="needs AVX2")
+
+
+def on_a_plain_cpu(script, inputs, folder, cpu=("generic", "")):
     """What ``script`` saves to its second argument, given ``inputs`` in its first, compiled for no processor in particular."""
     torch.save(inputs, folder / "in.pt")
-    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(folder)}
+    name, features = cpu
+    plain = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(folder)}
     command = [sys.executable, "-c", script, folder / "in.pt", folder / "out.pt"]
     subprocess.run(command, env=os.environ | plain, check=True)
     return torch.load(folder / "out.pt")
@@ -256,8 +263,9 @@ torch.save(found, sys.argv[2])
     assert torch.equal(full, columns)
 
 
+@pytest.mark.parametrize("cpu", [("generic", ""), pytest.param(AVX2, marks=has_avx2)], ids=["generic", "avx2"])
 @either
-def test_a_cpu_without_these_instructions_gives_the_same(tmp_path, dtype):
+def test_a_cpu_without_these_instructions_gives_the_same(tmp_path, dtype, cpu):
     script = """
 import sys, torch
 from cospadi.kernels.sparse_product import sparse_product, unpack
@@ -266,7 +274,7 @@ torch.save((sparse_product(z, mask, values, starts), unpack(mask, values, starts
 """
     columns, z = sparse(0, 9, 45, 0.5, dtype), normal(1, 1, 45)
     columns[:4, 0] = torch.tensor([1e-7, -65504, 6e-5, 3e-6])  # subnormal and large in half precision
-    product, dense = on_a_plain_cpu(script, (z, *packed(columns)), tmp_path)
+    product, dense = on_a_plain_cpu(script, (z, *packed(columns)), tmp_path, cpu)
     close(product, z, columns.T)
     assert torch.equal(dense, columns.float())
 
