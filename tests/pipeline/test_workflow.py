@@ -231,7 +231,7 @@ def test_a_method_that_goes_by_the_loss_has_stages_of_its_own(finished, tmp_path
     files = [json.loads(file.read_text())["projections"] for file in sorted(place.glob("0*.json"))]
     for row in (row for projections in files for row in projections):
         assert 1 - row["stored_bits"] / row["dense_bits"] >= chosen["ratios"][row["name"]] - 1e-9
-    assert [row["method"] for row in rows(folder)] == ["dense", "cospadi_loss", "cospadi_loss"]
+    assert [row["method"] for row in rows(folder)] == ["dense", "cospadi_loss", "cospadi_loss+int8"]
     assert planned(folder, overrides) == {}
     blended = planned(folder, f"{overrides} calibration.fisher.blend=0.2")
     assert set(blended) == {"expect_losses", "choose_ratios", "factorize", "quantize", "evaluate", "tabulate"}

@@ -105,11 +105,12 @@ rule factorize:
             "factorization", model=w.model, method=w.method, ratio=w.ratio
         ),
         overrides=lambda w, output: study.overrides_for(w.model, w.method, w.ratio),
-        chosen=lambda w, input: " ".join(
+        # Named as in the first studies: with another command Snakemake would run all of them again.
+        ranks=lambda w, input: " ".join(
             f"--{name} {input.get(name)}"
             for name in ("ranks", "fisher", "ratios")
             if input.get(name)
         ),
     shell:
-        "python -m cospadi factorize {params.overrides} --model {input.model} --grams {input.grams} {params.chosen}"
+        "python -m cospadi factorize {params.overrides} --model {input.model} --grams {input.grams} {params.ranks}"
         " --layers {wildcards.layers} --factors {output.factors} --record {output.record} > {log} 2>&1"

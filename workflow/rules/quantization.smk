@@ -21,11 +21,14 @@ rule quantize:
             ratio=w.ratio,
             quantization=w.quantization,
         ),
-        overrides=lambda w, output: study.overrides_for(
-            w.model, w.method, w.ratio, w.quantization
+        # In one string, so that the command is that of the first studies, which Snakemake would run again otherwise.
+        overrides=lambda w, input, output: " ".join(
+            [
+                study.overrides_for(w.model, w.method, w.ratio, w.quantization),
+                *([f"--fisher {input.fisher}"] if input.fisher else []),
+            ]
         ),
-        fisher=lambda w, input: f"--fisher {input.fisher}" if input.fisher else "",
     shell:
         "python -m cospadi quantize {params.overrides} --model {input.model} --grams {input.grams}"
-        " {params.fisher} --factors {input.factors} --factorization {input.factorization} --quantized {output.factors}"
+        " --factors {input.factors} --factorization {input.factorization} --quantized {output.factors}"
         " --record {output.record} > {log} 2>&1"
