@@ -150,8 +150,9 @@ def _parts(study: Study, model: str, n_blocks: int, shape: Shape, folder: Path) 
 
     cells = [cell for cell in study.cells if cell.model == model]
     methods = {cell.method: _cut(study.config(model, cell.method), n_blocks) for cell in cells}
-    back = folder / "fisher"
-    if any(config.factorization.needs_fisher for config in methods.values()):
+    needs_fisher = any(config.factorization.needs_fisher for config in methods.values())
+    back = folder / "fisher" if needs_fisher else None
+    if needs_fisher:
         yield Part(
             "calibration",
             "fisher",
@@ -188,7 +189,7 @@ def _parts(study: Study, model: str, n_blocks: int, shape: Shape, folder: Path) 
                     layers,
                     factors,
                     _record(factors),
-                    None,
+                    fisher=back,
                 ),
                 cost.factorize_model(config.factorization, shape_of_cut),
             )

@@ -9,7 +9,7 @@ from cospadi.errors import UserError
 from cospadi.pipeline.profile import measure
 from cospadi.pipeline.study import Study
 
-OF_ONE = "study.models=[tiny_llama] study.methods=[svd,cospadi_plus] study.quantizations_of={cospadi_plus:[int4]} study.ratios_of={}"
+OF_ONE = "study.models=[tiny_llama] study.methods=[svd,cospadi_loss] +study.quantizations_of.cospadi_loss=[int4] study.ratios_of={}"
 
 
 def test_every_stage_of_a_study_is_measured(tmp_path, capsys):
@@ -18,7 +18,7 @@ def test_every_stage_of_a_study_is_measured(tmp_path, capsys):
     assert cli.main(command) == 0
     rows = json.loads(file.read_text())
     parts = [row["part"] for row in rows if row["stage"] in ("factorization", "quantization")]
-    assert parts == ["svd-0.3", "cospadi_plus-0.3", "cospadi_plus-0.3-int4"]
+    assert parts == ["losses of cospadi_loss", "svd-0.3", "cospadi_loss-0.3", "cospadi_loss-0.3-int4"]
     assert {row["stage"] for row in rows} == {
         *("sources", "calibration", "factorization", "quantization", "packing", "unpacking", "evaluation")
     }
@@ -27,7 +27,7 @@ def test_every_stage_of_a_study_is_measured(tmp_path, capsys):
         assert row["core_seconds"] > 0
         assert row["peak_memory_mb"] > 100
         assert row["gflops"] is None or 0 < row["gflops"] < row["peak_gflops"]
-    (calibrated,) = [row for row in rows if row["stage"] == "calibration"]
+    calibrated, _ = [row for row in rows if row["stage"] == "calibration"]  # and going back
     assert calibrated["study_core_seconds"] == pytest.approx(2 * calibrated["core_seconds"])  # one block of two
     assert "minutes on the" in capsys.readouterr().out
 
