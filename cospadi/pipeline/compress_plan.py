@@ -109,7 +109,7 @@ def _shape(config: Config) -> Shape:
 
 
 def _measuring(config: Config, shape: Shape) -> Work:
-    """Windows through the model before and after, whose dense logits are computed once more."""
+    """Windows through the model before and after, with the expected rows of the head before."""
     tokens = MEASURED_WINDOWS * config.calibration.sample_length
     head = 2 * shape.vocabulary * shape.hidden
     return Work(model=tokens * (2 * 2 * shape.compressed + 3 * head), memory=2 * tokens * shape.vocabulary * 4 * 6)

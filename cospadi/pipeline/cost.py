@@ -60,6 +60,11 @@ def fisher(config: Config, shape: Shape) -> Work:
     return blocks + Work(model=2 * tokens * head, memory=tokens * shape.vocabulary * 4 * 8)
 
 
+def fisher_bytes(shape: Shape) -> int:
+    """Bytes of a block's factors of the Fisher information, in float32."""
+    return 4 * sum(d_in**2 for d_in, _ in shape.projections.values())
+
+
 def gram_bytes(config: Config, shape: Shape) -> int:
     """Bytes of a block's grams, in float64."""
     return 8 * sum(size**2 for size in gram_sizes(config, shape))
@@ -102,16 +107,11 @@ def evaluated_tokens(config: Config) -> tuple[int, int]:
 
 
 def evaluate(config: Config, shape: Shape, dense: bool) -> Work:
-    """Windows and tasks through the model; of a compressed one the dense logits of the windows once more."""
+    """Windows and tasks through the model; of a dense one the expected rows of its head, a product more."""
     windows, tasks = evaluated_tokens(config)
     head = 2 * shape.vocabulary * shape.hidden
-    forward = (windows + tasks) * (2 * shape.compressed + head) + (0 if dense else windows * head)
+    forward = (windows + tasks) * (2 * shape.compressed + head) + (windows * head if dense else 0)
     return Work(model=forward, memory=(windows + tasks) * shape.vocabulary * 4 * 6)
-
-
-def fisher_bytes(shape: Shape) -> int:
-    """Bytes of a block's factors of the Fisher information, in float32."""
-    return 4 * sum(d_in**2 for d_in, _ in shape.projections.values())
 
 
 def expect_losses(config: FactorizationConfig, shape: Shape) -> Work:
