@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from cospadi import devices
 from cospadi.calibration.settings import CalibrationConfig
-from cospadi.calibration.statistics import add_weighted, statistics_file
+from cospadi.calibration.statistics import add_weighted, existing_file
 from cospadi.errors import UserError
 from cospadi.experts import groups_of_block
-from cospadi.kernels.next_token import drawn
+from cospadi.kernels.next_token import drawn, makes_all
 from cospadi.models import BlockWalker
 from cospadi.sources.settings import ModelConfig
 
@@ -187,7 +187,8 @@ class LossGradient:
             UserError: the predictions are not finite.
         """
         if self.is_plain is None:
-            self.is_plain = self._makes_all(finished, logits)
+            with torch.no_grad():
+                self.is_plain = makes_all(self.head, finished()[0][:, :COMPARED], logits()[0][:, :COMPARED])
         with torch.enable_grad():
             if self.is_plain:
                 end, leaf = finished()
@@ -200,12 +201,6 @@ class LossGradient:
             _require_finite_predictions(log_p)
             labels = torch.multinomial(log_p.detach().exp(), 1, generator=self.draw)
             return torch.autograd.grad(-log_p.gather(-1, labels).sum(), leaf)[0]
-
-    @torch.no_grad()
-    def _makes_all(self, finished: Forward, logits: Forward) -> bool:
-        """Whether the first tokens' logits are the head's product with what enters it."""
-        ours = self.head(finished()[0][:, :COMPARED])
-        return torch.allclose(ours, logits()[0][:, :COMPARED], rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def _require_finite_predictions(end: Tensor) -> None:
@@ -271,9 +266,7 @@ def read_fisher(
     Raises:
         UserError: when the layer's file is missing.
     """
-    file = statistics_file(folder, layer)
-    if not file.is_file():
-        raise UserError(f"{file} is missing. Compute it again: run fisher for this model.")
+    file = existing_file(folder, layer, "Compute it again: run fisher for this model.")
     with safe_open(file, framework="pt") as tensors:
         gram, columns = (tensors.get_tensor(f"{projection}.{part}") for part in (GRAM, COLUMNS))
     return gram.double().to(device), columns.double().to(device)

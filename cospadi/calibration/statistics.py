@@ -101,6 +101,18 @@ def statistics_file(grams: Path, layer: int) -> Path:
     return grams / f"{layer:03d}.safetensors"
 
 
+def existing_file(folder: Path, layer: int, remedy: str) -> Path:
+    """`statistics_file` of a layer.
+
+    Raises:
+        UserError: when it is missing; the sentence ends with ``remedy``.
+    """
+    file = statistics_file(folder, layer)
+    if not file.is_file():
+        raise UserError(f"{file} is missing. {remedy}")
+    return file
+
+
 def tensors_of(statistics: dict[str, InputStatistics]) -> dict[str, Tensor]:
     """What is written of a layer."""
     tensors = {}
@@ -124,9 +136,7 @@ def read_statistics(
     Raises:
         UserError: when the layer's file is missing.
     """
-    file = statistics_file(grams, layer)
-    if not file.is_file():
-        raise UserError(f"{file} is missing. Collect the grams again: run calibrate for this model.")
+    file = existing_file(grams, layer, "Collect the grams again: run calibrate for this model.")
     with safe_open(file, framework="pt") as tensors:
         weighted = f"{shared_input}.{WEIGHTED_GRAM}"
         name = weighted if attended and weighted in tensors.keys() else f"{shared_input}.gram"  # noqa: SIM118

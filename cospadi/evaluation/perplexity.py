@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cospadi.errors import UserError
-from cospadi.kernels.next_token import NextTokens, divergence, next_tokens
+from cospadi.kernels.next_token import NextTokens, divergence, makes_all, next_tokens
 from cospadi.progress import Progress
 from cospadi.records import write_tensors
 
@@ -246,8 +246,8 @@ def _identity(windows: Int[Tensor, "windows window"], head: nn.Module) -> dict[s
 
 def _check_head(model: nn.Module, decoder: nn.Module, head: nn.Module, ids: Int[Tensor, "1 tokens"]) -> None:
     """Logits have to be ``lm_head`` of the final hidden states and nothing more (no soft-capping, no scaling)."""
-    ours = head(decoder(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(ours, model(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-3, equal_nan=True):
+    hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+    if not makes_all(head, hidden, model(input_ids=ids, use_cache=False).logits):
         raise UserError(
             f"{type(model).__name__} changes its logits after lm_head, which the comparison with the dense model does not "
             "support. Use a model of the Llama or Qwen family."

@@ -39,6 +39,7 @@ from cospadi.progress import Progress
 from cospadi.quantization.settings import NONE
 from cospadi.records import read_json, write_json, write_tensors, write_text
 from cospadi.settings import Config
+from cospadi.sources.files import companions
 from cospadi.sources.shapes import Shape, shape_of
 
 Row = dict[str, Any]
@@ -251,9 +252,10 @@ def keep_blocks(config: Config, folder: Path, n_blocks: int, out: Path) -> None:
     if "layer_types" in settings:
         settings["layer_types"] = settings["layer_types"][:n_blocks]
     out.mkdir(parents=True)
-    for file in folder.iterdir():
-        if file.suffix in (".json", ".model", ".txt", ".jinja") and file.name != "config.json":
-            (out / file.name).write_bytes(file.read_bytes())
+    for file in companions(folder):
+        copy = out / file.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(file.read_bytes())
     write_json(out / "config.json", settings)
     checkpoint = Checkpoint(folder)
     prefix = f"{config.model.blocks}."
@@ -261,7 +263,6 @@ def keep_blocks(config: Config, folder: Path, n_blocks: int, out: Path) -> None:
         n for n in checkpoint.names if not n.startswith(prefix) or int(n.removeprefix(prefix).split(".")[0]) < n_blocks
     ]
     write_tensors(out / "model.safetensors", {name: checkpoint.read(name) for name in kept})
-    (out / "model.safetensors.index.json").unlink(missing_ok=True)
     write_json(out.parent / "record.json", read_json(folder.parent / "record.json"))
 
 
