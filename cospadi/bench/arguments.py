@@ -62,7 +62,12 @@ def add_pipeline_options(parser: argparse.ArgumentParser) -> None:
     """Everything `cospadi.pipeline.profile.run` reads."""
     what = parser.add_argument_group("what is measured")
     what.add_argument("--study", default="default", help="whose cells (default %(default)s)")
-    what.add_argument("--overrides", metavar="SETTINGS", help="of the study, as for snakemake: 'study.methods=[svd]'")
+    what.add_argument(
+        "--overrides",
+        dest="of_study",  # ``overrides`` are settings typed one by one, which this command has none of
+        metavar="SETTINGS",
+        help="of the study, as for snakemake: 'study.methods=[svd]'",
+    )
     what.add_argument("--model", help="one of the study's (default: its first)")
     what.add_argument("--blocks", type=int, default=1, help="of the model, from the first (default %(default)s)")
     what.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's)")

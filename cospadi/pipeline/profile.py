@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: an option is invalid, or a stage fails.
     """
-    study = Study(options.study, parse_overrides(options.overrides))
+    study = Study(options.study, parse_overrides(options.of_study))
     model = options.model or study.study.models[0]
     if model not in study.study.models:
         raise UserError(f"--model {model} is not in study {study.name}. There are: {', '.join(study.study.models)}.")

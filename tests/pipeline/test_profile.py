@@ -36,3 +36,22 @@ def test_every_stage_of_a_study_is_measured(tmp_path, capsys):
 def test_more_blocks_than_the_model_has_are_refused(blocks, tmp_path):
     with pytest.raises(UserError, match="tiny_llama has 2: set 1 to 2"):
         measure(Study("smoke"), "tiny_llama", blocks, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "x"], "--model x is not in study default"),
+        (["a.b=1"], "unrecognized arguments: a.b=1"),
+        (["--overrides", "study.methods=[nope]"], "nope"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, sentence, capsys):
+    try:
+        code = cli.main(["bench", "pipeline", *arguments])
+    except SystemExit as error:
+        code = error.code
+    assert code
+    told = capsys.readouterr().err
+    assert sentence in told
+    assert "Traceback" not in told
