@@ -11,13 +11,18 @@ from cospadi.tables.cells import Cell
 RESULTS = Path(__file__).parents[2] / "docs" / "results.md"
 
 
-def numbers() -> dict[str, list[tuple[float, float]]]:
-    """Perplexity and KL of every method at 0.2, 0.3, 0.4 and 0.5."""
+def numbers() -> dict[str, dict[float, tuple[float, float]]]:
+    """Perplexity and KL of every method at 0.2, 0.3, 0.4 and 0.5; a dash stands for a cell that was not measured."""
     text = RESULTS.read_text(encoding="utf-8").partition("## Every method at equal bytes")[2].partition("*`make")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE)
-    return {
-        name: [tuple(map(float, pair.replace("*", "").split(" / "))) for pair in row.split(" | ")] for name, row in rows
-    }
+    return {name: dict(_measured(row)) for name, row in rows}
+
+
+def _measured(row: str):
+    for ratio, pair in zip((0.2, 0.3, 0.4, 0.5), row.split(" | "), strict=True):
+        if pair != "–":
+            perplexity, divergence = pair.replace("*", "").split(" / ")
+            yield ratio, (float(perplexity), float(divergence))
 
 
 def cells() -> list[Cell]:
@@ -27,7 +32,7 @@ def cells() -> list[Cell]:
         config = load([f"factorization={name}"]).factorization
         made += [
             _cell(name, config.title, ratio, *pair, config.family)
-            for ratio, pair in zip((0.2, 0.3, 0.4, 0.5), row, strict=True)
+            for ratio, pair in row.items()
         ]
     return made
 
