@@ -30,10 +30,7 @@ def cells() -> list[Cell]:
     made = [_cell("dense", "Dense", None, 21.67, 0.0, "")]
     for name, row in numbers().items():
         config = load([f"factorization={name}"]).factorization
-        made += [
-            _cell(name, config.title, ratio, *pair, config.family)
-            for ratio, pair in row.items()
-        ]
+        made += [_cell(name, config.title, ratio, *pair, config.family) for ratio, pair in row.items()]
     return made
 
 
