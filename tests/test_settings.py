@@ -49,6 +49,18 @@ def test_every_file_composes_under_its_own_name(file):
     assert section is not None
 
 
+def test_what_was_composed_before_hides_no_change(conf):
+    """Neither one of a file, nor one that somebody made to the settings that were returned."""
+    before = load(["factorization=cospadi"])
+    before.factorization.seed = 7
+    before.study.methods.append("nothing")
+    again = load(["factorization=cospadi"])
+    assert again.factorization.seed == 42
+    assert "nothing" not in again.study.methods
+    append(conf / "factorization" / "cospadi.yaml", "seed: 8")
+    assert load(["factorization=cospadi"]).factorization.seed == 8
+
+
 def test_texts_on_disk_travel_with_the_settings():
     """A wheel holds ``conf/``, and nothing of ``tests/``."""
     sources = {
