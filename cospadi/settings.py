@@ -314,8 +314,9 @@ def _one_sentence(error: BaseException) -> str:
 RENAMED = {
     ("factorization", "cospadi_orthogonal"): "compot",
     ("factorization", "cospadi_one_shot"): "rocket",
+    ("factorization", "cospadi_plus_private"): "cospadi_outputs_private",
 }
-"""Files of ``conf`` that have another name now: a rival carries its own."""
+"""Files of ``conf`` that have another name now."""
 
 
 def _no_such_option(error: MissingConfigException) -> str:
