@@ -131,7 +131,7 @@ def test_a_misspelt_key_in_a_file_is_refused_with_the_file(conf, file, line, nam
     ("file", "content", "named"),
     [
         ("factorization/cospadi_plus.yaml", "rho: [3", "cospadi_plus.yaml"),
-        ("factorization/cospadi_plus.yaml", "cg_steps: 4", "cospadi_plus.yaml"),  # a second time
+        ("factorization/cospadi_outputs.yaml", "cg_steps: 4", "cospadi_outputs.yaml"),  # a second time
         ("factorization/cospadi_plus.yaml", "tolerance: abc", "factorization.tolerance"),
         ("model/smollm2_135m.yaml", "dtype: int8", "model.dtype=int8"),
     ],

@@ -155,7 +155,7 @@ def logits_of(model) -> torch.Tensor:
 @pytest.mark.parametrize("family", ALL)
 def test_a_family_goes_all_the_way(family, tmp_path, text):
     written(family, tmp_path / "dense")
-    method = "cospadi_plus" if family in SHARING else "svd_llm"
+    method = "cospadi_outputs" if family in SHARING else "svd_llm"
     compress_to(str(tmp_path / "dense"), tmp_path / "out", [f"factorization={method}", *SETTINGS], text)
     compressed = cospadi.load(tmp_path / "out")
     layers = [name for name, layer in compressed.named_modules() if isinstance(layer, CompressedLinear)]

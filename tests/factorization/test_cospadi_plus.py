@@ -164,9 +164,14 @@ def test_settings_that_make_no_sense_are_refused(setting, message):
 
 
 def test_the_configurations_are_what_their_names_say():
-    flagship, sparse = (load([f"factorization={name}"]).factorization for name in ("cospadi_plus", "cospadi_sparse"))
-    assert (flagship.fixed_atoms, flagship.learned_atoms) == ("identity", "auto")
-    assert (sparse.fixed_atoms, sparse.learned_atoms) == ("identity", 0.0)
+    names = ("cospadi_plus", "cospadi_fast", "cospadi_outputs", "cospadi_outputs_private", "cospadi_sparse")
+    of = {name: load([f"factorization={name}"]).factorization for name in names}
+    assert all(config.fixed_atoms == "identity" for config in of.values())
+    assert {name: config.learned_atoms for name, config in of.items()} == dict(
+        zip(names, (1 / 16, 0.0, "auto", "auto", 0.0), strict=True)
+    )
+    assert [name for name in names if of[name].objective == of[name].allocation == "loss"] == list(names[:2])
+    assert [name for name in names if of[name].shares] == ["cospadi_outputs"]
 
 
 def test_settings_that_are_not_read_change_nothing():

@@ -494,7 +494,7 @@ def test_methods_that_share_nothing_say_so():
 
 # --- files, checkpoints, ties
 
-GROUPED = ("cospadi_group", "cospadi_plus", "geopair", "basis_sharing", "cospadi_group+int4", "basis_sharing+int8")
+GROUPED = ("cospadi_group", "cospadi_outputs", "geopair", "basis_sharing", "cospadi_group+int4", "basis_sharing+int8")
 """Methods, and two of them quantized."""
 STORED = dict.fromkeys(GROUPED, "dictionary") | dict.fromkeys(("basis_sharing", "basis_sharing+int8"), "left")
 
@@ -722,7 +722,7 @@ def test_compress_in_python_shares_too(made, tmp_path, method):
             assert float((layer.dense_weight() - stored[name].weight()).norm() / layer.dense_weight().norm()) < 0.2
 
 
-@pytest.mark.parametrize("method", ["cospadi_group", "basis_sharing", "cospadi_plus"])
+@pytest.mark.parametrize("method", ["cospadi_group", "basis_sharing", "cospadi_outputs"])
 def test_layers_with_biases_share_too(made, tmp_path, method):
     dense = made("cospadi_group") / "out.work/model"
     tokenizer = AutoTokenizer.from_pretrained(dense)

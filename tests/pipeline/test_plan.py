@@ -31,7 +31,7 @@ SECONDS = {
     ("cospadi_sparse", 0.2): 166.1,
     ("cospadi_sparse", 0.5): 176.0,
     ("wanda", 0.5): 18.4,
-    ("cospadi_plus", 0.2): 1024.0,
+    ("cospadi_outputs", 0.2): 1024.0,
 }
 """Of all projections of the default model, from finished factorization records, one thread."""
 
@@ -89,7 +89,7 @@ def test_work_follows_the_settings():
     assert seconds(method("cospadi", "factorization.n_rounds=48"), 512, 512) > 1.5 * seconds(
         method("cospadi"), 512, 512
     )
-    assert seconds(method("cospadi_plus"), 512, 512) > 2 * seconds(method("cospadi_sparse"), 512, 512)
+    assert seconds(method("cospadi_outputs"), 512, 512) > 2 * seconds(method("cospadi_sparse"), 512, 512)
     assert seconds(method("cospadi_paper"), 2048, 2048) > 10 * seconds(method("cospadi"), 2048, 2048)
     for name in (
         "svd",
@@ -117,7 +117,7 @@ def test_cells_jobs_and_disk_are_those_of_the_study():
         cells = [cell for cell in study.cells if cell.model == line.model]
         records = {record for cell in cells for record in (*study.factors(cell, "json"), study.evaluation_record(cell))}
         records |= {record for cell in cells for record in study.earlier_records(cell) if record[-8:-5].isdigit()}
-        assert line.jobs == len(records) + 3
+        assert line.jobs == len(records) + 3 + 3  # of cospadi_plus alone: gradients, losses, ratios
         assert line.quantization > 0
         assert line.download == 0
     shape = KNOWN["meta-llama/Meta-Llama-3-8B"]
@@ -184,10 +184,12 @@ def test_the_plan_of_one_compression_follows_ratio_and_method(tmp_path):
         assert cli.main(["plan", "meta-llama/Meta-Llama-3-8B", *words, "--tflops", "100", "--json", str(file)]) == 0
         return json.loads(file.read_text())["plan"]
 
-    small = plan("--ratio", "0.2")
-    assert small["grams"] == 32 * 8 * (2 * 4096**2 + 4096**2 + 4096**2 + 14336**2)
+    small = plan("--ratio", "0.2", "--method", "cospadi_outputs")
+    of_inputs = 32 * 8 * (2 * 4096**2 + 4096**2 + 4096**2 + 14336**2)
+    assert small["grams"] == of_inputs
+    assert plan("--ratio", "0.2")["grams"] == of_inputs + 32 * 4 * (6 * 4096**2 + 14336**2)  # every projection its own
     assert small["download"] == small["dense"] == 2 * KNOWN["meta-llama/Meta-Llama-3-8B"].parameters
-    assert plan("--ratio", "0.5")["checkpoint"] < small["checkpoint"] < small["dense"]
+    assert plan("--ratio", "0.5", "--method", "cospadi_outputs")["checkpoint"] < small["checkpoint"] < small["dense"]
     assert plan("--method", "svd_llm")["factorization"] < small["factorization"]
     assert plan("--no-measure")["memory"] < small["memory"]
     assert plan("calibration.n_samples=1")["calibration"] < small["calibration"]
@@ -203,7 +205,8 @@ def test_the_shape_of_a_hub_model_is_fetched_without_its_weights(tmp_path, monke
         return tmp_path
 
     monkeypatch.setattr(checkpoints, "_snapshot", snapshot)
-    assert plan_compress(load(["model=any", "model.source=owner/name"]), SPEED).grams == 3 * 8 * (4 * 64**2 + 96**2)
+    config = load(["model=any", "model.source=owner/name", "factorization=cospadi_outputs"])
+    assert plan_compress(config, SPEED).grams == 3 * 8 * (4 * 64**2 + 96**2)
     assert asked == [("owner/name", ["config.json"])]
 
 

@@ -9,7 +9,7 @@ from cospadi.errors import UserError
 from cospadi.pipeline.profile import measure
 from cospadi.pipeline.study import Study
 
-OF_ONE = "study.models=[tiny_llama] study.methods=[svd,cospadi_loss] +study.quantizations_of.cospadi_loss=[int4] study.ratios_of={}"
+OF_ONE = "study.models=[tiny_llama] study.methods=[svd,cospadi_fast] +study.quantizations_of.cospadi_fast=[int4] study.ratios_of={}"
 
 
 def test_every_stage_of_a_study_is_measured(tmp_path, capsys):
@@ -18,7 +18,7 @@ def test_every_stage_of_a_study_is_measured(tmp_path, capsys):
     assert cli.main(command) == 0
     rows = json.loads(file.read_text())
     parts = [row["part"] for row in rows if row["stage"] in ("factorization", "quantization")]
-    assert parts == ["losses of cospadi_loss", "svd-0.3", "cospadi_loss-0.3", "cospadi_loss-0.3-int4"]
+    assert parts == ["losses of cospadi_fast", "svd-0.3", "cospadi_fast-0.3", "cospadi_fast-0.3-int4"]
     assert {row["stage"] for row in rows} == {
         *("sources", "calibration", "factorization", "quantization", "packing", "unpacking", "evaluation")
     }

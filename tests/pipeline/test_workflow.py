@@ -220,18 +220,18 @@ def test_a_method_that_goes_by_the_loss_has_stages_of_its_own(finished, tmp_path
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder, symlinks=True, copy_function=shutil.copy2)
     overrides = (
-        "study.models=[tiny_llama] study.methods=[cospadi_loss] study.layers_per_job=1 "
-        "+study.quantizations_of.cospadi_loss=[none,int8] tracking=disabled"
+        "study.models=[tiny_llama] study.methods=[cospadi_fast] study.layers_per_job=1 "
+        "+study.quantizations_of.cospadi_fast=[none,int8] tracking=disabled"
     )
     run = snakemake(folder, overrides=overrides)
     assert run.returncode == 0, run.stdout[-5000:]
-    place = folder / "results/factorization/tiny_llama/smoke/cospadi_loss-0.3"
+    place = folder / "results/factorization/tiny_llama/smoke/cospadi_fast-0.3"
     chosen = json.loads((place / "ratios.json").read_text())
     assert chosen["expected_loss"] <= chosen["expected_loss_uniform"]
     files = [json.loads(file.read_text())["projections"] for file in sorted(place.glob("0*.json"))]
     for row in (row for projections in files for row in projections):
         assert 1 - row["stored_bits"] / row["dense_bits"] >= chosen["ratios"][row["name"]] - 1e-9
-    assert [row["method"] for row in rows(folder)] == ["dense", "cospadi_loss", "cospadi_loss+int8"]
+    assert [row["method"] for row in rows(folder)] == ["dense", "cospadi_fast", "cospadi_fast+int8"]
     assert planned(folder, overrides) == {}
     blended = planned(folder, f"{overrides} calibration.fisher.blend=0.2")
     assert set(blended) == {"expect_losses", "choose_ratios", "factorize", "quantize", "evaluate", "tabulate"}

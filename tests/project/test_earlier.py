@@ -86,7 +86,7 @@ def jobs_of(plan: str) -> dict[str, int]:
 
 @pytest.mark.xdist_group("workflow")
 def test_an_earlier_study_computes_again_what_has_another_revision_alone(earlier_study):
-    """It had `cospadi_plus` of revision 2, whose two blocks of layers are factorized, quantized and measured again."""
+    """It had `cospadi_plus` of revision 2, which did not go by the loss: its two blocks of layers are factorized, quantized and measured again."""
     plan = planned(earlier_study, STUDY)
     of_cells = {rule: count for rule, count in jobs_of(plan).items() if rule in EVERY_STAGE}
     assert of_cells == {"factorize": 2, "quantize": 2, "evaluate": 2}

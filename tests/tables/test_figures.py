@@ -80,7 +80,7 @@ def test_a_method_has_one_colour_in_all_figures():
 def test_the_paper_and_the_nearest_of_every_family_stand_out():
     """At 0.3: Basis Sharing before SVD-LLM, OATS before SparseGPT, the loss-aware CoSpaDi+ before all other dictionaries."""
     frame = summary(rivals.cells())
-    assert standing_out(frame) == {"basis_sharing", "oats", "cospadi_loss", "cospadi"}
+    assert standing_out(frame) == {"basis_sharing", "oats", "cospadi_fast", "cospadi"}
     assert set(palette(frame).values()) - {GREY} == {palette(frame)[name] for name in standing_out(frame)}
     few = summary(study())
     assert standing_out(few) == {"svd", "svd_llm", "cospadi"}
