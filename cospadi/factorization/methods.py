@@ -206,7 +206,12 @@ def cospadi(config: CoSpaDiConfig, groups: Sequence[Sequence[Problem]]) -> Itera
         if config.fixed_atoms == IDENTITY:
             whiteners = torch.stack([(p.whitener / scale).float() for p, scale in zip(problems, scales, strict=True)])
             weights = torch.stack([problem.weighed(problem.weight).float() for problem in problems])
-            fractions = LEARNED_FRACTIONS if config.learned_atoms == AUTO else [config.learned_atoms]
+            if config.learned_atoms == AUTO:
+                fractions = LEARNED_FRACTIONS
+            elif batch[0][0].ratio is None:
+                fractions = [config.learned_atoms]
+            else:  # an allocation knows nothing of atoms, and may leave them no room
+                fractions = [search.affordable(d_in, d_out, ratio, config.learned_atoms, members)]
             fits = search.beside_identity(targets, whiteners, weights, ratio, fractions, settings, members)
         elif config.rho == AUTO:
             fits = search.learned_only(targets, ratio, settings, members)

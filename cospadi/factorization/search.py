@@ -134,6 +134,19 @@ def size_beside_identity(d_in: int, d_out: int, compression_ratio: float, fracti
     return atoms, budget.nonzeros(d_in, d_out, compression_ratio, atoms, members, at_least=columns) / columns
 
 
+def affordable(d_in: int, d_out: int, compression_ratio: float, fraction: float, members: int = 1) -> float:
+    """``fraction``, or 0 where so many learned atoms would hold more numbers than they leave for values.
+
+    >>> affordable(576, 192, 0.5, 0.0625), affordable(576, 192, 0.85, 0.0625), affordable(32, 32, 0.85, 0.0625)
+    (0.0625, 0.0, 0.0)
+    """
+    try:
+        atoms, sparsity = size_beside_identity(d_in, d_out, compression_ratio, fraction, members)
+    except UserError:  # not even one value a column would be left
+        return 0.0
+    return fraction if atoms * d_in <= sparsity * members * d_out else 0.0
+
+
 def _those_that_fit(size_of: Callable[[float], Size], candidates: Sequence[float]) -> list[Size]:
     """The sizes that the budget has room for.
 
