@@ -1076,6 +1076,6 @@ def test_a_model_that_is_partly_on_disk_is_saved_and_not_multiplied_out(made, tm
 
 
 def test_layers_that_share_are_not_loaded_to_disk(made, tmp_path, text):
-    compress_to(str(made()[0]), tmp_path / "out", ["factorization=cospadi_plus", *SMALL[1:]], text)
+    compress_to(str(made()[0]), tmp_path / "out", ["factorization=cospadi_outputs", *SMALL[1:]], text)
     with pytest.raises(UserError, match=r"shares its dictionary or basis .* offloaded to disk"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map=ON_DISK, offload_folder=tmp_path / "off")
