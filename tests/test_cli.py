@@ -104,7 +104,7 @@ def test_a_missing_model_is_named(refused, tmp_path):
 
 
 def test_missing_grams_are_named(refused, checkpoint):
-    told = refused(*factorize(checkpoint, *TINY))
+    told = refused(*factorize(checkpoint, *TINY, "factorization=cospadi_outputs"))
     assert str(checkpoint / "grams") in told
     assert not (checkpoint / "out" / "factors").exists()
 

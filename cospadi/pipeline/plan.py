@@ -47,6 +47,10 @@ class ModelPlan:
     factorization: int | float = 0.0
     quantization: int | float = 0.0
     evaluation: int | float = 0.0
+    gradients: int | float = 0.0
+    """Seconds, of those of calibration, of the pass that goes by the loss."""
+    trials: int | float = 0.0
+    """Seconds, of those of factorization, of what an allocation tries."""
     grams: int | float = 0.0
     """Bytes of all grams; likewise the next three."""
     factors: int | float = 0.0
@@ -86,11 +90,13 @@ def _plan_model(study: Study, model: str, speed: Speed) -> ModelPlan:
     methods = {c.method: study.config(model, c.method).factorization for c in study.cells if c.model == model}
     if any(method.needs_fisher for method in methods.values()):
         takes.jobs += 1
-        takes.calibration += START + fisher(config, shape).seconds(speed)
+        takes.gradients = START + fisher(config, shape).seconds(speed)
+        takes.calibration += takes.gradients
         takes.grams += shape.layers * fisher_bytes(shape)
     for method in (method for method in methods.values() if method.allocates):
         takes.jobs += 1
-        takes.factorization += START + expect_losses(method, shape).seconds(speed)
+        takes.trials += START + expect_losses(method, shape).seconds(speed)
+    takes.factorization += takes.trials
     factored: set[CellId] = set()
     for cell in (cell for cell in study.cells if cell.model == model):
         composed = study.config(model, cell.method, cell.ratio, cell.quantization)
@@ -123,9 +129,14 @@ def seconds_per_job(study: Study, speed: Speed) -> dict[str, float]:
     factorized = {(cell.model, cell.method, cell.ratio): len(study.layers(cell)) for cell in study.cells}
     quantized = sum(len(study.layers(cell)) for cell in study.cells if cell.quantization != NONE)
     evaluation = sum(one.evaluation for one in plans) / (len(study.cells) + len(plans))
+    allocated = {(cell.model, cell.method) for cell in study.cells if study.allocates(cell.method)}
+    gradients = sum(one.gradients for one in plans)
+    trials = sum(one.trials for one in plans)
     return {
-        "calibrate": sum(one.calibration for one in plans) / len(plans),
-        "factorize": sum(one.factorization for one in plans) / max(sum(factorized.values()), 1),
+        "calibrate": (sum(one.calibration for one in plans) - gradients) / len(plans),
+        "fisher": gradients / max(sum(one.gradients > 0 for one in plans), 1),
+        "expect_losses": trials / max(len(allocated), 1),
+        "factorize": (sum(one.factorization for one in plans) - trials) / max(sum(factorized.values()), 1),
         "quantize": sum(one.quantization for one in plans) / max(quantized, 1),
         "evaluate_dense": evaluation,
         "evaluate": evaluation,
