@@ -1,7 +1,7 @@
 """Settings of a whole cell, composed by Hydra and checked before the first job; mistakes become sentences.
 
 ``conf/`` holds the values. Every room has a ``settings.py`` whose dataclasses hold names, types, bounds and meaning. Hydra
-refuses a key that is not a field there. Nothing in this module imports torch, so that composing a whole study takes a second.
+refuses a key that is not a field there. Nothing in this module imports torch, so that no command waits for its import to hear of a mistake.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A study of many methods, made of the numbers in ``docs/results.md``, to draw."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from test_tables import factorization, measured
@@ -18,7 +19,7 @@ def numbers() -> dict[str, dict[float, tuple[float, float]]]:
     return {name: dict(_measured(row)) for name, row in rows}
 
 
-def _measured(row: str):
+def _measured(row: str) -> Iterator[tuple[float, tuple[float, float]]]:
     for ratio, pair in zip((0.2, 0.3, 0.4, 0.5), row.split(" | "), strict=True):
         if pair != "–":
             perplexity, divergence = pair.replace("*", "").split(" / ")
