@@ -17,6 +17,8 @@ INSTALLED := .venv/.installed
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 export NO_MKDOCS_2_WARNING = 1
+# The tests start hundreds of processes: each would compile the project's files again where nothing may be kept.
+test test-fast: export PYTHONDONTWRITEBYTECODE =
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile

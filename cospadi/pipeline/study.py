@@ -1,6 +1,6 @@
 """A study as Snakemake sees it: the grid of cells, and the settings that every job depends on.
 
-Hydra owns the values. This module asks for one composition per cell, checks all of them before the first job, and hands
+Hydra owns the values. This module puts every cell together from compositions, checks all of them before the first job, and hands
 out wildcards, overrides and recipes. Nothing here imports torch.
 """
 
@@ -26,7 +26,7 @@ from cospadi.records import DENSE, RESULTS, file_hash
 from cospadi.settings import Config, load
 from cospadi.sources.addresses import local_path
 from cospadi.sources.checkpoints import n_layers
-from cospadi.sources.settings import TextConfig
+from cospadi.sources.settings import ModelConfig, TextConfig
 from cospadi.tables import PUBLISHED_FILE
 from cospadi.tracking.settings import DISABLED
 
@@ -99,8 +99,9 @@ class Study:
         used: set[str] = set()
         for model, method in product(self.study.models, self.study.methods):
             try:
-                overrides = self._overrides_of(model, method, used)
-                config = load(overrides)
+                overrides = self._overrides_of(method, used)
+                # A composition takes a third of a second: one for each model and each method, not for each pair.
+                config = replace(load(overrides), model=self._part("model", model))
                 n_layers(config.model)
             except UserError as error:
                 errors[str(error)] = None
@@ -108,16 +109,17 @@ class Study:
             ratios = self.study.ratios_of.get(method, self.study.compression_ratios)
             for ratio, name in product(ratios, self.study.quantizations_of.get(method, self.study.quantizations)):
                 cell = CellId(model, method, digits(ratio), name)
-                # A composition takes a tenth of a second; replacing the ratio takes nothing and checks it all the same.
                 try:
                     factorization = replace(config.factorization, compression_ratio=ratio)
-                    composed = replace(config, factorization=factorization, quantization=self._quantization(name))
+                    quantization = self._part("quantization", name)
+                    composed = replace(config, factorization=factorization, quantization=quantization)
                 except UserError as error:
                     errors[str(error)] = None
                     continue
                 self._configs[cell] = composed
                 self._overrides[cell] = [
                     *overrides,
+                    f"model={model}",
                     f"factorization.compression_ratio={cell.ratio}",
                     f"quantization={name}",
                 ]
@@ -141,9 +143,10 @@ class Study:
             )
 
     @cache  # noqa: B019 - lives as long as the study
-    def _quantization(self, name: str) -> QuantizationConfig:
+    def _part(self, group: str, name: str) -> ModelConfig | QuantizationConfig:
+        """What ``conf/<group>/<name>.yaml`` says under the study's overrides."""
         common = [o for o in self.overrides if not _factorization_field(o)]
-        return load([*common, f"quantization={name}"]).quantization
+        return getattr(load([*common, f"{group}={name}"]), group)
 
     def _mistakes(self) -> Iterator[str]:
         """What no single setting shows: names that do not match their files, texts that overlap, unknown tasks."""
@@ -178,12 +181,11 @@ class Study:
             except UserError as error:
                 yield str(error)
 
-    def _overrides_of(self, model: str, method: str, used: set[str]) -> list[str]:
-        """What composes these cells; ``factorization.x=…`` goes only to methods that have a field ``x``."""
-        settings = _fields_of(method)
-        fitting = [o for o in self.overrides if not _factorization_field(o) or _has(settings, o)]
+    def _overrides_of(self, method: str, used: set[str]) -> list[str]:
+        """What composes the method's cells, but for their model; ``factorization.x=…`` goes only to methods that have a field ``x``."""
+        fitting = [o for o in self.overrides if not _factorization_field(o) or _has(_fields_of(method), o)]
         used.update(fitting)
-        return [*fitting, f"model={model}", f"factorization={method}"]
+        return [*fitting, f"factorization={method}"]
 
     @property
     def cells(self) -> list[CellId]:
