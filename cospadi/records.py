@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +254,11 @@ class Record:
         self.started = time.time()
         self.content: dict[str, Any] = {"room": room, "settings": settings, "inputs": dict(inputs or {})}
 
+    def key(self, *more: object) -> str:
+        """Hash of what the results depend on: settings, inputs, versions, and ``more``, as JSON."""
+        known = [self.content["settings"], self.content["inputs"], *more, versions()]
+        return text_hash(json.dumps(known, sort_keys=True))
+
     def finish(self, path: Path, **results: Any) -> dict[str, Any]:
         """Write settings, results, versions, seconds and peak memory to ``path`` and return them."""
         self.content |= results
@@ -265,6 +270,35 @@ class Record:
         }
         write_json(path, self.content)
         return self.content
+
+
+class FinishedRows:
+    """What a stage has found out so far, a line for every name, so that a stage that was cut off goes on after it.
+
+    The lines lie in a hidden file beside the result. They are used again as long as ``key`` is the same: whatever they depend on.
+    """
+
+    def __init__(self, result: Path, key: str) -> None:
+        self.path = result.with_name(f".{result.name}.rows")
+        self._rows: dict[str, Any] = {}
+        first, *lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else [""]
+        for line in lines if first == key else []:
+            with suppress(json.JSONDecodeError):  # half a line: the process was killed while it wrote
+                name, row = json.loads(line)
+                self._rows[name] = row
+        write_text(self.path, "".join(f"{line}\n" for line in (key, *map(json.dumps, self._rows.items()))))
+
+    def get(self, name: str) -> Any:
+        """The row of ``name``; ``None`` where there is none yet."""
+        return self._rows.get(name)
+
+    def keep(self, name: str, row: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps((name, row)) + "\n")
+
+    def remove(self) -> None:
+        """Once the result is written."""
+        self.path.unlink(missing_ok=True)
 
 
 def _machine() -> dict[str, Any]:

@@ -213,3 +213,21 @@ def test_a_record_tells_settings_versions_time_and_memory(tmp_path):
     assert content["versions"]["torch"] == torch.__version__
     assert 0 <= content["seconds"] < 60
     assert content["peak_memory_mb"] > 10
+
+
+def test_rows_are_found_again_under_the_same_key_alone(tmp_path):
+    result = tmp_path / "losses.json"
+    records.FinishedRows(result, "key").keep("a", {"0.2": 0.1, "0.4": float("inf")})
+    again = records.FinishedRows(result, "key")
+    assert again.get("a") == {"0.2": 0.1, "0.4": float("inf")}
+    assert again.get("b") is None
+    with again.path.open("a") as file:
+        file.write('["b", {"0.2": 0.')  # killed while it wrote
+    third = records.FinishedRows(result, "key")
+    assert third.get("b") is None
+    third.keep("b", {})
+    assert records.FinishedRows(result, "key").get("b") == {}
+    assert records.FinishedRows(result, "other").get("a") is None
+    assert records.FinishedRows(result, "key").get("a") is None
+    third.remove()
+    assert names(tmp_path) == []

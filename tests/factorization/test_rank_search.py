@@ -12,9 +12,8 @@ from cospadi.factorization import rank_search as factorization_rank_search
 from cospadi.factorization import settings as factorization_settings
 from cospadi.models import Projection
 from cospadi.pipeline.stages import calibration, sources
-from cospadi.pipeline.stages import rank_search as allocation
 from cospadi.pipeline.stages import rank_search as stages_rank_search
-from cospadi.records import read_json
+from cospadi.records import FinishedRows, read_json
 from cospadi.sources.checkpoints import prepare_model
 
 
@@ -109,27 +108,49 @@ def sensitivity(room, tmp_path_factory):
     return read_json(file)
 
 
-def test_the_model_is_whole_again_after_each_truncation(room, monkeypatch):
+def test_a_search_that_was_cut_off_goes_on(room, sensitivity, tmp_path, monkeypatch):
+    config, model, documents, grams = room
+    measured = []
+    perplexity = stages_rank_search._perplexity
+
+    def cut(*arguments):
+        measured.append(perplexity(*arguments))
+        if len(measured) == 10:
+            raise KeyboardInterrupt
+        return measured[-1]
+
+    monkeypatch.setattr(stages_rank_search, "_perplexity", cut)
+    with pytest.raises(KeyboardInterrupt):
+        stages_rank_search.search_ranks(config, model, documents, grams, tmp_path / "sensitivity.json")
+    stages_rank_search.search_ranks(config, model, documents, grams, tmp_path / "sensitivity.json")
+    assert read_json(tmp_path / "sensitivity.json")["perplexities"] == sensitivity["perplexities"]
+    n_ratios = len(config.factorization.rank_search.truncation_ratios)
+    again = 9 % n_ratios or n_ratios  # of the dense model, and of the projection in which it was cut off
+    assert len(measured) == 1 + n_ratios * len(sensitivity["perplexities"]) + 1 + again
+    assert [file.name for file in tmp_path.iterdir()] == ["sensitivity.json"]
+
+
+def test_the_model_is_whole_again_after_each_truncation(room, tmp_path, monkeypatch):
     config, folder, _, grams = room
     loaded = []
     monkeypatch.setattr(models, "load", lambda *a, load=models.load: loaded.append(load(*a)) or loaded[-1])
     tokens = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
-    result = allocation.perplexities_alone(config, folder, grams, tokens)
+    result = stages_rank_search.perplexities_alone(config, folder, grams, tokens, FinishedRows(tmp_path / "once", ""))
     model, fresh = loaded.pop(), models.load(folder, "float32", torch.device("cpu"))
     state, expected = model.state_dict(), fresh.state_dict()
     assert all(state[name].equal(expected[name]) for name in expected)
-    again = allocation.perplexities_alone(config, folder, grams, tokens)
+    again = stages_rank_search.perplexities_alone(config, folder, grams, tokens, FinishedRows(tmp_path / "again", ""))
     assert again == result
     projections = models.find_projections(folder, config.model)
     assert set(result["perplexities"]) == {p.name for p in projections}
     p = projections[3]  # one entry, by hand
     plain = settings.load(["study=smoke", "factorization=asvd"]).factorization
-    absolute_mean = allocation.read_statistics(grams, p.layer, p.shared_input, torch.device("cpu"))[1]
+    absolute_mean = stages_rank_search.read_statistics(grams, p.layer, p.shared_input, torch.device("cpu"))[1]
     weight = models.Checkpoint(folder).weight(p)
     rank = factorization_rank_search.truncated_rank(p, 0.3)
-    problem = allocation.Problem(weight, torch.eye(p.d_in).double(), absolute_mean, rank)
-    models.replace_weights(fresh, [(p.name, allocation.factorize(plain, problem).weight())])
-    assert allocation._perplexity(fresh, tokens) == result["perplexities"][p.name]["0.3"]
+    problem = stages_rank_search.Problem(weight, torch.eye(p.d_in).double(), absolute_mean, rank)
+    models.replace_weights(fresh, [(p.name, stages_rank_search.factorize(plain, problem).weight())])
+    assert stages_rank_search._perplexity(fresh, tokens) == result["perplexities"][p.name]["0.3"]
     assert result["perplexities"][p.name]["0.3"] != result["dense_perplexity"]
 
 
@@ -138,7 +159,7 @@ def test_the_model_is_whole_again_after_a_failure(room):
     model = models.load(folder, "float32", torch.device("cpu"))
     p = models.find_projections(folder, config.model)[0]
     before = model.get_submodule(p.name).weight.clone()
-    truncated = allocation._truncated(model, config, folder, grams, [p], {p.name: 0.3})
+    truncated = stages_rank_search._truncated(model, config, folder, grams, [p], {p.name: 0.3})
     truncated.__enter__()
     assert not model.get_submodule(p.name).weight.equal(before)
     failure = RuntimeError("measuring failed")
@@ -148,7 +169,7 @@ def test_the_model_is_whole_again_after_a_failure(room):
 
 def test_chosen_ranks_meet_the_bits(room, sensitivity):
     config, folder, documents, grams = room
-    chosen = allocation.chosen_ranks(config, folder, documents, grams, sensitivity)
+    chosen = stages_rank_search.chosen_ranks(config, folder, documents, grams, sensitivity)
     projections = models.find_projections(folder, config.model)
     allowed = sum(budget.budget_bits(p.d_in, p.d_out, 0.3) for p in projections)
     stored = sum(
@@ -163,7 +184,7 @@ def test_a_truncation_that_breaks_the_model_is_the_last_resort(room, sensitivity
     rows = {name: dict(row) for name, row in sensitivity["perplexities"].items()}
     broken = next(iter(rows))
     rows[broken] = dict.fromkeys(rows[broken], float("nan"))
-    chosen = allocation.chosen_ranks(config, folder, documents, grams, {"perplexities": rows})
+    chosen = stages_rank_search.chosen_ranks(config, folder, documents, grams, {"perplexities": rows})
     assert chosen["ranks"][broken] is None
 
 
@@ -175,11 +196,11 @@ def test_a_perplexity_budget_is_kept_or_refused(room, sensitivity):
     strict = factorization_settings.RankSearchConfig(list(given_search.truncation_ratios), 1.0, 2)
     try:
         config.factorization.rank_search = generous
-        chosen = allocation.chosen_ranks(config, folder, documents, grams, sensitivity)
+        chosen = stages_rank_search.chosen_ranks(config, folder, documents, grams, sensitivity)
         assert None not in chosen["ranks"].values()  # everything is accepted at its smallest ratio
         config.factorization.rank_search = strict
         with pytest.raises(UserError, match="perplexity_budget"):
-            allocation.chosen_ranks(config, folder, documents, grams, sensitivity)
+            stages_rank_search.chosen_ranks(config, folder, documents, grams, sensitivity)
     finally:
         config.factorization.rank_search = given_search
 
@@ -189,9 +210,9 @@ def test_unreachable_ratios_and_missing_settings_are_refused(room, sensitivity):
     config.factorization.compression_ratio = 0.9
     try:
         with pytest.raises(UserError, match=r"compression_ratio=0\.9.*Add a truncation ratio of 0\.1"):
-            allocation.chosen_ranks(config, folder, documents, grams, sensitivity)
+            stages_rank_search.chosen_ranks(config, folder, documents, grams, sensitivity)
     finally:
         config.factorization.compression_ratio = 0.3
     plain = settings.load(["study=smoke", "factorization=asvd"])
     with pytest.raises(UserError, match="rank_search is not set"):
-        allocation.chosen_ranks(plain, folder, documents, grams, sensitivity)
+        stages_rank_search.chosen_ranks(plain, folder, documents, grams, sensitivity)

@@ -6,16 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cospadi import devices
+from cospadi.calibration.statistics import statistics_file
 from cospadi.factorization.allocation import TRIED, allocate, expected
 from cospadi.factorization.trials import tried
 from cospadi.models import find_projections
 from cospadi.pipeline.stages.problems import problems_of
 from cospadi.pipeline.stages.sources import weights_hash
 from cospadi.progress import Progress
-from cospadi.records import Record, read_json
+from cospadi.records import FinishedRows, Record, file_hashes, read_json
 from cospadi.settings import Config
+from cospadi.sources.addresses import state_on_disk
 
-MIDDLE = TRIED[len(TRIED) // 2]
+MIDDLE = f"{TRIED[len(TRIED) // 2]:g}"
 """The ratio whose loss the progress tells."""
 
 
@@ -27,13 +29,21 @@ def expect_losses(config: Config, model: Path, grams: Path, fisher: Path, losses
     problem_of = problems_of(config, model, grams, fisher, devices.pick(factorization.device, "factorization.device"))
     sizes = {p.name: p.d_in * p.d_out for p in projections}
     progress = Progress(len(projections), f"Expected losses at {len(TRIED)} ratios", float(sum(sizes.values())))
+    statistics = [
+        statistics_file(folder, n) for folder in (grams, fisher) for n in sorted({p.layer for p in projections})
+    ]
+    finished = FinishedRows(losses, log.key(file_hashes(*statistics), state_on_disk(str(model))))
     found = {}
     for projection in projections:
-        of_ratios = tried(factorization, problem_of(projection))
-        found[projection.name] = {f"{ratio:g}": loss for ratio, loss in of_ratios.items()}
-        told = f"{of_ratios[MIDDLE]:.2e} nats at {MIDDLE:g}" if of_ratios else "no token came by"
+        row = finished.get(projection.name)
+        if row is None:
+            row = {f"{ratio:g}": loss for ratio, loss in tried(factorization, problem_of(projection)).items()}
+            finished.keep(projection.name, row)
+        found[projection.name] = row
+        told = f"{row[MIDDLE]:.2e} nats at {MIDDLE}" if row else "no token came by"
         progress.step(projection.name, told, sizes[projection.name])
     log.finish(losses, losses=found, sizes=sizes)
+    finished.remove()
 
 
 def choose_ratios(config: Config, losses: Path, ratios: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from dataclasses import asdict
@@ -28,7 +27,7 @@ from cospadi.models import Projection, find_projections
 from cospadi.pipeline.stages.problems import problems_of
 from cospadi.pipeline.stages.sources import weights_hash
 from cospadi.progress import Progress
-from cospadi.records import Record, file_hashes, read_json, text_hash, versions
+from cospadi.records import Record, file_hashes, read_json
 from cospadi.settings import Config
 from cospadi.sources.addresses import state_on_disk
 
@@ -57,13 +56,11 @@ def factorize(
     groups = groups_of(factorization, projections, problem_of)
     folders = [folder for folder in (grams, fisher) if folder]
     statistics = [statistics_file(folder, n) for folder in folders for n in sorted({p.layer for p in projections})]
-    inputs = file_hashes(*statistics, *(file for file in (ranks, ratios) if file)) | weights_hash(model)
+    chosen = [file for file in (ranks, ratios) if file]
+    log.content["inputs"] = file_hashes(*statistics, *chosen) | weights_hash(model)
 
     # What an earlier run of this job has finished is used again.
-    key = text_hash(
-        json.dumps([log.content["settings"], inputs, state_on_disk(str(model)), versions()], sort_keys=True)
-    )
-    finished = FinishedGroups(factors.with_name(f".{factors.stem}.groups"), key)
+    finished = FinishedGroups(factors.with_name(f".{factors.stem}.groups"), log.key(state_on_disk(str(model))))
     file = FactorsFile([p.name for p in projections])  # in this order, although a GPU takes them by shape
     entries = float(sum(p.d_in * p.d_out for p in projections))
     progress = Progress(len(projections), f"{factorization.title}, layers {layers}", entries)
@@ -96,7 +93,7 @@ def factorize(
             note(row, compact)
 
     file.write(factors)
-    log.finish(record, inputs=inputs, projections=file.rows)
+    log.finish(record, projections=file.rows)
     finished.remove()
 
 

@@ -28,12 +28,17 @@ from cospadi.factorization.rank_search import bits_of, fewest_that_fit, smallest
 from cospadi.factorization.settings import ASVDConfig, RankSearchConfig
 from cospadi.models import Projection
 from cospadi.progress import Progress
-from cospadi.records import Record, file_hashes, read_json
+from cospadi.records import FinishedRows, Record, file_hashes, read_json
 from cospadi.settings import Config
+from cospadi.sources.addresses import state_on_disk
 
 
 def perplexities_alone(
-    config: Config, folder: Path, grams: Path, tokens: Int[Tensor, "n_samples sample_length"]
+    config: Config,
+    folder: Path,
+    grams: Path,
+    tokens: Int[Tensor, "n_samples sample_length"],
+    finished: FinishedRows,
 ) -> dict[str, Any]:
     """Calibration perplexity with one projection truncated at a time: ``{projection: {kept: perplexity}}``."""
     ratios = sorted(_search(config).truncation_ratios, reverse=True)
@@ -43,10 +48,14 @@ def perplexities_alone(
     dense = _perplexity(model, tokens)
     table: dict[str, dict[str, float]] = {}
     for projection in projections:
-        table[projection.name] = {}
-        for kept in ratios:
-            with _truncated(model, config, folder, grams, [projection], {projection.name: kept}):
-                table[projection.name][f"{kept:g}"] = _perplexity(model, tokens)
+        row = finished.get(projection.name)
+        if row is None:
+            row = {}
+            for kept in ratios:
+                with _truncated(model, config, folder, grams, [projection], {projection.name: kept}):
+                    row[f"{kept:g}"] = _perplexity(model, tokens)
+            finished.keep(projection.name, row)
+        table[projection.name] = row
         progress.step(projection.name)
     return {"dense_perplexity": dense, "perplexities": table}
 
@@ -153,8 +162,11 @@ def search_ranks(config: Config, model: Path, documents: Path, grams: Path, sens
     calibration = config.calibration
     log = Record("factorization", {"factorization": asdict(config.factorization), "damping": calibration.damping})
     tokens = samples(calibration, model, documents, at_most=search.n_samples)
-    perplexities = perplexities_alone(config, model, grams, tokens)
+    state = [file_hashes(documents), state_on_disk(str(grams)), state_on_disk(str(model))]
+    finished = FinishedRows(sensitivity, log.key(*state, asdict(calibration)))
+    perplexities = perplexities_alone(config, model, grams, tokens, finished)
     log.finish(sensitivity, n_tokens=tokens.numel(), **perplexities)
+    finished.remove()
 
 
 def choose_ranks(config: Config, model: Path, documents: Path, grams: Path, sensitivity: Path, ranks: Path) -> None:
