@@ -1,13 +1,14 @@
 # make reproduce   install into .venv, run the default study, write tables, figures and results/report.html
 # make notebooks   run notebooks/results.py on the tables of STUDY, into results/notebooks
-# make test        install into .venv and run every test
+# make test        install into .venv and run the tests, with one case of every kind
+# make test-all    install into .venv and run every case of every test
 # make test-fast   install into .venv and run the quick tests, under two minutes
 # make lint        ruff, snakefmt and the import contracts, as the tests also run them
 # make docs        install into .venv and build the documentation into results/docs
 # make install     install everything into .venv
 # make clean       remove .venv, results and what Snakemake keeps
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce report notebooks test test-fast docs lint clean
+.PHONY: help install reproduce report notebooks test test-all test-fast docs lint clean
 
 PYTHON ?= python3
 CORES ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
@@ -18,7 +19,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 export NO_MKDOCS_2_WARNING = 1
 # The tests start hundreds of processes: each would compile the project's files again where nothing may be kept.
-test test-fast: export PYTHONDONTWRITEBYTECODE =
+test test-all test-fast: export PYTHONDONTWRITEBYTECODE =
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -49,12 +50,16 @@ notebooks: $(INSTALLED)
 	@echo "results/notebooks/$(STUDY).ipynb: open it in Jupyter."
 
 test: $(INSTALLED)
-	@echo "== Running every test on $(CORES) cores =="
+	@echo "== Running the tests on $(CORES) cores =="
+	$(BIN)/python -m pytest -n $(CORES) --dist loadgroup -m "not thorough"
+
+test-all: $(INSTALLED)
+	@echo "== Running every case of every test on $(CORES) cores =="
 	$(BIN)/python -m pytest -n $(CORES) --dist loadgroup
 
 test-fast: $(INSTALLED)
 	@echo "== Running the quick tests on $(CORES) cores =="
-	$(BIN)/python -m pytest -n $(CORES) --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n $(CORES) --dist loadgroup -m "not slow and not thorough"
 
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from cases import cases
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,7 +43,7 @@ from cospadi.factorization.problem import Problem
 from cospadi.factorization.settings import CoSpaDiConfig, OATSConfig, PlainConfig, SVDLLMConfig, WandaConfig
 from cospadi.models import Checkpoint, find_projections
 from cospadi.pipeline import chain
-from cospadi.pipeline.stages import calibration, factorization, sources
+from cospadi.pipeline.stages import allocation, calibration, factorization, sources
 from cospadi.quantization.methods import quantize
 from cospadi.quantization.settings import QuantizationConfig
 from cospadi.sources.checkpoints import prepare_model
@@ -134,7 +135,7 @@ def in_memory(dense, model, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", cases(["llama", "qwen2", "qwen3"], {"llama", "qwen2"}))
 def test_a_loaded_model_computes_what_its_factors_say(made, family, method):
     dense, folder = made(family, method)
     model = ModelConfig(name=family, title=family, source=f"random:{family}", architecture=TINY)
@@ -857,6 +858,26 @@ def test_a_factorization_goes_on_after_the_groups_it_had_finished(made, tmp_path
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert files[0] == files[1]
     assert not list(tmp_path.glob("*.work"))
+
+
+def test_trials_of_an_allocation_go_on_after_those_that_were_done(made, tmp_path, text, monkeypatch):
+    settings = ["factorization=cospadi_fast", *SMALL[1:]]
+    done, tried = [], allocation.tried
+
+    def cut(config, problem):
+        done.append(tried(config, problem))
+        if len(done) == 6:
+            raise KeyboardInterrupt
+        return done[-1]
+
+    monkeypatch.setattr(allocation, "tried", cut)
+    with pytest.raises(KeyboardInterrupt):
+        compress_to(str(made()[0]), tmp_path / "out", settings, text)
+    compress_to(str(made()[0]), tmp_path / "out", settings, text)
+    assert len(done) == 14 + 1  # of 14 projections, that in which it was cut off twice
+    compress_to(str(made()[0]), tmp_path / "whole", settings, text)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("method", ["svd_llm", "cospadi_plus", "basis_sharing"])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
@@ -116,6 +117,8 @@ DEFAULT_NAMES = (
 ALL = sorted({*DEFAULT_NAMES, *FAMILIES})
 SHARING = ("llama", "phi3", "gpt_neox", "qwen3_moe")
 """Families that are compressed by the default method, in which gate and up share; the others by a quick one."""
+OFTEN = {*SHARING, *RENAMED, "bloom", "falcon", "gemma3_text", "lfm2", "llava", "mixtral", "qwen3_5_text"}
+"""One family of every kind of names and blocks, for every run of the tests."""
 IDS = torch.randint(1, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 SETTINGS = ["calibration.n_samples=8", "calibration.sample_length=32", "calibration.damping=1e-3"]
 
@@ -152,7 +155,7 @@ def logits_of(model) -> torch.Tensor:
         return model(IDS).logits
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", cases(ALL, OFTEN))
 def test_a_family_goes_all_the_way(family, tmp_path, text):
     written(family, tmp_path / "dense")
     method = "cospadi_outputs" if family in SHARING else "svd_llm"
@@ -172,7 +175,7 @@ def test_a_family_goes_all_the_way(family, tmp_path, text):
     assert compressed.generate(IDS[:1], max_new_tokens=2, do_sample=False).shape[1] > IDS.shape[1]
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", cases(ALL, OFTEN))
 def test_gradients_come_back_through_a_family(family, tmp_path):
     """Block by block, to every projection but those of experts that no token chose."""
     written(family, tmp_path / "dense")

@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import references
 import torch
+from cases import cases
 from hypothesis import example, given
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -551,7 +552,7 @@ def groups_in(folder):
     return sorted({tuple(sorted(row["group"])) for row in rows_of(folder) if row["group"]})
 
 
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen3"])
+@pytest.mark.parametrize("model", cases(["tiny_llama", "tiny_qwen3"], {"tiny_llama"}))
 @pytest.mark.parametrize("method", GROUPED)
 def test_a_factors_file_holds_what_is_shared_once(made, method, model):
     folder = made(method, model)
@@ -577,7 +578,7 @@ def test_a_factors_file_holds_what_is_shared_once(made, method, model):
         assert sum(sizes[name] for name in group) <= sum(r["budget_bits"] for r in rows if r["name"] in group)
 
 
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen3"])
+@pytest.mark.parametrize("model", cases(["tiny_llama", "tiny_qwen3"], {"tiny_llama"}))
 @pytest.mark.parametrize("method", GROUPED)
 def test_a_loaded_model_shares_and_computes_what_its_factors_say(made, method, model):
     folder = made(method, model)

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import yaml
+from cases import cases
 
 from cospadi.errors import UserError
 from cospadi.pipeline.study import Study
@@ -80,7 +81,7 @@ def test_averages_are_those_of_their_tasks():
             assert mean == pytest.approx(row["average_accuracy"], abs=0.1), (model, row)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", cases(STUDIES, {"paper_llama"}))
 def test_the_papers_studies_compare_with_what_is_published(name):
     study = Study(name)
     assert sum(len(study.layers(cell)) for cell in study.cells) == STUDIES[name]
