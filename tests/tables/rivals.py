@@ -1,4 +1,7 @@
-"""A study of many methods, made of the numbers in ``docs/results.md``, to draw."""
+"""A study of many methods, made of the numbers in ``docs/results.md``, to draw.
+
+``python tests/tables/rivals.py`` draws the figure of the first page.
+"""
 
 import re
 from collections.abc import Iterator
@@ -7,9 +10,14 @@ from pathlib import Path
 from test_tables import factorization, measured
 
 from cospadi.settings import load
-from cospadi.tables.cells import Cell
+from cospadi.tables.cells import Cell, summary
+from cospadi.tables.pareto import pareto_figure
+from cospadi.tables.style import save, style
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results.md"
+DOCS = Path(__file__).parents[2] / "docs"
+RESULTS = DOCS / "results.md"
+DENSE_BITS = 1698693120
+"""Of the default model's projections. Every row of the table removes its ratio of them, or a few thousandths more."""
 
 
 def numbers() -> dict[str, dict[float, tuple[float, float]]]:
@@ -43,3 +51,17 @@ def _cell(method, title, ratio, perplexity, divergence, family):
     }
     made = [] if ratio is None else [factorization(method, ratio, range(4), title=title)]
     return Cell("smollm2", "SmolLM2-135M", method, title, ratio, made, evaluation, family=family)
+
+
+def draw(stem: Path) -> list[Path]:
+    """The figure of the first page: every row of the table, at the megabytes of its ratio."""
+    frame = summary(cells())
+    frame["model_title"] = load(["model=smollm2_135m"]).model.title
+    frame["stored_bits"] = DENSE_BITS * (1 - frame["compression_ratio"].fillna(0))
+    with style():
+        return save(pareto_figure(frame), stem)
+
+
+if __name__ == "__main__":
+    _, vector = draw(DOCS / "rivals_pareto")
+    vector.unlink()
