@@ -5,8 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from cospadi.cli import forkserver
-from cospadi.pipeline import locks
+from cospadi.pipeline import forks, locks
 from cospadi.errors import UserError
 from cospadi.factorization.work import ONE_CORE
 from cospadi.pipeline.plan import seconds_per_job
@@ -40,7 +39,7 @@ onstart:
     locks.sign_in(Path.cwd())
     # Jobs of a GPU are long, and a card is not shared by forks.
     if not n_gpus():
-        forkserver.start()
+        forks.start()
     # What --logger cospadi begins its estimate with; Snakemake's own logger prints no empty message.
     logger.info(
         None,

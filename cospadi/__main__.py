@@ -1,6 +1,10 @@
 import sys
 
-from cospadi.cli import forkserver, main
+from cospadi.pipeline import forks
 
-code = forkserver.ask(sys.argv[1:])
-sys.exit(main() if code is None else code)
+code = forks.ask(sys.argv[1:])
+if code is None:
+    from cospadi.cli import main
+
+    code = main()
+sys.exit(code)

@@ -1,9 +1,9 @@
 """Jobs of a study without their start-up: one process imports everything, and every job is a fork of it.
 
 Importing torch and transformers takes 2 to 5 seconds of a core, more than most jobs of a small study work. ``snakemake``
-starts the server beside its first jobs (`start`); ``python -m cospadi <stage>`` then asks for a fork (`ask`) that has its
-arguments, environment, folder and open files, and ends with its exit code. Where there is no server, and on other machines
-of a cluster, a job imports for itself: the work is the same.
+starts the server beside its first jobs, and a sweep before its first cell (`cospadi.pipeline.forks`); ``python -m cospadi <stage>``
+then asks for a fork that has its arguments, environment, folder and open files, and ends with its exit code. Where there is no
+server, and on other machines of a cluster, a job imports for itself: the work is the same.
 
 Three processes: the server never computes, so that it may be forked; a warden for every job waits for its end, and stops it
 when whoever asked is gone; the job is a child of the warden.
@@ -20,16 +20,12 @@ import select
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 from cospadi import cli
+from cospadi.pipeline.forks import Request
 
-ADDRESS = "COSPADI_FORKSERVER"
-"""Environment variable with the path of the server's socket."""
 IMPORTS = (
     "cospadi.pipeline.stages.sources",
     "cospadi.pipeline.stages.calibration",
@@ -43,75 +39,33 @@ IMPORTS = (
 )
 """What the server imports: what starts no thread and no GPU, and holds nothing that ends with a process. W&B is not among it:
 its temporary folders, made by its import, would be removed by the first job that ends."""
-CONNECTIONS = 1024
-"""Jobs that may wait while the server still imports."""
-
-_STARTED: list[subprocess.Popen] = []
-"""The server of this process, whose pipe stays open."""
-
-
-class Request(NamedTuple):
-    """A job as it was asked for."""
-
-    arguments: list[str]
-    environment: dict[str, str]
-    folder: str
-
-
-def start() -> None:
-    """Start a server that ends with this process, and name it to the jobs that this process starts."""
-    address = Path(tempfile.mkdtemp(prefix="cospadi-")) / "socket"
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(address))  # before the imports, so that the first jobs find it and wait
-    listener.listen(CONNECTIONS)
-    # The server reads a pipe that nobody writes to: it ends when this process does, however that ends.
-    server = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(listener.fileno()), str(address)],
-        stdin=subprocess.PIPE,
-        pass_fds=[listener.fileno()],
-    )
-    _STARTED.append(server)
-    listener.close()
-    os.environ[ADDRESS] = str(address)
-
-
-def ask(arguments: list[str]) -> int | None:
-    """Run ``cospadi <arguments>`` as a fork of the server: its exit code, or ``None`` when there is no server here."""
-    connection = socket.socket(socket.AF_UNIX)
-    try:
-        connection.connect(os.environ[ADDRESS])
-    except (KeyError, OSError):
-        return None
-    request = Request(arguments, dict(os.environ), os.getcwd())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the job, too, which says so and ends
-    try:
-        socket.send_fds(connection, [b"."], [0, 1, 2])
-        connection.sendall(json.dumps(request).encode() + b"\n")
-        with connection.makefile() as answers:
-            code = answers.readline()
-    except ConnectionError:
-        return None  # the server could not import, and ended
-    return int(code) if code else 128 + signal.SIGKILL
 
 
 def serve(listener: socket.socket, address: Path) -> Request | None:
     """Fork for every request. Returns a request in the job that shall do it, and ``None`` in the server at its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # wardens leave nothing to be waited for
-    for module in IMPORTS:
-        importlib.import_module(module)
-    gc.collect()
-    gc.freeze()  # forks do not copy what is never freed
+    has_imported = False
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in ready:
             shutil.rmtree(address.parent, ignore_errors=True)
             return None
+        if not has_imported:  # with the first job in sight: there may be none at all
+            _import_everything()
+            has_imported = True
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
             return _guarded(connection)
         connection.close()
+
+
+def _import_everything() -> None:
+    for module in IMPORTS:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # forks do not copy what is never freed
 
 
 def _guarded(connection: socket.socket) -> Request:

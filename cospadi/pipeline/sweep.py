@@ -26,8 +26,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from cospadi.errors import UserError
-from cospadi.pipeline import locks, run
-from cospadi.pipeline.study import CellId, Study, digits
+from cospadi.pipeline import forks, locks, run
+from cospadi.pipeline.study import CellId, Study, digits, n_gpus
 from cospadi.records import RESULTS
 from cospadi.settings import CONF, PROJECT, Config, load
 
@@ -52,6 +52,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run.require_snakefile(["--snakefile"] if (PROJECT / "Snakefile").is_file() else [])
         name, studies = planned(arguments, multirun=bool(flags))
+        if not n_gpus():
+            forks.start()
         for study in studies:
             _snakemake(study, _sources(study), os.cpu_count() or 1)
     except UserError as error:

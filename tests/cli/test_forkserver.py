@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cospadi.cli import forkserver
+from cospadi.pipeline import forks
 
 SERVER = """
 import json, os, sys, time
@@ -60,7 +60,7 @@ def server(tmp_path) -> Iterator[tuple[subprocess.Popen, Path]]:
 
 
 def client(address: Path, *arguments: str, **settings) -> subprocess.Popen:
-    environment = {**os.environ, forkserver.ADDRESS: str(address), **settings.pop("env", {})}
+    environment = {**os.environ, forks.ADDRESS: str(address), **settings.pop("env", {})}
     command = [sys.executable, "-m", "cospadi", *arguments]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=environment, text=True, **{**pipes, **settings})
@@ -125,6 +125,29 @@ def test_jobs_run_side_by_side_and_outlive_none(server, tmp_path):
 def test_the_server_ends_with_its_parent_and_leaves_nothing(server):
     process, address = server
     process.stdin.close()
+    assert process.wait(timeout=60) == 0
+    assert not address.parent.exists()
+
+
+def test_who_has_been_given_a_server_starts_none(server, monkeypatch):
+    monkeypatch.setenv(forks.ADDRESS, str(server[1]))
+    forks.start()
+    assert forks._STARTED == []
+    assert os.environ[forks.ADDRESS] == str(server[1])
+
+
+def test_a_server_without_a_job_imports_nothing_and_ends_with_who_started_it(monkeypatch):
+    monkeypatch.setenv(forks.ADDRESS, "")
+    forks.start()
+    (process,) = forks._STARTED
+    address = Path(os.environ[forks.ADDRESS])
+    try:
+        assert address.is_socket()
+        time.sleep(1)
+        assert psutil.Process(process.pid).memory_info().rss < 150e6  # torch alone takes more
+    finally:
+        forks._STARTED.clear()
+        process.stdin.close()
     assert process.wait(timeout=60) == 0
     assert not address.parent.exists()
 

@@ -17,6 +17,8 @@ import pytest
 from cases import cases
 from safetensors import safe_open
 
+from cospadi.pipeline import forks
+
 ROOT = Path(__file__).parents[2]
 METHODS = ("svd", "asvd_search", "cospadi", "cospadi_paper")
 MODELS = ("tiny_llama", "tiny_qwen3")
@@ -30,7 +32,11 @@ COLUMNS = (
     *("factorize_seconds", "peak_memory_mb"),
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workflow")]  # one full run, shared by all
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("workflow"),  # one full run, shared by all
+    pytest.mark.usefixtures("one_server"),
+]
 
 
 def command(folder: Path, *options: str, study: str = "smoke", overrides: str = TRIMMED) -> list[str]:
@@ -73,9 +79,11 @@ def times(folder: Path) -> dict[Path, int]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+def finished(one_server, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("study")
-    run = snakemake(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(forks.ADDRESS)  # this one starts a server of its own
+        run = snakemake(folder)
     assert run.returncode == 0, run.stdout[-5000:]
     return folder
 
