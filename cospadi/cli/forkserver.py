@@ -36,6 +36,8 @@ IMPORTS = (
     "cospadi.pipeline.stages.tables",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",  # with what all models need
+    "transformers.models.qwen3.modeling_qwen3",
 )
 """What the server imports: what starts no thread and no GPU, and holds nothing that ends with a process. W&B is not among it:
 its temporary folders, made by its import, would be removed by the first job that ends."""

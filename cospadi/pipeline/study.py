@@ -145,6 +145,9 @@ class Study:
     @cache  # noqa: B019 - lives as long as the study
     def _part(self, group: str, name: str) -> ModelConfig | QuantizationConfig:
         """What ``conf/<group>/<name>.yaml`` says under the study's overrides."""
+        of_root = getattr(self.root, group)
+        if of_root.name == name:
+            return of_root
         common = [o for o in self.overrides if not _factorization_field(o)]
         return getattr(load([*common, f"{group}={name}"]), group)
 

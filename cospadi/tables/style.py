@@ -76,6 +76,9 @@ def style(overrides: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]
 def save(figure: Figure, stem: Path) -> list[Path]:
     """``<stem>.png`` and ``<stem>.svg``, the same bytes every time."""
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    # One layout for both, and no other for the second.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     # Matplotlib would write its version into the one and the time into the other.
     for path, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
         with records.new_path(path) as partial:
