@@ -135,7 +135,7 @@ def in_memory(dense, model, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", cases(["llama", "qwen2", "qwen3"], {"llama", "qwen2"}))
+@pytest.mark.parametrize("family", cases(["llama", "qwen2", "qwen3"], {"llama"}))
 def test_a_loaded_model_computes_what_its_factors_say(made, family, method):
     dense, folder = made(family, method)
     model = ModelConfig(name=family, title=family, source=f"random:{family}", architecture=TINY)

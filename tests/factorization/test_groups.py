@@ -702,7 +702,7 @@ def test_a_layer_that_shares_with_no_fitting_one_is_refused(made, tmp_path, owne
     refused(tmp_path / "own", "which does not store what it needs|lacks the tensors", capsys)
 
 
-@pytest.mark.parametrize("method", GROUPED)
+@pytest.mark.parametrize("method", cases(GROUPED, {"cospadi_outputs", "basis_sharing+int8"}))
 def test_compress_in_python_shares_too(made, tmp_path, method):
     dense = made(method) / "out.work/model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
