@@ -60,6 +60,7 @@ def compress_to(
     overwrite: bool = False,
     measure: bool = False,
     dtype: str | None = None,
+    size: int | None = None,
 ) -> dict[str, Any]:
     """Load, calibrate, factorize, save. What is finished waits in ``<out>.work`` until the checkpoint is written.
 
@@ -72,6 +73,7 @@ def compress_to(
         stub: see `cospadi.checkpoint.write`.
         overwrite: replace a checkpoint that an earlier call wrote to ``out``.
         dtype: of embeddings, norms and head; by default that of the model.
+        size: bytes that the files of weights may take, in the place of a ratio: see `cospadi.pipeline.size`.
         measure: load the model before and after and measure what it cost, on text that calibration did not see.
 
     Returns:
@@ -95,7 +97,8 @@ def compress_to(
         )
     work = own_folder(out.with_name(f"{out.name}.work"))
     with _alone(work, out):
-        made = chain.compress(config, work)
+        made = chain.compress(config, work, size, dtype)
+        config = made.config
         summary = _summary(config, [read_json(record) for record in made.records])
         write(out, made.model, read_factors(made.factors), summary, stub=stub, dtype=dtype)
         sizes = ledger(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,10 @@ class Projection:
     d_out: int
     attended: bool = False
     """Other tokens read its outputs through the attention (`ModelConfig.attended`)."""
+
+
+WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+"""Bytes of a number, by the name that safetensors has for its dtype."""
 
 
 class Checkpoint:
@@ -98,6 +103,13 @@ class Checkpoint:
         """Dtype as safetensors names it: ``BF16``."""
         stored = name if name in self._where else self.parts[name].fused
         return self._where[stored].get_slice(stored).get_dtype()
+
+    def n_bytes(self, name: str, dtype: str | None = None) -> int:
+        """Bytes of a tensor, without reading it: as it is stored, or once floats are in ``dtype`` (``bfloat16``)."""
+        stored = self.dtype(name)
+        is_cast = dtype is not None and stored.startswith(("F", "BF"))
+        width = getattr(torch, dtype).itemsize if is_cast else WIDTHS[stored]
+        return math.prod(self.shape(name)) * width
 
     def weight(self, projection: Projection) -> Float[Tensor, "d_in d_out"]:
         """The projection's weight in float32: ``outputs = inputs @ weight``."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from cospadi.checkpoint.read import compression_of, opened, parts_of
 from cospadi.factorization import budget
-from cospadi.models import Checkpoint
 
 
 def ledger(folder: Path) -> dict[str, Any]:
@@ -23,13 +22,13 @@ def ledger(folder: Path) -> dict[str, Any]:
     checkpoint = opened(folder, compression["modules"])
     for name, spec in compression["modules"].items():
         parts = {part: full for part, full in parts_of(name, spec).items() if full == f"{name}.{part}"}  # not another's
-        sizes = {part: _bytes(checkpoint, full) for part, full in parts.items() if part != "bias"}
+        sizes = {part: checkpoint.n_bytes(full) for part, full in parts.items() if part != "bias"}
         dense = budget.dense_bits(spec["d_in"], spec["d_out"]) // 8
         rows.append({"name": name, **spec, "parts": sizes, "bytes": sum(sizes.values()), "dense_bytes": dense})
     files = sorted(folder.glob("*.safetensors"))
     compressed = sum(r["bytes"] for r in rows)
     dense = sum(r["dense_bytes"] for r in rows)
-    everything = sum(_bytes(checkpoint, name) for name in checkpoint.names)
+    everything = sum(checkpoint.n_bytes(name) for name in checkpoint.names)
     return {
         "folder": str(folder),
         "format_version": compression.get("format_version", 1),
@@ -84,13 +83,3 @@ def ledger_text(sizes: Mapping[str, Any]) -> str:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f}"
-
-
-def _bytes(checkpoint: Checkpoint, name: str) -> int:
-    """Bytes of a tensor, without reading it."""
-    piece = checkpoint._where[name].get_slice(name)
-    widths = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
-    size = widths[piece.get_dtype()]
-    for side in piece.get_shape():
-        size *= side
-    return size

@@ -24,7 +24,7 @@ from cospadi.errors import UserError, did_you_mean, require_extra
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 COMMANDS = (*model.COMMANDS, *plan.COMMANDS, *study.COMMANDS, *bench.COMMANDS, *stages.COMMANDS)
 """Every command, in the order of ``--help``."""
-ONLY_OPTIONS = ("ratio", "method", "quantize", "device", "dtype")
+ONLY_OPTIONS = ("ratio", "size", "method", "quantize", "device", "dtype")
 """Names of options that are not also names of settings."""
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,8 +20,11 @@ from cospadi.cli.command import (
     nothing,
     recipe,
 )
+from cospadi.errors import UserError
 
 DTYPES = ("float16", "bfloat16", "float32")
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+"""Bytes of a unit. MB are those of every table here: a million."""
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -27,6 +32,11 @@ def _compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a folder, a hub id, or the name of a file in conf/model")
     parser.add_argument("out", type=Path, help="folder to write")
     add_recipe_options(parser)
+    parser.add_argument(
+        "--size",
+        type=_size,
+        help="bytes that the files of weights may take, in the place of a ratio: 200MB, 1.5GB (millions and billions)",
+    )
     add_device_option(parser)
     parser.add_argument("--stub", action="store_true", help="add lines that import cospadi for trust_remote_code=True")
     parser.add_argument("--keep-work", action="store_true", help="keep <out>.work with grams and factors")
@@ -39,6 +49,24 @@ def _compress_options(parser: argparse.ArgumentParser) -> None:
     _add_overwrite(parser)
 
 
+def _size(text: str) -> int:
+    """Bytes of a size as people write it.
+
+    >>> _size("200MB"), _size("1.5 GB"), _size("180MiB"), _size("1e6")
+    (200000000, 1500000000, 188743680, 1000000)
+
+    Raises:
+        argparse.ArgumentTypeError: it is not a size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([a-z]*)\s*", text.lower())
+    if found is None or found[2] not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text} is not a size. Write a number with a unit: 200MB, 1.5GB")
+    size = float(found[1]) * UNITS[found[2]]
+    if not 1 <= size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no bytes at all. Write a number with a unit: 200MB, 1.5GB")
+    return int(size)
+
+
 def _compress(o: argparse.Namespace) -> None:
     from cospadi.api import compress_to
     from cospadi.checkpoint.ledger import ledger_text
@@ -46,8 +74,21 @@ def _compress(o: argparse.Namespace) -> None:
 
     devices = [f"{room}.device={o.device}" for room in ("calibration", "factorization", "quantization")]
     overrides = [*devices, *recipe(o)]
+    if o.size is not None and any("factorization.compression_ratio=" in override for override in overrides):
+        raise UserError("Both a size and a ratio are given, and one follows from the other. Leave one out.")
     measure = not o.no_measure
-    sizes = compress_to(o.model, o.out, overrides, o.calibration, o.keep_work, o.stub, o.overwrite, measure, o.dtype)
+    sizes = compress_to(
+        o.model,
+        o.out,
+        overrides,
+        o.calibration,
+        keep_work=o.keep_work,
+        stub=o.stub,
+        overwrite=o.overwrite,
+        measure=measure,
+        dtype=o.dtype,
+        size=o.size,
+    )
     print(ledger_text(sizes))
     if sizes.get("outcome"):
         print("\n" + outcome_text(Outcome(**sizes["outcome"])))

@@ -16,6 +16,7 @@ from cospadi.factorization.settings import layer_blocks
 from cospadi.models import Projection, find_projections
 from cospadi.pipeline import recipes
 from cospadi.pipeline.compress_plan import BLOCK_BYTES
+from cospadi.pipeline.size import ratio_of_size
 from cospadi.pipeline.stages import allocation, calibration, factorization, quantization, sources
 from cospadi.records import read_json, write_json
 from cospadi.settings import Config
@@ -26,6 +27,8 @@ from cospadi.sources.families import fitted
 class Compressed:
     """What the stages leave behind: a file of factors, and its record, for every block of layers."""
 
+    config: Config
+    """The settings, with the ratio that a size asked for."""
     model: Path
     """The dense checkpoint."""
     factors: list[Path]
@@ -51,8 +54,11 @@ class Chain:
         write_json(note, recipe)
 
 
-def compress(config: Config, work: Path) -> Compressed:
-    """Fetch, calibrate, factorize and, if asked for, quantize one model. What is finished in ``work`` is used again."""
+def compress(config: Config, work: Path, size: int | None = None, dtype: str | None = None) -> Compressed:
+    """Fetch, calibrate, factorize and, if asked for, quantize one model. What is finished in ``work`` is used again.
+
+    ``size``, in bytes, takes the place of the ratio; embeddings, norms and head will be stored in ``dtype``, by default their own.
+    """
     chain = Chain(work)
     text = config.calibration.text
     model = work / "model"
@@ -74,6 +80,10 @@ def compress(config: Config, work: Path) -> Compressed:
     )
     config = replace(config, model=fitted(config.model, read_json(model / "config.json").get("model_type")))
     projections = find_projections(model, config.model)
+    if size is not None:
+        ratio = ratio_of_size(config, model, projections, size, dtype)
+        config = replace(config, factorization=replace(config.factorization, compression_ratio=ratio))
+        print(f"{ratio:.2%} of the projections' bits have to go", flush=True)
 
     def calibrate() -> None:
         _require_disk(config, projections, work)
@@ -142,7 +152,8 @@ def _factorized(
     blocks: Sequence[str],
 ) -> Compressed:
     folder = chain.folder / "factorization"
-    made = Compressed(model, [folder / f"{b}.safetensors" for b in blocks], [folder / f"{b}.json" for b in blocks])
+    files = [folder / f"{b}.safetensors" for b in blocks]
+    made = Compressed(config, model, files, [file.with_suffix(".json") for file in files])
     for block, factors, record in zip(blocks, made.factors, made.records, strict=True):
         inputs = config, model, grams, block, factors, record
         function = partial(factorization.factorize, *inputs, fisher=fisher, ratios=ratios)
@@ -152,9 +163,8 @@ def _factorized(
 
 def _quantized(chain: Chain, config: Config, grams: Path, fisher: Path | None, before: Compressed) -> Compressed:
     folder = chain.folder / "quantization"
-    made = Compressed(
-        before.model, [folder / file.name for file in before.factors], [folder / file.name for file in before.records]
-    )
+    files = [folder / file.name for file in before.factors]
+    made = Compressed(config, before.model, files, [folder / file.name for file in before.records])
     for factors, record, smaller, new_record in zip(
         before.factors, before.records, made.factors, made.records, strict=True
     ):

@@ -68,7 +68,7 @@ def plan_compress(config: Config, speed: Speed, measure: bool = True) -> Compres
     shape = _shape(config)
     dense = 2 * shape.parameters
     factors = (1 - config.factorization.compression_ratio) * 2 * shape.compressed
-    stored = quantized_bytes(config, factors, shape)
+    stored = quantized_bytes(config, factors, shape.compressed)
     quantization = Work()
     if config.quantization.changes:
         quantization = sum((cost.quantize(config, *size) for size in shape.projections.values()), Work()) * shape.layers
@@ -92,14 +92,14 @@ def plan_compress(config: Config, speed: Speed, measure: bool = True) -> Compres
     )
 
 
-def quantized_bytes(config: Config, factors: int | float, shape: Shape) -> int | float:
-    """Bytes of all projections once their factors, ``factors`` bytes in 16 bits, are quantized; masks stay bits."""
+def quantized_bytes(config: Config, factors: int | float, weights: int) -> int | float:
+    """Bytes of projections with ``weights`` parameters once their factors, ``factors`` bytes in 16 bits, are quantized; masks stay bits."""
     if not config.quantization.changes:
         return factors
     name = config.quantization.values or config.quantization.dictionary
     bits = DENSE_BITS - 2 if name == TRUNCATED else FORMATS[name].bits + DENSE_BITS / config.quantization.group_size
     is_masked = isinstance(config.factorization, CoSpaDiConfig | MagnitudeConfig | PruningConfig)
-    mask = min(shape.compressed / 8, factors) if is_masked else 0.0
+    mask = min(weights / 8, factors) if is_masked else 0.0
     return mask + (factors - mask) * bits / DENSE_BITS
 
 

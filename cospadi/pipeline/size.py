@@ -1,0 +1,86 @@
+"""``cospadi compress MODEL OUT --size 200MB``: the ratio that makes a checkpoint of some size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from cospadi.errors import UserError
+from cospadi.experts import names_experts
+from cospadi.factorization.allocation import HIGHEST, LOWEST
+from cospadi.factorization.budget import DENSE_BITS
+from cospadi.models import Checkpoint, Projection, unread_tensors
+from cospadi.pipeline.compress_plan import quantized_bytes
+from cospadi.settings import Config
+
+HEADER = 192
+"""Bytes that the header of a file takes for a tensor: name, dtype, shape, place and checksum, rounded up."""
+TENSORS = 4
+"""Tensors that a compressed projection is stored as, at most."""
+BISECTIONS = 40
+
+
+def ratio_of_size(
+    config: Config, model: Path, projections: Sequence[Projection], size: int, dtype: str | None = None
+) -> float:
+    """The lowest compression ratio with which the weights of the checkpoint take ``size`` bytes at most.
+
+    The 16-bit factors of a ratio are at most that part of the dense 16-bit projections, to the bit. What a quantization makes of them
+    is an estimate (`quantized_bytes`).
+
+    Args:
+        config: method and quantization.
+        model: the dense checkpoint.
+        projections: those that are compressed.
+        size: of the files of weights.
+        dtype: of embeddings, norms and head; by default their own.
+
+    Raises:
+        UserError: when the size is more than these methods leave, or less than they can reach; the sentence says where the bounds are.
+    """
+    others = other_bytes(model, projections, dtype)
+    weights = sum(p.d_in * p.d_out for p in projections)
+
+    def bytes_at(ratio: float) -> int | float:
+        return others + quantized_bytes(config, (1 - ratio) * weights * DENSE_BITS / 8, weights)
+
+    largest, smallest = bytes_at(LOWEST), bytes_at(HIGHEST)
+    if size >= largest:
+        raise UserError(
+            f"--size {_megabytes(size)} leaves nothing to do: with {LOWEST:.0%} of the projections' bits removed the weights take "
+            f"{_megabytes(largest)} already. Ask for less."
+        )
+    if size < smallest:
+        advice = [f"Ask for {_megabytes(smallest, up=True)} or more"]
+        if not config.quantization.changes:
+            advice.append("store the factors in fewer bits (--quantize int4)")
+        if other_bytes(model, projections, "bfloat16") < others:
+            advice.append("store the embeddings in 16 bits (--dtype bfloat16)")
+        raise UserError(
+            f"--size {_megabytes(size)} cannot be reached: embeddings, norms and head take {_megabytes(others)}, and the projections "
+            f"{_megabytes(smallest - others)} with {HIGHEST:.0%} of their bits removed. {', or '.join(advice)}."
+        )
+    low, high = LOWEST, HIGHEST
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if bytes_at(middle) > size else (low, middle)
+    return math.ceil(high * 1e5) / 1e5
+
+
+def other_bytes(model: Path, projections: Sequence[Projection], dtype: str | None = None) -> int:
+    """Bytes of all that is not compressed, in the files of the checkpoint that `cospadi.checkpoint.write` makes."""
+    checkpoint = Checkpoint(model)
+    left_out = {f"{p.name}.weight" for p in projections} | set(unread_tensors(model))
+    names = checkpoint.names_apart if names_experts(p.projection for p in projections) else checkpoint.names
+    kept = [name for name in names if name not in left_out]
+    return sum(checkpoint.n_bytes(name, dtype) for name in kept) + HEADER * (len(kept) + TENSORS * len(projections))
+
+
+def _megabytes(size: int | float, up: bool = False) -> str:
+    """
+    >>> _megabytes(123_440_000), _megabytes(123_440_000, up=True)
+    ('123.4MB', '123.5MB')
+    """
+    tenths = math.ceil(size / 1e5) if up else round(size / 1e5)
+    return f"{tenths / 10:.1f}MB"
