@@ -32,6 +32,7 @@ from cospadi.factorization.settings import IDENTITY, CoSpaDiConfig
 from cospadi.factorization.trials import tried
 from cospadi.models import TRANSPOSED, Projection
 from cospadi.pipeline import chain, outcome
+from cospadi.pipeline.size import require_free_ratio
 from cospadi.quantization.methods import quantize
 from cospadi.records import add_to_folder, check_output_folder, own_folder, read_json
 from cospadi.settings import Config, load, model_overrides, text_overrides
@@ -86,6 +87,10 @@ def compress_to(
     for room in ("calibration", "factorization", "quantization"):
         if (device := getattr(config, room).device) != AUTO:
             devices.pick(device, f"{room}.device")  # now, and not when the model and the text are there
+    if size is not None:
+        require_free_ratio(config)
+        if any("factorization.compression_ratio=" in override for override in overrides):
+            raise UserError("Both a size and a ratio are given, and one follows from the other. Leave one out.")
     out = Path(out).absolute()
     check_output_folder(out)
     if Path(source).exists() and Path(source).resolve() == out.resolve():

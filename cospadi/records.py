@@ -46,13 +46,29 @@ def new_path(path: Path) -> Iterator[Path]:
     _refuse_foreign_folder(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        yield partial
+        with _told_when_full(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(path)
+            yield partial
+            if partial.is_dir():
+                _mark(partial)
+                _step_aside(path)
+            os.replace(partial, path)
+    finally:
         if partial.is_dir():
-            _mark(partial)
-            _step_aside(path)
-        os.replace(partial, path)
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _told_when_full(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        UserError: the disk is full.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise UserError(
@@ -60,11 +76,6 @@ def new_path(path: Path) -> Iterator[Path]:
                 "Finished results are intact: free some space and start again."
             ) from error
         raise
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
 
 
 def _mark(folder: Path) -> None:
@@ -254,11 +265,6 @@ class Record:
         self.started = time.time()
         self.content: dict[str, Any] = {"room": room, "settings": settings, "inputs": dict(inputs or {})}
 
-    def key(self, *more: object) -> str:
-        """Hash of what the results depend on: settings, inputs, versions, and ``more``, as JSON."""
-        known = [self.content["settings"], self.content["inputs"], *more, versions()]
-        return text_hash(json.dumps(known, sort_keys=True))
-
     def finish(self, path: Path, **results: Any) -> dict[str, Any]:
         """Write settings, results, versions, seconds and peak memory to ``path`` and return them."""
         self.content |= results
@@ -272,6 +278,11 @@ class Record:
         return self.content
 
 
+def key_of(*parts: object) -> str:
+    """Hash of what results depend on: ``parts``, as JSON, and the versions of what is installed."""
+    return text_hash(json.dumps([*parts, versions()], sort_keys=True))
+
+
 class FinishedRows:
     """What a stage has found out so far, a line for every name, so that a stage that was cut off goes on after it.
 
@@ -281,9 +292,10 @@ class FinishedRows:
     def __init__(self, result: Path, key: str) -> None:
         self.path = result.with_name(f".{result.name}.rows")
         self._rows: dict[str, Any] = {}
-        first, *lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else [""]
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+        first, *lines = text.splitlines() or [""]
         for line in lines if first == key else []:
-            with suppress(json.JSONDecodeError):  # half a line: the process was killed while it wrote
+            with suppress(ValueError, TypeError):  # half a line: the process was killed while it wrote
                 name, row = json.loads(line)
                 self._rows[name] = row
         write_text(self.path, "".join(f"{line}\n" for line in (key, *map(json.dumps, self._rows.items()))))
@@ -293,7 +305,7 @@ class FinishedRows:
         return self._rows.get(name)
 
     def keep(self, name: str, row: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with _told_when_full(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps((name, row)) + "\n")
 
     def remove(self) -> None:

@@ -229,5 +229,8 @@ def test_rows_are_found_again_under_the_same_key_alone(tmp_path):
     assert records.FinishedRows(result, "key").get("b") == {}
     assert records.FinishedRows(result, "other").get("a") is None
     assert records.FinishedRows(result, "key").get("a") is None
+    for spoiled in ("", "key\n3\n[1]\n[[], 2]\n"):
+        third.path.write_text(spoiled)
+        assert records.FinishedRows(result, "key").get("a") is None
     third.remove()
     assert names(tmp_path) == []

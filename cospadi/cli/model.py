@@ -20,7 +20,6 @@ from cospadi.cli.command import (
     nothing,
     recipe,
 )
-from cospadi.errors import UserError
 
 DTYPES = ("float16", "bfloat16", "float32")
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -74,8 +73,6 @@ def _compress(o: argparse.Namespace) -> None:
 
     devices = [f"{room}.device={o.device}" for room in ("calibration", "factorization", "quantization")]
     overrides = [*devices, *recipe(o)]
-    if o.size is not None and any("factorization.compression_ratio=" in override for override in overrides):
-        raise UserError("Both a size and a ratio are given, and one follows from the other. Leave one out.")
     measure = not o.no_measure
     sizes = compress_to(
         o.model,

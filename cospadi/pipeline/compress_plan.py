@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cospadi.factorization.budget import DENSE_BITS
-from cospadi.factorization.settings import CoSpaDiConfig, MagnitudeConfig, PruningConfig
+from cospadi.factorization.settings import CoSpaDiConfig, MagnitudeConfig, OATSConfig, PruningConfig
 from cospadi.factorization.work import Speed, Work
 from cospadi.packing.formats import FORMATS, TRUNCATED
 from cospadi.pipeline import cost
@@ -98,7 +98,7 @@ def quantized_bytes(config: Config, factors: int | float, weights: int) -> int |
         return factors
     name = config.quantization.values or config.quantization.dictionary
     bits = DENSE_BITS - 2 if name == TRUNCATED else FORMATS[name].bits + DENSE_BITS / config.quantization.group_size
-    is_masked = isinstance(config.factorization, CoSpaDiConfig | MagnitudeConfig | PruningConfig)
+    is_masked = isinstance(config.factorization, CoSpaDiConfig | MagnitudeConfig | OATSConfig | PruningConfig)
     mask = min(weights / 8, factors) if is_masked else 0.0
     return mask + (factors - mask) * bits / DENSE_BITS
 

@@ -1,4 +1,4 @@
-"""``cospadi compress MODEL OUT --size 200MB``: the ratio that makes a checkpoint of some size."""
+"""``cospadi compress MODEL OUT --size 200MB``: the ratio with which the files of weights have some size."""
 
 from __future__ import annotations
 
@@ -10,15 +10,32 @@ from cospadi.errors import UserError
 from cospadi.experts import names_experts
 from cospadi.factorization.allocation import HIGHEST, LOWEST
 from cospadi.factorization.budget import DENSE_BITS
+from cospadi.factorization.settings import PlainConfig
 from cospadi.models import Checkpoint, Projection, unread_tensors
 from cospadi.pipeline.compress_plan import quantized_bytes
 from cospadi.settings import Config
 
-HEADER = 192
-"""Bytes that the header of a file takes for a tensor: name, dtype, shape, place and checksum, rounded up."""
-TENSORS = 4
+HEADER = 120
+"""Bytes that the header of a file takes for a tensor, beside twice its name: dtype, shape, place and checksum, rounded up."""
+TENSORS = 5
 """Tensors that a compressed projection is stored as, at most."""
+MILDEST = 0.01
+HARSHEST = 0.95
+"""Ratios that a size may ask of a method that allocates nothing."""
 BISECTIONS = 40
+
+
+def require_free_ratio(config: Config) -> None:
+    """
+    Raises:
+        UserError: the method removes one fraction of the bits and no other, so it has one size.
+    """
+    method = config.factorization
+    if isinstance(method, PlainConfig) or getattr(method, "pattern", None):
+        raise UserError(
+            f"--size chooses a ratio, and {method.name} has one alone, so its size follows from it. Leave --size out, or choose another "
+            "--method."
+        )
 
 
 def ratio_of_size(
@@ -45,23 +62,23 @@ def ratio_of_size(
     def bytes_at(ratio: float) -> int | float:
         return others + quantized_bytes(config, (1 - ratio) * weights * DENSE_BITS / 8, weights)
 
-    largest, smallest = bytes_at(LOWEST), bytes_at(HIGHEST)
+    low, high = (LOWEST, HIGHEST) if config.factorization.allocates else (MILDEST, HARSHEST)
+    largest, smallest = bytes_at(low), bytes_at(high)
     if size >= largest:
         raise UserError(
-            f"--size {_megabytes(size)} leaves nothing to do: with {LOWEST:.0%} of the projections' bits removed the weights take "
-            f"{_megabytes(largest)} already. Ask for less."
+            f"--size {_megabytes(size)} is more than is left when {low:.0%} of the projections' bits are removed, {_megabytes(largest)}. "
+            "Ask for less."
         )
     if size < smallest:
         advice = [f"Ask for {_megabytes(smallest, up=True)} or more"]
-        if not config.quantization.changes:
+        if not config.quantization.changes and getattr(config.factorization, "accounting", "mask") == "mask":
             advice.append("store the factors in fewer bits (--quantize int4)")
         if other_bytes(model, projections, "bfloat16") < others:
             advice.append("store the embeddings in 16 bits (--dtype bfloat16)")
         raise UserError(
             f"--size {_megabytes(size)} cannot be reached: embeddings, norms and head take {_megabytes(others)}, and the projections "
-            f"{_megabytes(smallest - others)} with {HIGHEST:.0%} of their bits removed. {', or '.join(advice)}."
+            f"{_megabytes(smallest - others)} with {high:.0%} of their bits removed. {', or '.join(advice)}."
         )
-    low, high = LOWEST, HIGHEST
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if bytes_at(middle) > size else (low, middle)
@@ -74,7 +91,9 @@ def other_bytes(model: Path, projections: Sequence[Projection], dtype: str | Non
     left_out = {f"{p.name}.weight" for p in projections} | set(unread_tensors(model))
     names = checkpoint.names_apart if names_experts(p.projection for p in projections) else checkpoint.names
     kept = [name for name in names if name not in left_out]
-    return sum(checkpoint.n_bytes(name, dtype) for name in kept) + HEADER * (len(kept) + TENSORS * len(projections))
+    headers = sum(HEADER + 2 * len(name) for name in kept)
+    headers += sum(TENSORS * (HEADER + 2 * len(f"{p.name}.dictionary_scales")) for p in projections)
+    return sum(checkpoint.n_bytes(name, dtype) for name in kept) + headers
 
 
 def _megabytes(size: int | float, up: bool = False) -> str:

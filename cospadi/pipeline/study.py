@@ -101,7 +101,7 @@ class Study:
             try:
                 overrides = self._overrides_of(method, used)
                 # A composition takes a third of a second: one for each model and each method, not for each pair.
-                config = replace(load(overrides), model=self._part("model", model))
+                config = replace(load([*overrides, f"model={self.study.models[0]}"]), model=self._part("model", model))
                 n_layers(config.model)
             except UserError as error:
                 errors[str(error)] = None
@@ -145,10 +145,10 @@ class Study:
     @cache  # noqa: B019 - lives as long as the study
     def _part(self, group: str, name: str) -> ModelConfig | QuantizationConfig:
         """What ``conf/<group>/<name>.yaml`` says under the study's overrides."""
-        of_root = getattr(self.root, group)
-        if of_root.name == name:
-            return of_root
         common = [o for o in self.overrides if not _factorization_field(o)]
+        of_root = getattr(self.root, group)
+        if of_root.name == name and not any(o.startswith(f"{group}.name=") for o in common):
+            return of_root
         return getattr(load([*common, f"{group}={name}"]), group)
 
     def _mistakes(self) -> Iterator[str]:

@@ -873,9 +873,16 @@ def test_trials_of_an_allocation_go_on_after_those_that_were_done(made, tmp_path
     monkeypatch.setattr(allocation, "tried", cut)
     with pytest.raises(KeyboardInterrupt):
         compress_to(str(made()[0]), tmp_path / "out", settings, text)
-    compress_to(str(made()[0]), tmp_path / "out", settings, text)
-    assert len(done) == 14 + 1  # of 14 projections, that in which it was cut off twice
-    compress_to(str(made()[0]), tmp_path / "whole", settings, text)
+    compress_to(str(made()[0]), tmp_path / "out", [*settings, "factorization.compression_ratio=0.3"], text)
+    assert len(done) == 14 + 1  # of 14 projections, that in which it was cut off twice; whatever the ratio
+
+    # What the losses depend on is not taken from trials under other settings.
+    done.clear()
+    with pytest.raises(KeyboardInterrupt):
+        compress_to(str(made()[0]), tmp_path / "other", settings, text)
+    compress_to(str(made()[0]), tmp_path / "other", [*settings, "calibration.fisher.blend=0.2"], text)
+    assert len(done) == 6 + 14
+    compress_to(str(made()[0]), tmp_path / "whole", [*settings, "factorization.compression_ratio=0.3"], text)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert files[0] == files[1]
 

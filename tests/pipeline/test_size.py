@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 
 def allowance(folder) -> int:
     """Bytes that are set aside for the headers of the files."""
-    return HEADER * (TENSORS * len(ledger(folder)["projections"]) + 30)
+    return (HEADER + 120) * (TENSORS * len(ledger(folder)["projections"]) + 30)
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -51,10 +51,18 @@ def test_a_size_is_met_and_used(model, tmp_path, method, dtype):
     assert sizes["removed"] >= ratio - 1e-9
 
 
-def test_an_estimate_for_fewer_bits_is_near(model, tmp_path):
-    settings = ["calibration=smoke", "factorization=cospadi_fast", "quantization=int8"]
+@pytest.mark.parametrize("method", ["cospadi_fast", "oats"])
+def test_an_estimate_for_fewer_bits_is_near(model, tmp_path, method):
+    settings = ["calibration=smoke", f"factorization={method}", "quantization=int8"]
     sizes = compress_to(str(model), tmp_path / "out", settings, size=480_000)
-    assert sizes["file_bytes"] == pytest.approx(480_000, rel=0.08)
+    assert sizes["file_bytes"] == pytest.approx(480_000, rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["plain", "wanda_2_4"])
+def test_a_method_of_one_ratio_is_refused_before_anything_is_done(method, tmp_path):
+    with pytest.raises(UserError, match=f"{method} has one alone"):
+        compress_to("tiny_llama", tmp_path / "out", [f"factorization={method}"], size=10**6)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_not_compressed_is_counted_as_it_is_written(model, tmp_path):
@@ -70,7 +78,7 @@ def test_what_is_not_compressed_is_counted_as_it_is_written(model, tmp_path):
 def test_what_cannot_be_is_refused_with_the_bounds(model):
     config = load(["model=tiny_llama", *SMALL])
     projections = find_projections(model, config.model)
-    with pytest.raises(UserError, match=r"leaves nothing to do: with 5% of .* Ask for less"):
+    with pytest.raises(UserError, match=r"is more than is left when 1% of .* Ask for less"):
         ratio_of_size(config, model, projections, 10**9)
     with pytest.raises(UserError, match=r"cannot be reached: .* Ask for (\d+\.\d)MB or more") as told:
         ratio_of_size(config, model, projections, 1000)
@@ -79,7 +87,7 @@ def test_what_cannot_be_is_refused_with_the_bounds(model):
     with pytest.raises(UserError, match=r"or more, or store the factors in fewer bits .--quantize int4.[.]$"):
         ratio_of_size(config, model, projections, 1000, "float16")
     smallest = float(str(told.value).partition("Ask for ")[2].partition("MB")[0])
-    assert ratio_of_size(config, model, projections, int(smallest * 1e6)) <= 0.85
+    assert ratio_of_size(config, model, projections, int(smallest * 1e6)) <= 0.95
     with pytest.raises(UserError, match="Ask for"):
         ratio_of_size(config, model, projections, int((smallest - 0.2) * 1e6))
 

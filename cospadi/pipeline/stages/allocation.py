@@ -10,10 +10,11 @@ from cospadi.calibration.statistics import statistics_file
 from cospadi.factorization.allocation import TRIED, allocate, expected
 from cospadi.factorization.trials import tried
 from cospadi.models import find_projections
+from cospadi.pipeline import recipes
 from cospadi.pipeline.stages.problems import problems_of
 from cospadi.pipeline.stages.sources import weights_hash
 from cospadi.progress import Progress
-from cospadi.records import FinishedRows, Record, file_hashes, read_json
+from cospadi.records import FinishedRows, Record, file_hashes, key_of, read_json
 from cospadi.settings import Config
 from cospadi.sources.addresses import state_on_disk
 
@@ -32,7 +33,9 @@ def expect_losses(config: Config, model: Path, grams: Path, fisher: Path, losses
     statistics = [
         statistics_file(folder, n) for folder in (grams, fisher) for n in sorted({p.layer for p in projections})
     ]
-    finished = FinishedRows(losses, log.key(file_hashes(*statistics), state_on_disk(str(model))))
+    finished = FinishedRows(
+        losses, key_of(recipes.of_stage("losses", config), file_hashes(*statistics), state_on_disk(str(model)))
+    )
     found = {}
     for projection in projections:
         row = finished.get(projection.name)

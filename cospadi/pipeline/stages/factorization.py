@@ -27,7 +27,7 @@ from cospadi.models import Projection, find_projections
 from cospadi.pipeline.stages.problems import problems_of
 from cospadi.pipeline.stages.sources import weights_hash
 from cospadi.progress import Progress
-from cospadi.records import Record, file_hashes, read_json
+from cospadi.records import Record, file_hashes, key_of, read_json
 from cospadi.settings import Config
 from cospadi.sources.addresses import state_on_disk
 
@@ -60,7 +60,8 @@ def factorize(
     log.content["inputs"] = file_hashes(*statistics, *chosen) | weights_hash(model)
 
     # What an earlier run of this job has finished is used again.
-    finished = FinishedGroups(factors.with_name(f".{factors.stem}.groups"), log.key(state_on_disk(str(model))))
+    key = key_of(log.content["settings"], log.content["inputs"], state_on_disk(str(model)))
+    finished = FinishedGroups(factors.with_name(f".{factors.stem}.groups"), key)
     file = FactorsFile([p.name for p in projections])  # in this order, although a GPU takes them by shape
     entries = float(sum(p.d_in * p.d_out for p in projections))
     progress = Progress(len(projections), f"{factorization.title}, layers {layers}", entries)

@@ -27,8 +27,9 @@ from cospadi.factorization.problem import Problem
 from cospadi.factorization.rank_search import bits_of, fewest_that_fit, smallest_accepted, sortable, truncated_rank
 from cospadi.factorization.settings import ASVDConfig, RankSearchConfig
 from cospadi.models import Projection
+from cospadi.pipeline import recipes
 from cospadi.progress import Progress
-from cospadi.records import FinishedRows, Record, file_hashes, read_json
+from cospadi.records import FinishedRows, Record, file_hashes, key_of, read_json
 from cospadi.settings import Config
 from cospadi.sources.addresses import state_on_disk
 
@@ -163,7 +164,7 @@ def search_ranks(config: Config, model: Path, documents: Path, grams: Path, sens
     log = Record("factorization", {"factorization": asdict(config.factorization), "damping": calibration.damping})
     tokens = samples(calibration, model, documents, at_most=search.n_samples)
     state = [file_hashes(documents), state_on_disk(str(grams)), state_on_disk(str(model))]
-    finished = FinishedRows(sensitivity, log.key(*state, asdict(calibration)))
+    finished = FinishedRows(sensitivity, key_of(recipes.of_stage("sensitivity", config), asdict(calibration), *state))
     perplexities = perplexities_alone(config, model, grams, tokens, finished)
     log.finish(sensitivity, n_tokens=tokens.numel(), **perplexities)
     finished.remove()
