@@ -118,7 +118,6 @@ def compress_to(
 def _outcome(config: Config, model: Path, out: Path, work: Path) -> dict[str, Any] | None:
     """What the compression cost; ``None``, and a line that says why, where it cannot be measured."""
     print("Measuring what it cost", flush=True)
-    config = replace(config, model=fitted(config.model, read_json(model / "config.json").get("model_type")))
     try:
         return outcome.measured(config, model, out, work / "documents.json", work).as_record()
     except KeyboardInterrupt:

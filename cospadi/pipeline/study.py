@@ -85,8 +85,8 @@ class Study:
     def __init__(self, name: str = "default", overrides: Sequence[str] = ()):
         _refuse_axes(overrides)
         self.overrides = [f"study={name}", *overrides]
-        common = [o for o in self.overrides if not _factorization_field(o)]
-        self.root = load(common)
+        self._common = [o for o in self.overrides if not _factorization_field(o)]
+        self.root = load(self._common)
         self.study = self.root.study
         self.name = name
         self._configs: dict[CellId, Config] = {}
@@ -145,11 +145,10 @@ class Study:
     @cache  # noqa: B019 - lives as long as the study
     def _part(self, group: str, name: str) -> ModelConfig | QuantizationConfig:
         """What ``conf/<group>/<name>.yaml`` says under the study's overrides."""
-        common = [o for o in self.overrides if not _factorization_field(o)]
         of_root = getattr(self.root, group)
-        if of_root.name == name and not any(o.startswith(f"{group}.name=") for o in common):
+        if of_root.name == name and not any(o.startswith(f"{group}.name=") for o in self._common):
             return of_root
-        return getattr(load([*common, f"{group}={name}"]), group)
+        return getattr(load([*self._common, f"{group}={name}"]), group)
 
     def _mistakes(self) -> Iterator[str]:
         """What no single setting shows: names that do not match their files, texts that overlap, unknown tasks."""
